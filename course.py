@@ -1,0 +1,110 @@
+#!/usr/bin/env python3
+"""One door to the course: `python course.py run` executes every chapter, `python course.py test` runs the tests.
+
+Standard library only. The first call makes `.venv` and installs the pinned packages into it; later calls re-use it.
+"""
+import sys
+
+if sys.version_info < (3, 11):
+    sys.exit(f"course.py needs Python 3.11 or newer; this is Python {sys.version.split()[0]}.\n"
+             "Install a newer one (https://www.python.org/downloads) and call it by name, e.g. `python3.12 course.py run`.")
+
+import argparse, hashlib, os, shutil, subprocess, venv  # noqa: E402 (the version is checked before anything newer is used)
+from pathlib import Path  # noqa: E402
+
+ROOT = Path(__file__).resolve().parent
+VENV = ROOT / ".venv"
+STAMP, MAKING = VENV / ".course-stamp", VENV / ".course-making"   # finished (hash of its inputs), begun
+PYTHON = VENV / ("Scripts/python.exe" if os.name == "nt" else "bin/python")
+LATER = {"docs": "the documentation site", "bench": "the benchmarks against other libraries"}
+
+
+def fingerprint():
+    "Hash of what decides the environment: pins, metadata, Python version and where the checkout lies."
+    h = hashlib.sha256(f"{sys.version_info[:2]} {ROOT}".encode())
+    for name in ("constraints.txt", "pyproject.toml"): h.update((ROOT / name).read_bytes())
+    return h.hexdigest()
+
+
+def pip_find_links():
+    "Folders of local wheels from pip's own configuration, which uv does not read."
+    got = subprocess.run([PYTHON, "-m", "pip", "config", "list"], capture_output=True, text=True).stdout
+    lines = [line.split("=", 1)[1].strip("'\" ") for line in got.splitlines() if "find-links=" in line]
+    return [arg for link in dict.fromkeys(" ".join(lines).split()) for arg in ("--find-links", link)]
+
+
+def install():
+    "Install the pinned packages with uv (fast), or with pip where uv cannot."
+    what = ["-c", "constraints.txt", "-e", ".[dev]"]
+    quiet = dict(cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    got = subprocess.run([PYTHON, "-m", "pip", "install", "-q", "-c", "constraints.txt", "uv"], **quiet)
+    if got.returncode == 0:
+        got = subprocess.run([PYTHON, "-m", "uv", "pip", "install", "-q", "--python", PYTHON, *pip_find_links(), *what], **quiet)
+    if got.returncode:
+        print("  uv could not install; trying pip", flush=True)
+        got = subprocess.run([PYTHON, "-m", "pip", "install", "-q", *what], **quiet)
+    if got.returncode:
+        sys.exit(f"{got.stderr.strip()[-2000:]}\n\nThe packages could not be installed (pip's words above). Without a network, or behind a "
+                 "proxy,\nset PIP_INDEX_URL or PIP_FIND_LINKS to where packages are and call the same command again: it starts afresh.")
+
+
+def ensure_env():
+    "Make `.venv` when it is missing, half made or out of date."
+    stamp = fingerprint()
+    if PYTHON.exists() and STAMP.exists() and STAMP.read_text() == stamp: return
+    if VENV.exists() and not STAMP.exists() and not MAKING.exists():
+        sys.exit(f"{VENV} exists but was not made by course.py, so it is left alone.\nRename or delete it, then call this command again.")
+    why = "half made" if MAKING.exists() else "out of date" if STAMP.exists() else "missing"
+    print(f".venv is {why}: making it (once; about 2 GB, a minute or so) ...", flush=True)
+    if VENV.exists(): shutil.rmtree(VENV)
+    VENV.mkdir(); MAKING.touch()
+    try: venv.EnvBuilder(with_pip=True).create(VENV)
+    except subprocess.CalledProcessError as e:
+        sys.exit(f"This Python cannot make a virtual environment with pip ({e}).\nOn Debian or Ubuntu: apt install python3-venv, then again.")
+    install()
+    STAMP.write_text(stamp); MAKING.unlink()
+    print(f".venv is ready ({PYTHON})", flush=True)
+
+
+def call(*args):
+    "Run the environment's Python at the root; its exit status is ours."
+    ensure_env()
+    child = subprocess.Popen([PYTHON, *map(str, args)], cwd=ROOT)
+    while True:
+        try: return child.wait()
+        except KeyboardInterrupt: pass      # Ctrl-C reaches the child too: let it close its kernels and report
+
+
+def parser():
+    p = argparse.ArgumentParser(prog="course.py", description="The course's one command. The first call sets up .venv by itself.")
+    sub = p.add_subparsers(dest="verb", required=True, metavar="VERB")
+    run = sub.add_parser("run", help="execute the chapters; results go to out/, the work tree stays as it was")
+    run.add_argument("--only", nargs="+", metavar="NN", default=[], help="these chapters alone, e.g. --only 02")
+    run.add_argument("--jobs", type=int, default=min(2, os.cpu_count() or 1), help="chapters at a time (default %(default)s)")
+    sub.add_parser("test", help="run the tests; further arguments go to pytest, e.g. test -k codebook")
+    sub.add_parser("lab", help="open the chapters in JupyterLab; further arguments go to it")
+    author = sub.add_parser("author", help="for authors: text -> notebook, execute, normalise, clean, export, put claims in place")
+    author.add_argument("only", nargs="*", metavar="NN", help="chapters (default: all)")
+    author.add_argument("--text", action="store_true", help="only write the chapters as text to out/text/, to be edited there")
+    sub.add_parser("check", help="export and clean, then fail if that changed any tracked file")
+    learner = sub.add_parser("learner", help="write the learner's copies: exercises as stubs, no solutions")
+    learner.add_argument("folder", metavar="FOLDER")
+    learner.add_argument("--force", action="store_true", help="overwrite notebooks that are already there")
+    for verb, what in LATER.items(): sub.add_parser(verb, help=f"{what} (not there yet)")
+    return p
+
+
+def main(argv):
+    args, rest = parser().parse_known_args(argv)
+    if rest and args.verb not in ("test", "lab"): parser().error(f"unknown arguments: {' '.join(rest)}")
+    if args.verb in LATER:
+        print(f"course.py {args.verb}: {LATER[args.verb]} will come with a later version.", file=sys.stderr)
+        return 2
+    if args.verb == "test": return call("-m", "pytest", *rest)
+    if args.verb == "lab": return call("-m", "jupyter", "lab", "--notebook-dir", "nbs", *rest)
+    return call("tools/books.py", *argv)
+
+
+if __name__ == "__main__":
+    try: sys.exit(main(sys.argv[1:]))
+    except KeyboardInterrupt: sys.exit("\nstopped; call the same command again to go on")

@@ -1,0 +1,293 @@
+"""The notebooks' workshop behind course.py: execute, normalise, clean, export, compare claims, write learner's copies."""
+import asyncio, base64, configparser, json, os, re, subprocess, sys, time
+from pathlib import Path
+
+import nbformat
+from nbclient import NotebookClient
+from nbclient.exceptions import CellExecutionError, CellTimeoutError, DeadKernelError
+
+ROOT = Path(__file__).resolve().parents[1]
+NBS, OUT, CLAIMS = ROOT / "nbs", ROOT / "out", ROOT / "claims"
+CELL_LIMIT = 600 if os.environ.get("COURSE_FULL", "") in ("", "0") else None     # seconds
+
+
+def chapters(only=()):
+    "Paths of the chapters, all or those whose number is in `only`."
+    books = sorted(NBS.glob("[0-9][0-9]_*.ipynb"))
+    unknown = [n for n in only if not any(b.name.startswith(n + "_") for b in books)]
+    if unknown: sys.exit(f"no chapter {', '.join(unknown)}; there are {', '.join(b.name[:2] for b in books)}")
+    return [b for b in books if not only or b.name[:2] in only]
+
+
+# ---- files -----------------------------------------------------------------------------------------------------------
+def write_text(path, text):
+    "Write whole or not at all: to a temporary name, then rename."
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_name(path.name + ".part")
+    part.write_text(text, encoding="utf-8", newline="\n")
+    part.replace(path)
+
+
+def read_book(path): return nbformat.read(path, as_version=4)
+def write_book(path, nb): write_text(path, nbformat.writes(nb) + "\n")
+
+
+def directives(cell):
+    "Words of a cell's `#|` lines: `#| export checks.fsm` gives {'export': 'checks.fsm'}."
+    lines = re.findall(r"^#\|\s*([\w-]+):?[ \t]*(.*)$", cell.source, re.M) if cell.cell_type == "code" else []
+    return {name: rest.strip() for name, rest in lines}
+
+
+# ---- executing -------------------------------------------------------------------------------------------------------
+class Client(NotebookClient):
+    "Executes a notebook, skips `#| eval: false` cells, and remembers each cell's seconds."
+    async def async_execute_cell(self, cell, cell_index, **kw):
+        if directives(cell).get("eval") == "false": return cell
+        start = time.time()
+        try: return await super().async_execute_cell(cell, cell_index, **kw)
+        finally: self.seconds = getattr(self, "seconds", []) + [(round(time.time() - start, 1), cell_index)]
+
+
+def peak_mb(client):
+    "Peak memory of the kernel so far, MB (Linux; 0 elsewhere)."
+    try: return int(re.search(r"VmHWM:\s+(\d+)", Path(f"/proc/{client.km.provisioner.pid}/status").read_text())[1]) // 1024
+    except (OSError, AttributeError, TypeError): return 0
+
+
+async def execute(path, threads):
+    "Execute one chapter in a kernel of its own; returns (notebook, failure text or '', seconds per cell, peak MB)."
+    nb, number = read_book(path), path.name[:2]
+    folder = OUT / "run" / number
+    folder.mkdir(parents=True, exist_ok=True)
+    (OUT / "claims" / f"{number}.json").unlink(missing_ok=True)
+    env = {**os.environ, "COURSE_CLAIMS": str(OUT / "claims" / f"{number}.json"), "PYTHONHASHSEED": "0", "HF_HUB_OFFLINE": os.environ.get("HF_HUB_OFFLINE", "1")}
+    if threads: env.setdefault("OMP_NUM_THREADS", str(threads))
+    client = Client(nb, timeout=CELL_LIMIT, kernel_name="python3", resources={"metadata": {"path": str(folder)}})
+    failure, memory = "", 0
+    async with client.async_setup_kernel(env=env):
+        try:
+            for i, cell in enumerate(nb.cells): await client.async_execute_cell(cell, i, store_history=True)
+        except (CellExecutionError, CellTimeoutError, DeadKernelError) as e: failure = f"cell {i}: {e}"
+        memory = peak_mb(client)
+    return nb, failure, getattr(client, "seconds", []), memory
+
+
+def compare_claims(number):
+    "What in a fresh run's claims does not agree with the committed ones: a list of lines."
+    fresh, kept = ((json.loads(p.read_text()) if p.exists() else {}) for p in (OUT / "claims" / f"{number}.json", CLAIMS / f"{number}.json"))
+    if os.environ.get("COURSE_MODEL") or CELL_LIMIT is None: return []        # other models and FULL runs: other numbers
+    lines = [f"{k}: committed, but this run did not record it" for k in kept.keys() - fresh.keys()]
+    for k, new in fresh.items():
+        old = kept.get(k)
+        if old is None: lines.append(f"{k}: new; `course.py author {number}` commits it")
+        elif (old["value"] is None) != (new["value"] is None) or (
+                old["value"] is not None and abs(old["value"] - new["value"]) > max(old["tolerance"], new["tolerance"])):
+            lines.append(f"{k}: {new['value']} here, {old['value']} committed, tolerance {old['tolerance']}")
+    return sorted(lines)
+
+
+def save_figures(nb, stem):
+    "Put a chapter's pictures into out/figures/."
+    folder, n = OUT / "figures", 0
+    folder.mkdir(parents=True, exist_ok=True)
+    for old in folder.glob(f"{stem}_*.png"): old.unlink()
+    for cell in nb.cells:
+        for out in cell.get("outputs", []):
+            if "image/png" in out.get("data", {}):
+                n += 1
+                (folder / f"{stem}_{n:02}.png").write_bytes(base64.b64decode(out["data"]["image/png"]))
+
+
+async def execute_all(books, jobs, done):
+    "Execute chapters, `jobs` at a time; `done(path, nb, failure, seconds, memory)` is called as each ends."
+    gate, threads = asyncio.Semaphore(jobs), 1 if min(jobs, len(books)) > 1 else None
+    async def one(path):
+        async with gate: done(path, *await execute(path, threads))
+    await asyncio.gather(*map(one, books))
+
+
+def run(args):
+    "Execute the chapters into out/; the work tree stays as it was."
+    books, failed, start = chapters(args.only), [], time.time()
+    def done(path, nb, failure, seconds, memory):
+        write_book(OUT / "nbs" / path.name, normalise(nb))
+        save_figures(nb, path.stem)
+        slow = max(seconds, default=(0, 0))
+        problems = [failure] if failure else [f"claim {line}" for line in compare_claims(path.name[:2])]
+        if problems: failed.append((path, problems))
+        state = f"FAILED at {failure.split(':')[0]}" if failure else "FAILED: claims differ" if problems else "passed"
+        print(f"{path.stem:<16} {sum(s for s, _ in seconds):6.1f} s   slowest cell {slow[1]:3}: {slow[0]:5.1f} s   {memory:5} MB   {state}", flush=True)
+    asyncio.run(execute_all(books, max(1, args.jobs), done))
+    for path, problems in failed: print(f"\n{path.stem}:", *problems, sep="\n  ")
+    print(f"\n{len(books) - len(failed)} of {len(books)} chapters passed in {time.time() - start:.0f} s. Executed copies: out/nbs, figures: "
+          "out/figures, claims: out/claims.\nNext: `python course.py lab` opens the chapters; `python course.py learner FOLDER` writes copies to solve.")
+    return 1 if failed else 0
+
+
+# ---- authoring -------------------------------------------------------------------------------------------------------
+def keep(out):
+    "Whether an output belongs in the committed notebook: no progress bars, no warnings, no log lines."
+    return out.output_type != "stream" or out.name != "stderr"
+
+
+def normalise(nb):
+    "Outputs that come out the same from every run: no stderr, no execution counts, no timestamps."
+    for cell in nb.cells:
+        cell.metadata.pop("execution", None)
+        if cell.cell_type != "code": continue
+        cell.execution_count = None
+        cell.outputs = [o for o in cell.outputs if keep(o)]
+        for o in cell.outputs:
+            if "execution_count" in o: o.execution_count = None
+    nb.metadata = nbformat.from_dict({"kernelspec": {"display_name": "python3", "language": "python", "name": "python3"}})
+    return nb
+
+
+def text_path(path): return OUT / "text" / (path.stem + ".py")
+
+
+def from_text():
+    "Take chapters edited (or begun) as text in out/text/ back into notebooks; ids and outputs of unchanged cells stay."
+    for text in sorted((OUT / "text").glob("[0-9][0-9]_*.py")):
+        book = NBS / (text.stem + ".ipynb")
+        if book.exists() and book.stat().st_mtime >= text.stat().st_mtime: continue
+        mode = ["--update"] if book.exists() else []
+        subprocess.run([sys.executable, "-m", "jupytext", "--quiet", "--to", "ipynb", *mode, "--output", book, text], check=True)
+        stable_ids(book)
+
+
+def settings():
+    "settings.ini with {names} filled in."
+    ini = configparser.ConfigParser(interpolation=None)
+    ini.read(ROOT / "settings.ini", encoding="utf-8")
+    s = dict(ini["DEFAULT"])
+    return {k: v.format(**s) if k == "install" else v for k, v in s.items()}
+
+
+def apply_settings(nb, name):
+    "Write the Colab badge's address and the Colab cell's install source from settings.ini."
+    s = settings()
+    url = f"https://colab.research.google.com/github/{s['user']}/{s['repo']}/blob/{s['branch']}/nbs/{name}"
+    for cell in nb.cells:
+        if cell.cell_type == "markdown": cell.source = re.sub(r"https://colab\.research\.google\.com/github/[^)\s]+", url, cell.source)
+        elif "colab" in directives(cell):
+            cell.source = f'#| colab\nimport sys\nif "google.colab" in sys.modules:\n    %pip install -q {s["install"]}'
+    return nb
+
+
+def stable_ids(book):
+    "Cell ids that do not change from one making to the next: chapter and running number, kept where already so."
+    nb = apply_settings(read_book(book), book.name)
+    taken = {c.id for c in nb.cells if re.fullmatch(r"c\d\d-\d+", c.id)}
+    n = max([int(i.split("-")[1]) for i in taken], default=0)
+    seen = set()
+    for c in nb.cells:
+        if c.id not in taken or c.id in seen:
+            n += 1
+            c.id = f"c{book.name[:2]}-{n}"
+        seen.add(c.id)
+    write_book(book, nb)
+
+
+def export():
+    "Export every chapter's `#| export` cells; each named module is made anew (nbdev appends to those that are no default_exp)."
+    from nbdev.config import add_init, get_config
+    from nbdev.doclinks import _build_modidx
+    from nbdev.export import nb_export
+    from nbdev.maker import ModuleMaker
+    class Fresh(ModuleMaker):
+        def __init__(self, *a, is_new=True, **kw): super().__init__(*a, is_new=True, **kw)
+    os.chdir(ROOT)
+    for path in chapters(): nb_export(path, mod_maker=Fresh)
+    add_init(get_config().lib_path)
+    _build_modidx()
+
+
+def clean():
+    from nbdev.clean import nbdev_clean
+    os.chdir(ROOT)
+    nbdev_clean.__wrapped__()
+
+
+def author(args):
+    "Text (if it was edited) -> notebook -> export -> execute -> normalise -> clean -> claims in place."
+    if args.text:
+        for path in chapters(args.only):
+            subprocess.run([sys.executable, "-m", "jupytext", "--quiet", "--to", "py:percent", "--output", text_path(path), path], check=True)
+            print(text_path(path).relative_to(ROOT))
+        return 0
+    from_text()
+    export()                          # first, so that chapters import what they are about to show
+    failed = []
+    def done(path, nb, failure, seconds, memory):
+        if failure:
+            failed.append(path)
+            write_book(OUT / "nbs" / path.name, nb)
+            return print(f"{path.stem}: FAILED {failure}\n(the notebook is left as it was; the failed run is in out/nbs)", flush=True)
+        write_book(path, normalise(nb))
+        save_figures(nb, path.stem)
+        fresh = OUT / "claims" / f"{path.name[:2]}.json"
+        if fresh.exists(): write_text(CLAIMS / fresh.name, fresh.read_text())
+        else: (CLAIMS / fresh.name).unlink(missing_ok=True)
+        top = ", ".join(f"cell {i} {s} s" for s, i in sorted(seconds, reverse=True)[:3])
+        print(f"{path.stem}: executed in {sum(s for s, _ in seconds):.0f} s, {memory} MB; slowest {top}", flush=True)
+    for path in chapters(args.only): asyncio.run(execute_all([path], 1, done))
+    clean(); export()
+    return 1 if failed else 0
+
+
+def check(args):
+    "Export and clean, then fail if git sees a change."
+    export(); clean()
+    watched = ["nbs", "codebook_tutorial"]
+    dirty = subprocess.run(["git", "status", "--porcelain", "--", *watched], cwd=ROOT, capture_output=True, text=True).stdout
+    if not dirty:
+        print("check: export and clean change nothing")
+        return 0
+    print(dirty + subprocess.run(["git", "diff", "--stat", "--", *watched], cwd=ROOT, capture_output=True, text=True).stdout)
+    print("check: FAILED: notebooks and library disagree, or changes are not committed. `course.py author` brings them together; then commit.")
+    return 1
+
+
+# ---- the learner's copies --------------------------------------------------------------------------------------------
+SOLUTION = re.compile(r"^(?P<pad>[ \t]*)### BEGIN SOLUTION\n.*?^[ \t]*### END SOLUTION\n?", re.M | re.S)
+
+
+def stub(source):
+    "An exercise cell without its solution: the marked lines become one `...  # your code here`."
+    found, n = SOLUTION.subn(lambda m: f"{m['pad']}...  # your code here\n", source)
+    if not n or "SOLUTION" in found: raise ValueError(f"exercise cell: expected ### BEGIN SOLUTION ... ### END SOLUTION, got:\n{source}")
+    return found.rstrip("\n")
+
+
+def learner_copy(nb):
+    "The learner's notebook: stubs for solutions, no outputs of exercises, the rest as it is."
+    for cell in nb.cells:
+        d = directives(cell)
+        if "exercise" in d: cell.source = stub(cell.source)
+        if "exercise" in d or "check_" in cell.source and cell.cell_type == "code": cell.outputs = []
+    return nb
+
+
+def learner(args):
+    "Write the learner's copies; never over a notebook somebody may have worked in."
+    folder = Path(args.folder).expanduser()
+    if folder.exists() and not folder.is_dir(): sys.exit(f"learner: expected a folder, got the file {folder}")
+    there = [p.name for p in chapters() if (folder / p.name).exists()]
+    if there and not args.force: sys.exit(f"learner: {folder} already holds {', '.join(there)}; choose another folder, or --force to overwrite them")
+    for path in chapters(): write_book(folder / path.name, learner_copy(read_book(path)))
+    print(f"{len(chapters())} learner's notebooks in {folder}; open them with: python course.py lab --notebook-dir {folder}")
+    return 0
+
+
+def main():
+    sys.path.insert(0, str(ROOT))
+    from course import parser
+    args = parser().parse_args()
+    try: return globals()[args.verb](args)
+    except KeyboardInterrupt:
+        print("\nstopped; what was finished is in out/, the chapters are as they were", flush=True)
+        return 130
+
+
+if __name__ == "__main__": sys.exit(main())
