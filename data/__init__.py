@@ -1,0 +1,1 @@
+"""Data and checkpoints made by this repository; README.md says how."""
