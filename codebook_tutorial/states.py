@@ -113,16 +113,18 @@ def write_state(table, target, both: bool = True):       # [1100, groups, k], [n
 # %% ../nbs/03_states.ipynb #c03-48
 @torch.no_grad()
 def belief(model, prefixes):      # [n, seq] ending in a complete state -> [n, 100]
-    "Probability of every next state; each prefix is run with each of the ten digits behind it, [n * 10, seq + 1]."
+    "Probability of every next state, given that two digits follow; each prefix is run with each of the ten digits behind it, [n * 10, seq + 1]."
     digits = torch.arange(10, device=prefixes.device).repeat(len(prefixes))[:, None]
-    p = model(input_ids=torch.cat([prefixes.repeat_interleave(10, 0), digits], 1)).logits[:, -2:, :10].softmax(-1)
+    p = model(input_ids=torch.cat([prefixes.repeat_interleave(10, 0), digits], 1)).logits[:, -2:].softmax(-1)[..., :10]
     p = p.view(len(prefixes), 10, 2, 10)
-    return (p[:, 0, 0, :, None] * p[:, :, 1]).flatten(1)
+    joint = (p[:, 0, 0, :, None] * p[:, :, 1]).flatten(1)
+    return joint / joint.sum(-1, keepdim=True)
 
 def walks_to(fsm: TokFSM, states, steps: int = 4, seed: int = 0):      # [n] -> ids [n, 1 + 2 * steps]
     "A random legal walk that ends in each of the given states."
     pool = fsm.walk(400 * fsm.n_states, steps, torch.Generator().manual_seed(seed))
-    start = torch.searchsorted((last := pool[:, -1].sort()).values, states.cpu())                   # the first walk that ends there,
+    last = pool[:, -1].contiguous().sort()
+    start = torch.searchsorted(last.values, states.cpu().contiguous())                                         # the first walk that ends there,
     turn = torch.tensor([(states[:i] == s).sum() for i, s in enumerate(states)])                    # the second for its second time, ...
     return fsm.tokens(pool[last.indices[start + turn]]).to(states.device)
 

@@ -45,7 +45,7 @@ class Client(NotebookClient):
         if directives(cell).get("eval") == "false": return cell
         start = time.time()
         try: return await super().async_execute_cell(cell, cell_index, **kw)
-        finally: self.seconds = getattr(self, "seconds", []) + [(round(time.time() - start, 1), cell_index)]
+        finally: self.seconds.append((round(time.time() - start, 1), cell_index))
 
 
 def peak_mb(client):
@@ -54,22 +54,28 @@ def peak_mb(client):
     except (OSError, AttributeError, TypeError): return 0
 
 
-async def execute(path, threads):
+async def execute(path):
     "Execute one chapter in a kernel of its own; returns (notebook, failure text or '', seconds per cell, peak MB)."
     nb, number = read_book(path), path.name[:2]
     folder = OUT / "run" / number
     folder.mkdir(parents=True, exist_ok=True)
     (OUT / "claims" / f"{number}.json").unlink(missing_ok=True)
-    env = {**os.environ, "COURSE_CLAIMS": str(OUT / "claims" / f"{number}.json"), "PYTHONHASHSEED": "0", "HF_HUB_OFFLINE": os.environ.get("HF_HUB_OFFLINE", "1")}
-    if threads: env.setdefault("OMP_NUM_THREADS", str(threads))
+    env = {**os.environ, "COURSE_CLAIMS": str(OUT / "claims" / f"{number}.json"), "PYTHONHASHSEED": "0", "MPLBACKEND": "module://matplotlib_inline.backend_inline"}
+    env.setdefault("HF_HUB_OFFLINE", "1")
+    if CELL_LIMIT: env.setdefault("OMP_NUM_THREADS", "1")      # FAST: sums in one order, the same outputs again; and two threads on a busy core are far slower than one
     client = Client(nb, timeout=CELL_LIMIT, kernel_name="python3", resources={"metadata": {"path": str(folder)}})
-    failure, memory = "", 0
-    async with client.async_setup_kernel(env=env):
-        try:
-            for i, cell in enumerate(nb.cells): await client.async_execute_cell(cell, i, store_history=True)
-        except (CellExecutionError, CellTimeoutError, DeadKernelError) as e: failure = f"cell {i}: {e}"
+    client.extra_arguments, client.seconds, failure, memory = ["--log-level=ERROR"], [], "", 0
+    client.km = client.create_kernel_manager()
+    try:                              # not nbclient's own context manager: it takes Ctrl-C for itself
+        await client.async_start_new_kernel(env=env)
+        await client.async_start_new_kernel_client()
+        for i, cell in enumerate(nb.cells): await client.async_execute_cell(cell, i, store_history=True)
+    except (CellExecutionError, CellTimeoutError, DeadKernelError) as e: failure = f"cell {i}: {e}"
+    finally:
         memory = peak_mb(client)
-    return nb, failure, getattr(client, "seconds", []), memory
+        if client.kc: client.kc.stop_channels()
+        await client.km.shutdown_kernel(now=True)
+    return nb, failure, client.seconds, memory
 
 
 def compare_claims(number):
@@ -100,9 +106,9 @@ def save_figures(nb, stem):
 
 async def execute_all(books, jobs, done):
     "Execute chapters, `jobs` at a time; `done(path, nb, failure, seconds, memory)` is called as each ends."
-    gate, threads = asyncio.Semaphore(jobs), 1 if min(jobs, len(books)) > 1 else None
+    gate = asyncio.Semaphore(jobs)
     async def one(path):
-        async with gate: done(path, *await execute(path, threads))
+        async with gate: done(path, *await execute(path))
     await asyncio.gather(*map(one, books))
 
 
@@ -232,17 +238,44 @@ def author(args):
         top = ", ".join(f"cell {i} {s} s" for s, i in sorted(seconds, reverse=True)[:3])
         print(f"{path.stem}: executed in {sum(s for s, _ in seconds):.0f} s, {memory} MB; slowest {top}", flush=True)
     for path in chapters(args.only): asyncio.run(execute_all([path], 1, done))
-    clean(); export()
+    clean(); export(); readme()
     return 1 if failed else 0
 
 
+# finding | claim | setting, and the paper's figure as it is told there
+REPRODUCES = [
+    ("TokFSM: state + digit triples", "01", "fsm.trigrams", "the paper's world and seed", "686"),
+    ("A small GPT-NeoX learns the world: state accuracy", "01", "fsm.state_accuracy", "2 layers, d=64, half turn; paper 4 layers, d=128", "0.968"),
+    ("With codes at every head and MLP, k=1: state accuracy", "03", "states.state_accuracy", "1000 codes from data, no training; paper 10,000 codes, trained", "0.637"),
+    ("Dead codes", "03", "states.dead_share", "the same", "0.93 to 0.997"),
+    ("A state's best code: precision", "03", "states.code_precision", "the same, held out", "0.971"),
+    ("The best neuron at the same recall: precision", "03", "states.neuron_precision", "512 hidden neurons, both signs; paper 128 a layer", "0.705"),
+    ("Writing a state's codes moves the model there (JSD, 1 = untouched)", "03", "states.jsd_all", "all codes, two positions", "near 0 (its figure)"),
+    ("The MLP layers' codes alone suffice (JSD, 1 = untouched)", "03", "states.jsd_mlp", "two layers", "near 0 (its figure): here only in part"),
+]
+
+
+def readme():
+    "Write README.md's table of findings from claims/."
+    num = lambda v: "–" if v is None else f"{v:.3g}" if v < 10 else f"{v:.0f}"
+    lines = ["| finding | ours (seeds) | control | paper | setting |", "|---|---|---|---|---|"]
+    for finding, number, name, setting, paper in REPRODUCES:
+        if not (CLAIMS / f"{number}.json").exists(): continue
+        c = json.loads((CLAIMS / f"{number}.json").read_text())[name]
+        seeds = f" ({', '.join(map(num, c['values']))})" if len(c["values"]) > 1 else ""
+        lines.append(f"| {finding} | {num(c['value'])}{seeds} | {num(c['control'])} | {paper} | {setting} |")
+    path, begin, end = ROOT / "README.md", "<!-- claims: begin -->", "<!-- claims: end -->"
+    before, rest = path.read_text(encoding="utf-8").split(begin)
+    write_text(path, before + begin + "\n" + "\n".join(lines) + "\n" + end + rest.split(end)[1])
+
+
 def check(args):
-    "Export and clean, then fail if git sees a change."
-    export(); clean()
-    watched = ["nbs", "codebook_tutorial"]
+    "Export, clean, make the README's table, then fail if git sees a change."
+    export(); clean(); readme()
+    watched = ["nbs", "codebook_tutorial", "README.md"]
     dirty = subprocess.run(["git", "status", "--porcelain", "--", *watched], cwd=ROOT, capture_output=True, text=True).stdout
     if not dirty:
-        print("check: export and clean change nothing")
+        print("check: export, clean and the README table change nothing")
         return 0
     print(dirty + subprocess.run(["git", "diff", "--stat", "--", *watched], cwd=ROOT, capture_output=True, text=True).stdout)
     print("check: FAILED: notebooks and library disagree, or changes are not committed. `course.py author` brings them together; then commit.")

@@ -1,0 +1,111 @@
+"""Every exercise: its solution passes, its stub fails, another right answer passes, plausible wrong answers fail, and at least one is told by name."""
+import importlib, re, sys
+from pathlib import Path
+import nbformat, pytest, torch, torch.nn.functional as F
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT / "tools"))
+import books  # noqa: E402
+from codebook_tutorial.core import jsd  # noqa: E402
+
+def raw(v): return lambda *a: v
+def cdist_ids(x, codes, k): return torch.cdist(x, codes).topk(k, largest=False).indices
+def f1_by_parts(fires, truth):
+    p, r = (fires & truth).sum() / fires.sum(), (fires & truth).sum() / truth.sum()
+    return 2 * p * r / (p + r)
+def entropy(p): return -(p[p > 0] * p[p > 0].log()).sum()
+def tens(fsm, s): return torch.bincount(fsm.successors[s] // 10, minlength=10) / 10
+
+# exercise: (another right answer, [wrong answers], words that a named mistake's message must hold)
+CASES = {
+    "zero_last": (lambda x: torch.cat([x[:, :-1], x[:, -1:] * 0], 1), [lambda x: x * 0, lambda x: torch.cat([x[:, :1] * 0, x[:, 1:]], 1), lambda x: x[:, :-1], lambda x: x.__setitem__((slice(None), -1), 0) or x], "every position"),
+    "keep_head": (lambda x, h, n: x * (torch.arange(x.shape[-1]) // (x.shape[-1] // n) == h), [lambda x, h, n: x * (torch.arange(x.shape[-1]) % n == h), lambda x, h, n: x * (torch.arange(x.shape[-1]) // (x.shape[-1] // n) != h), lambda x, h, n: x.unflatten(-1, (n, -1))[..., h, :]], "interleaved"),
+    "moved_share": (lambda p, a, b: (jsd(a, b).mean() - jsd(p, b).mean()) / jsd(a, b).mean(), [lambda p, a, b: jsd(p, b).mean() / jsd(a, b).mean(), lambda p, a, b: (1 - jsd(p, b) / jsd(a, b)).mean(), lambda p, a, b: 1 - jsd(p, a).mean() / jsd(a, b).mean()], "left"),
+    "answer_00_4": (raw("b"), [raw("a"), raw("c"), raw("z")], "resid.0"),
+    "adder": (lambda v, s: lambda x: x + s * F.normalize(v, dim=0) * x.norm(dim=-1)[..., None], [lambda v, s: lambda x: x + s * v, lambda v, s: lambda x: x + s * v / v.norm(), lambda v, s: lambda x: x + s * x.norm(dim=-1, keepdim=True) * v], "scale times v"),
+    "share_legal": (lambda s, fsm: sum(fsm.legal[a, b] for row in s.tolist() for a, b in zip(row, row[1:])) / s[:, 1:].numel(), [lambda s, fsm: fsm.legal[s[:, 1:], s[:, :-1]].mean(), lambda s, fsm: fsm.legal[s[:, :-1], s[:, 1:]].sum(), lambda s, fsm: fsm.legal[s[:, :-1:2], s[:, 1::2]].mean()], "backwards"),
+    "first_digit_loss": (lambda fsm, s: entropy(tens(fsm, s)), [lambda fsm, s: entropy(tens(fsm, s)) / torch.tensor(2.).log(), lambda fsm, s: torch.tensor(10.).log(), lambda fsm, s: entropy(torch.bincount(fsm.successors[s] % 10, minlength=10) / 10)], "bits"),
+    "f1_score": (f1_by_parts, [lambda f, t: (f & t).sum() / f.sum(), lambda f, t: (f == t).float().mean(), lambda f, t: (f & t).sum() / (f | t).sum()], "precision alone"),
+    "state_mass": (lambda a, b, legal: sum(a[s // 10] * b[s // 10, s % 10] for s in range(100) if legal[s]), [lambda a, b, legal: (b.flatten() * legal).sum(), lambda a, b, legal: ((a[:, None] * b).T.flatten() * legal).sum(), lambda a, b, legal: ((a[None] * b).flatten() * legal).sum()], r"left out P\(first digit\)"),
+    "answer_01_5": (raw("a"), [raw("b"), raw("c"), raw(None)], "how often"),
+    "bigram_mass": (lambda fsm: sum((fsm.legal[s] * torch.stack([fsm.legal[t] / 10 for t in range(100) if t % 10 == s % 10]).mean(0)).sum() for s in range(100)) / 100,
+                    [lambda fsm: torch.tensor(.1), lambda fsm: torch.tensor(1.), lambda fsm: (fsm.legal.view(10, 10, 100) * (fsm.legal / 10).view(10, 10, 100).mean(1, keepdim=True)).sum(-1).mean()], "nothing at all|knows the state|forgot the second"),
+    "choose_codes": (lambda x, c, k: torch.stack([torch.tensor(sorted(range(len(c)), key=lambda j: -F.cosine_similarity(row, c[j], dim=0))[:k]) for row in x]), [lambda x, c, k: (x @ c.T).topk(k).indices, cdist_ids, lambda x, c, k: F.cosine_similarity(x[:, None], c[None], dim=-1).topk(k, largest=False).indices], "long codes win"),
+    "sum_of_codes": (lambda ids, c: sum(c[ids[:, j]] for j in range(ids.shape[1])), [lambda ids, c: c[ids].mean(1), lambda ids, c: c[ids], lambda ids, c: c[ids].amax(1)], "did you take the mean of the codes\\? the paper sums them"),
+    "pass_through": (lambda x, out: x - x.detach() + out, [lambda x, out: out, lambda x, out: x + (out - x).detach(), lambda x, out: out + x], "nothing reaches x"),
+    "dead_share": (lambda ids, n: sum(c not in set(ids.flatten().tolist()) for c in range(n)) / n, [lambda ids, n: len(ids.unique()) / n, lambda ids, n: n - len(ids.unique()), lambda ids, n: 1 - len(ids[:, 0].unique()) / n], r"\*is\* used"),
+    "residual_ids": (lambda x, c, k: torch.stack((lambda r: [(lambda i: (i, r.__setitem__(0, r[0] - c[i]))[0])(((r[0][:, None] - c) ** 2).sum(-1).argmin(-1)) for _ in range(k)])([x]), -1), [cdist_ids, lambda x, c, k: torch.cdist(x, c).argmin(-1)[:, None].expand(-1, k), lambda x, c, k: (x @ c.T).topk(k).indices], "what is \\*left\\*|same code three times"),
+    "answer_02_6": (raw("a"), [raw("b"), raw("c"), raw(3)], "fresh walks"),
+    "bits": (lambda counts: torch.distributions.Categorical(probs=counts / counts.sum()).entropy() / torch.tensor(2.).log(), [lambda c: entropy(c / c.sum()), lambda c: torch.tensor(float(len(c))).log2(), lambda c: torch.tensor(float((c > 0).sum())).log2()], "nats"),
+    "majority": (lambda t: torch.tensor([row.argmax() if row.sum() else -1 for row in t]), [lambda t: t.argmax(1), lambda t: t.argmax(0), lambda t: t.max(1).values], "never used"),
+    "held_out_precision": (lambda codes, labels, n: sum((lambda seen: bool(seen) and max(range(6), key=lambda s: seen.count(s)) == y)([b for a, b in zip(codes[:200].tolist(), labels[:200].tolist()) if a == x]) for x, y in zip(codes[200:].tolist(), labels[200:].tolist())) / 200,
+                           [lambda c, l, n: (torch.bincount(c * 6 + l, minlength=6 * n).view(n, 6).argmax(1)[c] == l).float().mean(), lambda c, l, n: (torch.bincount(c[:200] * 6 + l[:200], minlength=6 * n).view(n, 6).argmax(1)[c[:200]] == l[:200]).float().mean(), raw(1 / 6)], "scored where you chose|all data chose"),
+    "precision_at_recall": (lambda a, t, r: next(((a >= th) & t).sum() / (a >= th).sum() for th in a.sort(descending=True).values if ((a >= th) & t).sum() >= r * t.sum()), [lambda a, t, r: t[a.argsort()].cumsum(0)[100] / 101, lambda a, t, r: torch.tensor(r), lambda a, t, r: a.sort(descending=True).values[int((t[a.argsort(descending=True)].cumsum(0) < r * t.sum()).sum())]], "that is the threshold"),
+    "write_boundary": (lambda code: lambda ids: torch.cat([ids[:, :-2], torch.full_like(ids[:, -2:-1], code), ids[:, -1:]], 1), [lambda code: lambda ids: torch.cat([ids[:, :-1], torch.full_like(ids[:, -1:], code)], 1), lambda code: lambda ids: torch.full_like(ids, code), lambda code: lambda ids: ids.__setitem__((slice(None), -2), code) or ids], "last position"),
+    "answer_03_5": (raw("b"), [raw("a"), raw("c"), raw("")], "break the model"),
+    "smallest": (lambda sizes, goal, f: min([s for s in sizes if f(s) >= goal], default=None), [lambda sizes, goal, f: next(s for s in sizes if f(s) >= goal), lambda sizes, goal, f: max(s for s in sizes if f(s) >= goal), lambda sizes, goal, f: min(s for s in sizes if f(s) >= goal)], "300 is smaller"),
+}
+
+
+def exercises():
+    "Every exercise cell of every chapter with the check cell behind it: (chapter, name of the function, cell, check cell)."
+    for path in books.chapters():
+        cells = books.read_book(path).cells
+        for i, cell in enumerate(cells):
+            if "exercise" in books.directives(cell):
+                follow = next(c for c in cells[i + 1:] if c.cell_type == "code")
+                yield pytest.param(path, cell.source, follow.source, id=re.search(r"^def (\w+)", cell.source, re.M)[1])
+
+def run_cell(path, source, check_source):
+    "Execute one exercise and its check with what the chapter's learner has at hand: the library and the check module."
+    chapter = path.stem.split("_", 1)[1]
+    space = {"torch": torch, "F": F, "jsd": jsd}
+    space |= {k: v for k, v in vars(importlib.import_module(f"codebook_tutorial.checks.{chapter}")).items() if k.startswith("check_")}
+    exec(source, space)
+    call = [line for line in check_source.splitlines() if line.startswith("check_")]
+    assert len(call) == 1, check_source
+    return eval(call[0], space), space, call[0]
+
+
+EXERCISES = list(exercises())
+
+def test_every_exercise_has_a_case(): assert {p.id for p in EXERCISES} == set(CASES)
+
+def test_every_chapter_has_four_to_eight_exercises_one_to_interpret_one_to_extend():
+    for path in books.chapters():
+        prose = "\n".join(c.source for c in books.read_book(path).cells if c.cell_type == "markdown")
+        heads = re.findall(r"^### Exercise (\d\d\.\d) \(([^)]*)\)", prose, re.M)
+        assert 4 <= len(heads) <= 8 and len(heads) == sum(p.values[0] == path for p in EXERCISES), path.name
+        assert any("interpret" in h for _, h in heads) and any("extend" in h for _, h in heads)
+        assert all(re.search(r"difficulty [1-5], \d+ minutes", h) for _, h in heads)
+        assert prose.count("<summary>Hint</summary>") >= len(heads) - 1       # a question to interpret may do without
+
+
+@pytest.mark.parametrize("path,source,check_source", EXERCISES)
+class TestExercise:
+    def test_the_solution_passes(self, path, source, check_source):
+        verdict, *_ = run_cell(path, source, check_source)
+        assert verdict and repr(verdict).startswith("✅")
+
+    def test_the_stub_fails_and_does_not_stop_the_notebook(self, path, source, check_source):
+        stub = books.stub(source)
+        assert "SOLUTION" not in stub and "your code here" in stub
+        verdict, *_ = run_cell(path, stub, check_source)
+        assert not verdict and repr(verdict).startswith("❌")
+
+    def test_other_answers(self, path, source, check_source, request):
+        name = re.search(r"^def (\w+)", source, re.M)[1]
+        other, wrong, words = CASES[name]
+        _, space, call = run_cell(path, source, check_source)
+        judge = lambda fn: eval(call, {**space, name: fn})
+        assert judge(other), f"another right answer is refused: {judge(other)!r}"
+        verdicts = [judge(fn) for fn in wrong]
+        assert len(wrong) >= 3 and not any(verdicts), [repr(v) for v in verdicts]
+        assert any(re.search(words, v.message) for v in verdicts), [v.message for v in verdicts]
+
+    def test_an_error_in_the_attempt_is_a_verdict(self, path, source, check_source):
+        name = re.search(r"^def (\w+)", source, re.M)[1]
+        _, space, call = run_cell(path, source, check_source)
+        def broken(*a): raise ZeroDivisionError("oh")
+        verdict = eval(call, {**space, name: broken})
+        assert not verdict and "ZeroDivisionError: oh" in verdict.message

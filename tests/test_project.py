@@ -1,0 +1,146 @@
+"""The project agrees with itself: metadata, notebooks, claims, sizes, and no path of anybody's machine."""
+import configparser, json, re, subprocess, sys, tomllib
+from pathlib import Path
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT / "tools"))
+import books  # noqa: E402
+
+CHAPTERS = books.chapters()
+SETTINGS = books.settings()
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+FULL_FORM = ["By the end you can", "Why care?", "Setup", "Exercises", "Limits", "Recap"]
+CLAIMS = {"01": ["fsm.bayes_loss", "fsm.trigrams", "fsm.state_accuracy", "fsm.legal_mass", "fsm.neuron_f1"], "02": ["codebook.gradient_error"],
+          "03": [f"states.{n}" for n in ("state_accuracy", "legal_mass", "code_precision", "neuron_precision", "codeset_f1", "neuron_f1", "dead_share", "jsd_mlp", "jsd_all", "jsd_none", "jsd_random")]}
+
+def tracked():
+    "Files of the project: those git knows, or would know."
+    out = subprocess.run(["git", "ls-files", "-co", "--exclude-standard"], cwd=ROOT, capture_output=True, text=True)
+    if out.returncode: pytest.skip("not a git checkout")
+    return [p for p in (ROOT / line for line in out.stdout.splitlines()) if p.is_file()]
+
+def claims(number): return json.loads((ROOT / "claims" / f"{number}.json").read_text())
+
+
+def test_settings_and_pyproject_agree():
+    assert PROJECT["name"] == SETTINGS["lib_name"] and PROJECT["version"] == SETTINGS["version"] and PROJECT["description"] == SETTINGS["description"]
+    assert PROJECT["license"] == SETTINGS["license"] and PROJECT["requires-python"] == ">=" + SETTINGS["min_python"] and PROJECT["keywords"] == SETTINGS["keywords"].split()
+    assert PROJECT["dependencies"] == SETTINGS["requirements"].split() and PROJECT["optional-dependencies"]["dev"] == SETTINGS["dev_requirements"].split()
+    assert PROJECT["urls"]["Repository"] == f"https://github.com/{SETTINGS['user']}/{SETTINGS['repo']}" and PROJECT["authors"] == [{"name": SETTINGS["author"]}]
+    from codebook_tutorial import __version__
+    assert __version__ == SETTINGS["version"]
+
+
+def test_everything_required_is_pinned_and_torch_stays_open():
+    pins = {re.split(r"[=\[]", line)[0].lower().replace("_", "-"): line for line in (ROOT / "constraints.txt").read_text().splitlines()}
+    for need in PROJECT["dependencies"] + PROJECT["optional-dependencies"]["dev"]:
+        name = re.split(r"[<>=]", need)[0].lower()
+        assert name in pins, f"{name} is required but not pinned in constraints.txt"
+    assert pins["torch"] == "torch==2.13.0" and "torch>=2.6" in PROJECT["dependencies"] and not any("nvidia" in p or "://" in p for p in pins.values())
+
+
+@pytest.mark.parametrize("path", CHAPTERS, ids=lambda p: p.stem)
+class TestChapter:
+    def test_form(self, path):
+        nb = books.read_book(path)
+        prose = "\n".join(c.source for c in nb.cells if c.cell_type == "markdown")
+        heads = re.findall(r"^## (.+)$", prose, re.M)
+        missing = [h for h in FULL_FORM if h not in heads]
+        assert not missing and sum(bool(re.match(r"[1-5] ", h)) for h in heads) == 5
+        assert re.match(rf"# {path.name[:2]} .+\n\n> .+\?\n", nb.cells[0].source) and "CPU minute" in nb.cells[0].source
+
+    def test_colab_comes_from_settings(self, path):
+        nb, again = books.read_book(path), books.apply_settings(books.read_book(path), path.name)
+        assert [c.source for c in nb.cells] == [c.source for c in again.cells]
+        assert f"github/{SETTINGS['user']}/{SETTINGS['repo']}/blob/{SETTINGS['branch']}/nbs/{path.name}" in nb.cells[0].source
+        install = next(c.source for c in nb.cells if "colab" in books.directives(c))
+        assert SETTINGS["user"] in install and not re.search(r"\b(torch|numpy)\b", install) and install.count("pip") == 1
+
+    def test_outputs_are_committed_and_clean(self, path):
+        nb = books.read_book(path)
+        assert path.stat().st_size < 1_000_000
+        for cell in nb.cells:
+            for out in cell.get("outputs", []):
+                assert out.output_type != "error" and out.get("name") != "stderr" and out.get("execution_count") is None
+                assert "❌" not in str(out.get("data", {}).get("text/plain", ""))
+        shown = sum(bool(c.get("outputs")) for c in nb.cells)
+        assert shown > 15, "the chapter is committed without its outputs"
+
+    def test_every_picture_has_alt_text(self, path):
+        for cell in books.read_book(path).cells:
+            for out in cell.get("outputs", []):
+                if "image/png" in out.get("data", {}): assert len(out["data"]["text/plain"]) > 20 and "Figure(" not in out["data"]["text/plain"]
+
+    def test_no_cell_is_an_asserting_test_nor_touches_hooks(self, path):
+        for cell in books.read_book(path).cells:
+            if cell.cell_type != "code": continue
+            assert not re.match(r"(\s*assert[^\n]*\n?)+$", cell.source)
+            if path.name[:2] != "00": assert "register_forward" not in cell.source
+
+
+@pytest.mark.parametrize("number", CLAIMS)
+def test_the_claims_are_there_and_hold(number):
+    kept = claims(number)
+    assert set(CLAIMS[number]) <= set(kept)
+    for name, c in kept.items():
+        assert {"value", "values", "interval", "unit", "at_least", "at_most", "tolerance", "paper", "context", "control", "note"} == set(c)
+        assert c["value"] == pytest.approx(sum(c["values"]) / len(c["values"])) and c["tolerance"] >= max(c["values"]) - min(c["values"]) - 1e-12
+        assert (c["at_least"] is None or c["value"] >= c["at_least"]) and (c["at_most"] is None or c["value"] <= c["at_most"]), name
+
+
+def test_the_issues_bounds_stand_in_the_claims():
+    "What the project set out to reach, beside what the chapters enforce: no claim may be looser."
+    want = {"01": {"fsm.state_accuracy": ("at_least", .97), "fsm.legal_mass": ("at_least", .97), "fsm.loss": ("at_most", 1.19)},
+            "03": {"states.state_accuracy": ("at_least", .97), "states.code_precision": ("at_least", .98), "states.codeset_f1": ("at_least", .99), "states.dead_share": ("at_most", .05), "states.jsd_all": ("at_most", .05)}}
+    for number, bounds in want.items():
+        for name, (kind, bound) in bounds.items():
+            enforced = claims(number)[name][kind]
+            assert enforced >= bound if kind == "at_least" else enforced <= bound, name
+    three = claims("03")
+    assert all(len(three[n]["values"]) == 3 for n in ("states.state_accuracy", "states.code_precision", "states.jsd_all", "states.neuron_precision"))
+
+
+def test_data_is_small(): assert sum(p.stat().st_size for p in tracked() if p.is_relative_to(ROOT / "data")) < 5e6
+
+
+def test_no_machines_path_and_no_pickle():
+    here = [str(ROOT.parent) + "/", str(Path.home()) + "/"]
+    for path in tracked():
+        assert path.suffix not in (".pt", ".pkl", ".bin", ".pth"), path
+        if path.suffix in (".safetensors", ".png"): continue
+        text = path.read_text(encoding="utf-8")
+        assert not any(h in text for h in here), f"{path} holds a path of this machine"
+
+
+def test_the_library_is_exported_not_written():
+    for path in (ROOT / "codebook_tutorial").rglob("*.py"):
+        text = path.read_text()
+        assert path.name == "__init__.py" or "autogenerated" in text.lower()
+        assert "pickle" not in text and not re.search(r"torch\.(save|load)\(", text)
+
+
+def test_modules_import_only_from_earlier_rows():
+    order = ["core", "show", "sites", "fsm", "dictionary", "kmeans", "codebook", "states"]
+    for i, name in enumerate(order):
+        used = re.findall(r"^from \.(\w+)|^from codebook_tutorial\.(\w+)", (ROOT / "codebook_tutorial" / f"{name}.py").read_text(), re.M)
+        assert {a or b for a, b in used} <= set(order[:i]), f"{name} imports {used}"
+
+
+def test_only_show_writes_html():
+    for path in (ROOT / "codebook_tutorial").glob("*.py"):
+        if path.name not in ("show.py", "_modidx.py"): assert not re.search(r"<(div|span|table|td)\b", path.read_text()), path
+
+
+def test_public_names_have_a_docstring():
+    import importlib, inspect
+    for path in (ROOT / "codebook_tutorial").glob("[a-z]*.py"):
+        module = importlib.import_module(f"codebook_tutorial.{path.stem}")
+        for name in module.__all__:
+            thing = getattr(module, name)
+            if inspect.isclass(thing) or inspect.isfunction(thing): assert thing.__doc__, f"{path.stem}.{name} has no docstring"
+
+
+def test_importing_downloads_nothing_and_leaves_heavy_imports_out():
+    code = "import sys, codebook_tutorial.core, codebook_tutorial.sites, codebook_tutorial.fsm, codebook_tutorial.codebook, codebook_tutorial.states; print('transformers' in sys.modules, 'datasets' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split() == ["False", "False"]

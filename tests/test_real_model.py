@@ -1,0 +1,87 @@
+"""A real pretrained language model on real text: codebooks that begin from data lose some loss, 100 steps of finetuning win most of it back."""
+import json, os
+from pathlib import Path
+import pytest, torch
+from codebook_tutorial.codebook import CodebookModel, add_codebooks
+from codebook_tutorial.core import seeded
+from codebook_tutorial.sites import capture, intervene, sites
+
+SHARED = Path(os.environ.get("COURSE_SHARED") or Path(__file__).resolve().parents[2] / "shared")
+MODEL = Path(os.environ.get("COURSE_MODEL") or SHARED / "models" / "stories260K")
+TEXT = SHARED / "text" / "tinystories.json"
+pytestmark = [pytest.mark.real, pytest.mark.skipif(not (MODEL.exists() and TEXT.exists()), reason=f"no real model and text at {MODEL} and {TEXT}; set COURSE_SHARED")]
+
+
+@pytest.fixture(scope="module")
+def text():
+    "Token ids [documents, 128] of the real text, cut to one length; the last 64 are held out."
+    from transformers import AutoTokenizer
+    tok = AutoTokenizer.from_pretrained(MODEL)
+    start = [tok.bos_token_id] if tok.bos_token_id is not None else []
+    ids = [start + tok(story, add_special_tokens=False)["input_ids"] for story in json.loads(TEXT.read_text())]
+    rows = torch.tensor([i[:128] for i in ids if len(i) >= 128])
+    assert len(rows) > 300
+    return rows[:-64], rows[-64:]
+
+
+def load():
+    from transformers import AutoModelForCausalLM
+    return AutoModelForCausalLM.from_pretrained(MODEL, dtype=torch.float32).eval()
+
+
+@torch.no_grad()
+def loss_of(model, ids): return sum(model(input_ids=part, labels=part).loss.item() for part in ids.split(16)) / len(ids.split(16))
+
+
+def finetune(cb, train, steps=100, batch=8):
+    "Language-model loss + reconstruction loss; every weight by AdamW, the codes by moving averages."
+    opt = torch.optim.AdamW(cb.param_groups(lr=1e-3))
+    cb.train()
+    for _ in range(steps):
+        ids = train[torch.randint(len(train), (batch,), generator=finetune.draw)]
+        loss = cb(input_ids=ids, labels=ids).loss + .02 * cb.recon_loss()
+        opt.zero_grad(); loss.backward()
+        torch.nn.utils.clip_grad_norm_(cb.parameters(), 1.)
+        opt.step(); cb.step()
+    return cb.eval()
+
+
+def test_codebooks_on_a_real_language_model(text, tmp_path):
+    train, held_out = text
+    model, finetune.draw = load(), seeded(0)
+    own = loss_of(model, held_out)
+    cb = add_codebooks(model, ["heads.*", "mlp.*"], n_codes=256, k=4, select="residual", learn="ema", commitment=.25).eval()
+    random = loss_of(cb, held_out)
+    cb.init_from_data([train[:160]], generator=seeded(0))
+    untrained = loss_of(cb, held_out)
+    cb.reset_counts()
+    trained = loss_of(finetune(cb, train), held_out)
+    print(f"\nheld-out loss: own {own:.3f}, random codes {random:.3f}, codes from data {untrained:.3f}, after 100 steps {trained:.3f}")
+    assert own < trained < untrained < random
+    assert trained - own < .75 * (untrained - own)          # wins back a good part, does not merely differ
+    assert cb.dead_share() < .2
+    cb.save_pretrained(tmp_path)
+    again = CodebookModel.from_pretrained(tmp_path)
+    assert torch.equal(again(held_out[:4]).logits, cb(held_out[:4]).logits)
+
+
+def test_generation_under_codebooks_and_interventions(text):
+    _, held_out = text
+    cb = add_codebooks(load(), "mlp.*", n_codes=64).eval().init_from_data(text[0][:40], generator=seeded(0))
+    prompt = held_out[:2, :8]
+    def fn(ids): ids[:] = 3; return ids
+    options = dict(max_new_tokens=12, min_new_tokens=12, do_sample=False, pad_token_id=0)
+    plain = cb.generate(prompt, **options)
+    with cb.edit_codes({"mlp.1": fn}), capture(cb, "mlp.1") as acts: edited = cb.generate(prompt, **options)
+    assert acts["mlp.1"].shape[1] == 8 + 12 - 1
+    assert torch.allclose(acts["mlp.1"], cb.codebooks["mlp.1"].weight[0, 3].expand_as(acts["mlp.1"]), atol=1e-6)    # what flows on is the code that was written
+    assert not torch.equal(plain, edited)
+    assert torch.equal(plain, cb.generate(prompt, **options))
+
+
+def test_sites_on_the_real_model(text):
+    model, ids = load(), text[1][:2]
+    before = model(ids).logits
+    with intervene(model, {s: (lambda x: x.clone()) for s in sites(model)}): assert torch.equal(model(ids).logits, before)
+    with capture(model, "*") as acts, torch.no_grad(): hidden = model(ids, output_hidden_states=True).hidden_states
+    assert torch.equal(acts["resid.0"], hidden[1])
