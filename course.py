@@ -48,6 +48,15 @@ def install():
                  "proxy,\nset PIP_INDEX_URL or PIP_FIND_LINKS to where packages are and call the same command again: it starts afresh.")
 
 
+def set_aside():
+    "Move an old `.venv` away whole, then delete it: one that is in use is left as it is."
+    old = VENV.with_name(".venv.old")
+    shutil.rmtree(old, ignore_errors=True)
+    try: VENV.rename(old)
+    except OSError as e: sys.exit(f"{VENV} cannot be replaced ({e}).\nClose JupyterLab and whatever else runs from it, then call this command again.")
+    shutil.rmtree(old, ignore_errors=True)
+
+
 def ensure_env():
     "Make `.venv` when it is missing, half made or out of date."
     stamp = fingerprint()
@@ -56,7 +65,7 @@ def ensure_env():
         sys.exit(f"{VENV} exists but was not made by course.py, so it is left alone.\nRename or delete it, then call this command again.")
     why = "half made" if MAKING.exists() else "out of date" if STAMP.exists() else "missing"
     print(f".venv is {why}: making it (once; about 2 GB, a minute or so) ...", flush=True)
-    if VENV.exists(): shutil.rmtree(VENV)
+    if VENV.exists(): set_aside()
     VENV.mkdir(); MAKING.touch()
     try: venv.EnvBuilder(with_pip=True).create(VENV)
     except subprocess.CalledProcessError as e:
@@ -101,7 +110,10 @@ def main(argv):
         print(f"course.py {args.verb}: {LATER[args.verb]} will come with a later version.", file=sys.stderr)
         return 2
     if args.verb == "test": return call("-m", "pytest", *rest)
-    if args.verb == "lab": return call("-m", "jupyter", "lab", "--notebook-dir", "nbs", *rest)
+    if args.verb == "lab":
+        elsewhere = any(a.startswith("--notebook-dir") or "root_dir" in a for a in rest)
+        return call("-m", "jupyter", "lab", *([] if elsewhere else ["--notebook-dir", "nbs"]), *rest)
+    if args.verb == "learner": argv = [os.path.abspath(os.path.expanduser(a)) if a == args.folder else a for a in argv]     # books.py runs at the root
     return call("tools/books.py", *argv)
 
 

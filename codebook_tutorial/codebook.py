@@ -145,7 +145,8 @@ def init_from(self: Codebook, x, iters: int = 10, generator=None):      # x [..,
             left = part - coarse[nearest(part, coarse, cosine=False)[:, 0]]
             codes.copy_(torch.cat([coarse, kmeans(left, n // 2, iters, cosine=False, generator=generator)]))
         else: codes.copy_(kmeans(part, n, iters, self.select == "cosine", generator) * self.share)
-    if self.learn == "ema": self.size.fill_(1.); self.total.copy_(self.weight)
+    if self.learn == "ema": self.size.fill_(1.); self.total.copy_(self.weight); self.new.zero_()
+    self.reset_counts()
     return self
 
 @patch
@@ -156,7 +157,8 @@ def step(self: Codebook, decay: float = .99):
     finite(self.new, "Codebook.step")
     self.size.mul_(decay).add_(self.new[..., -1], alpha=1 - decay)
     self.total.mul_(decay).add_(self.new[..., :-1], alpha=1 - decay)
-    self.weight.copy_(self.total / self.size[..., None].clamp(min=1e-6))
+    size = self.size[..., None]
+    self.weight.copy_(torch.where(size > 1e-3, self.total / size.clamp(min=1e-3), self.weight))       # a code long unused stays where it is
     self.new.zero_()
 
 # %% ../nbs/02_codebook.ipynb #c02-53
@@ -201,7 +203,10 @@ class CodebookModel(nn.Module):
         super().__init__()
         self.model, self.active, self.edits, self.ids, self.recon = model, True, {}, {}, {}
         self._books = nn.ModuleDict({site.replace(".", "_"): book for site, book in codebooks.items()})     # a module's name has no dot
+        if old := model.__dict__.get("_codebook_model"): old.remove()                  # a cell run twice must not stack them
+        object.__setattr__(model, "_codebook_model", self)                             # not as a submodule
         self._handles = [attach(model, site, partial(self._bottleneck, site)) for site in codebooks]
+        self.train(model.training)
 
     codebooks = property(lambda self: {name.replace("_", "."): book for name, book in self._books.items()})
     base_model = property(lambda self: self.model.base_model)
@@ -215,14 +220,16 @@ class CodebookModel(nn.Module):
 
     def forward(self, *args, **kw): return self.model(*args, **kw)
     def generate(self, *args, **kw): return self.model.generate(*args, **kw)
+    def __getstate__(self): return {**self.__dict__, "ids": {}, "recon": {}}           # a copy does not take the last pass along
 
     def remove(self):
         "Take the codebooks out of the model for good."
         while self._handles: self._handles.pop().remove()
+        if self.model.__dict__.get("_codebook_model") is self: del self.model._codebook_model
 
 # %% ../nbs/02_codebook.ipynb #c02-58
 def add_codebooks(model, sites, n_codes: int, k: int = 1, groups: int | None = None, **kw) -> CodebookModel:
-    "Put a trainable codebook at each site (patterns allowed); groups=None: one book a head at `heads.*`, one elsewhere; kw as in Codebook."
+    "Put a trainable codebook at each site (patterns allowed), in place of any there; groups=None: one book a head at `heads.*`, one elsewhere; kw as in Codebook."
     heads = getattr(model.config, "num_attention_heads", 1)
     books = {site: Codebook(d, n_codes, k, (heads if site.startswith("heads") else 1) if groups is None else groups, **kw)
              for site, d in site_dims(model, sites).items()}
@@ -230,7 +237,9 @@ def add_codebooks(model, sites, n_codes: int, k: int = 1, groups: int | None = N
 
 def _like(book, model):
     first = next(model.parameters())
-    return book.to(first.device, first.dtype)
+    book.to(first.device, first.dtype)
+    if book.learn == "ema": book.size, book.total, book.new = book.size.float(), book.total.float(), book.new.float()     # averages need more digits than bf16 has
+    return book
 
 # %% ../nbs/02_codebook.ipynb #c02-60
 @patch
@@ -251,6 +260,7 @@ def edit_codes(self: CodebookModel, edits: dict):      # {site or pattern: fn}; 
 def bypass(self: CodebookModel):
     "While the block runs, the codebooks stand aside: the model as it is without them."
     was, self.active = self.active, False
+    self.ids.clear(); self.recon.clear()
     try: yield self
     finally: self.active = was
 

@@ -88,6 +88,7 @@ def claim(name: str,            # "module.finding"
     if not values and not note: raise ValueError(f"claim {name}: no value came; expected numbers, or None with a note that says why")
     if not np.isfinite(values).all(): raise ValueError(f"claim {name}: expected finite numbers, got {values}")
     value, spread = (float(np.mean(values)) if values else None), float(np.ptp(values)) if values else 0.
+    if unit == "share" and any(not 0 <= v <= 1 for v in values): raise ValueError(f"claim {name}: a share lies between 0 and 1, got {values}")
     low, high = (0., 1.) if unit == "share" else (-math.inf, math.inf)
     entry = dict(value=value, values=values, interval=_interval(values, low, high), unit=unit, at_least=at_least, at_most=at_most,
                  tolerance=max(spread, .02 * abs(value or 0) if tolerance is None else tolerance), paper=paper, context=context or {},

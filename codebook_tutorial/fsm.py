@@ -6,7 +6,7 @@ Docs: https://codebook-tutorial.github.io/codebook_tutorial/fsm.html.md"""
 
 # %% auto #0
 __all__ = ['TokFSM', 'bayes', 'fsm_model', 'init_weights', 'train_fsm', 'state_labels', 'generate_walks', 'legal_steps',
-           'state_accuracy', 'next_state_probs', 'legal_mass', 'best_f1', 'detector_scores']
+           'drop_first_digit', 'state_accuracy', 'next_state_probs', 'legal_mass', 'best_f1', 'detector_scores']
 
 # %% ../nbs/01_fsm.ipynb #c01-6
 import math
@@ -69,8 +69,9 @@ def fsm_model(d_model: int = 64, n_layers: int = 2, n_heads: int = 4, half_turn:
     config = GPTNeoXConfig(vocab_size=TokFSM.vocab_size, hidden_size=d_model, num_hidden_layers=n_layers, num_attention_heads=n_heads,
                            intermediate_size=4 * d_model, max_position_embeddings=2048, rope_parameters=rope, use_parallel_residual=False,
                            bos_token_id=TokFSM.bos, eos_token_id=None)
-    torch.manual_seed(seed)
-    return init_weights(GPTNeoXForCausalLM(config))
+    with torch.random.fork_rng():                  # the caller's stream of random numbers goes on as if nothing had happened
+        torch.manual_seed(seed)
+        return init_weights(GPTNeoXForCausalLM(config))
 
 def init_weights(model):
     "N(0, 0.7 / sqrt(inputs)); what writes to the stream smaller by sqrt(2 layers); embedding 0.25, head 0.02."
@@ -108,10 +109,11 @@ def state_labels(ids):     # [n, length] -> [n, length]
 
 def generate_walks(model, n: int, length: int = 128, seed: int = 0):
     "Let the model write n sequences from BOS at temperature 1, with its KV cache: ids [n, length]."
-    torch.manual_seed(seed)
     start = torch.full((n, 1), TokFSM.bos, device=next(model.parameters()).device)
-    return model.generate(start, attention_mask=torch.ones_like(start), do_sample=True, top_k=0, min_new_tokens=length - 1, max_new_tokens=length - 1,
-                          pad_token_id=TokFSM.bos)
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        return model.generate(start, attention_mask=torch.ones_like(start), do_sample=True, top_k=0, min_new_tokens=length - 1,
+                              max_new_tokens=length - 1, pad_token_id=TokFSM.bos)
 
 # %% ../nbs/01_fsm.ipynb #c01-34
 def legal_steps(ids, fsm: TokFSM):       # [n, length] -> [n, steps]
@@ -121,6 +123,10 @@ def legal_steps(ids, fsm: TokFSM):       # [n, length] -> [n, steps]
     fine = (ids[:, 1:-1:2] < 10) & (ids[:, 2::2] < 10) & (states < fsm.n_states)
     states = states.clamp(max=fsm.n_states - 1)
     return fsm.legal[states[:, :-1], states[:, 1:]] * fine[:, :-1] * fine[:, 1:]
+
+def drop_first_digit(ids):               # [n, length] -> [n, length - 1]
+    "The same text read one digit late: pairs of digits fall off the beat."
+    return torch.cat([ids[:, :1], ids[:, 2:]], 1)
 
 def state_accuracy(model, fsm: TokFSM, n: int = 100, length: int = 128, seed: int = 0) -> float:
     "Share of legal steps in sequences that the model writes (the paper's metric)."
@@ -165,6 +171,7 @@ def best_f1(acts, labels, n_states: int = 100):       # acts [N, n], labels [N] 
     for j, unit in enumerate(acts.T):
         values, order = unit.sort(descending=True)
         f1 = 2 * truth[order].cumsum(0) / (rank + total)                           # if the top `rank` positions fire
+        f1[:-1][values[1:] == values[:-1]] = -1                                    # no threshold cuts between equal values
         scores[j], where = f1.max(0)
         thresholds[j] = values[where]
     return scores, thresholds

@@ -119,14 +119,15 @@ def capture(model,
             names: str | list[str],    # sites or patterns
             grad: bool = False):       # keep the autograd graph?
     "While the block runs, read {site: activation [batch, seq, d]} of the last pass; the steps of `generate` are joined along seq."
-    found, acts = match_sites(model, names), {}
+    found, acts, offset = match_sites(model, names), {}, 0
     def keep(site, x):
         x = x if grad else x.detach()
         acts[site] = torch.cat([acts[site], x], 1) if site in acts else x
     def begin(module, args, kwargs):
-        past = kwargs.get("past_key_values")
+        nonlocal offset
+        past = 0 if kwargs.get("past_key_values") is None else kwargs["past_key_values"].get_seq_length()
         done = max((x.shape[1] for x in acts.values()), default=0)
-        if past is None or past.get_seq_length() != done: acts.clear()        # not the next step of what we hold
+        if past == 0 or past != offset + done: offset = past; acts.clear()    # not the next step of what we hold
         while handles: handles.pop().remove()
         handles.extend(attach(model, site, partial(keep, site)) for site in found)     # again, so that they stand last
     handles = []
