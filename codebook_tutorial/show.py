@@ -105,9 +105,10 @@ def strip(tokens: list,       # the text, one string a token
 def table(rows: list[dict],   # one dict a row, the same keys
           title: str = "", digits: int = 3) -> Html:
     "Rows as a table: numbers rounded, text escaped, missing values as a dash."
-    fmt = lambda v: "–" if v is None else f"{v:,.{digits}f}" if isinstance(v, float) else escape(v)
+    fmt = lambda v: "–" if v is None else f"{v:,.{digits}f}" if isinstance(v, float) else str(v)
     keys = list(rows[0])
+    cells = [[fmt(r.get(k)) for k in keys] for r in rows]
     head = "".join(f"<th>{escape(k)}</th>" for k in keys)
-    body = "".join("<tr>" + "".join(f"<td>{fmt(r.get(k))}</td>" for k in keys) + "</tr>" for r in rows)
-    words = "\n".join([title, " | ".join(map(str, keys))] + [" | ".join(str(fmt(r.get(k))) for k in keys) for r in rows])
+    body = "".join("<tr>" + "".join(f"<td>{escape(c)}</td>" for c in row) + "</tr>" for row in cells)
+    words = "\n".join([title, " | ".join(map(str, keys))] + [" | ".join(row) for row in cells])
     return Html(f"<table><caption>{escape(title)}</caption><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>", words)

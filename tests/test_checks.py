@@ -21,13 +21,13 @@ CASES = {
     "zero_last": (lambda x: torch.cat([x[:, :-1], x[:, -1:] * 0], 1), [lambda x: x * 0, lambda x: torch.cat([x[:, :1] * 0, x[:, 1:]], 1), lambda x: x[:, :-1], lambda x: x.__setitem__((slice(None), -1), 0) or x], "every position"),
     "keep_head": (lambda x, h, n: x * (torch.arange(x.shape[-1]) // (x.shape[-1] // n) == h), [lambda x, h, n: x * (torch.arange(x.shape[-1]) % n == h), lambda x, h, n: x * (torch.arange(x.shape[-1]) // (x.shape[-1] // n) != h), lambda x, h, n: x.unflatten(-1, (n, -1))[..., h, :]], "interleaved"),
     "moved_share": (lambda p, a, b: (jsd(a, b).mean() - jsd(p, b).mean()) / jsd(a, b).mean(), [lambda p, a, b: jsd(p, b).mean() / jsd(a, b).mean(), lambda p, a, b: (1 - jsd(p, b) / jsd(a, b)).mean(), lambda p, a, b: 1 - jsd(p, a).mean() / jsd(a, b).mean()], "left"),
-    "answer_00_4": (raw("b"), [raw("a"), raw("c"), raw("z")], "resid.0"),
+    "answer_00_4": (raw("b"), [raw("a"), raw("c"), raw("z")], "untrained"),
     "adder": (lambda v, s: lambda x: x + s * F.normalize(v, dim=0) * x.norm(dim=-1)[..., None], [lambda v, s: lambda x: x + s * v, lambda v, s: lambda x: x + s * v / v.norm(), lambda v, s: lambda x: x + s * x.norm(dim=-1, keepdim=True) * v], "scale times v"),
     "share_legal": (lambda s, fsm: sum(fsm.legal[a, b] for row in s.tolist() for a, b in zip(row, row[1:])) / s[:, 1:].numel(), [lambda s, fsm: fsm.legal[s[:, 1:], s[:, :-1]].mean(), lambda s, fsm: fsm.legal[s[:, :-1], s[:, 1:]].sum(), lambda s, fsm: fsm.legal[s[:, :-1:2], s[:, 1::2]].mean()], "backwards"),
     "first_digit_loss": (lambda fsm, s: entropy(tens(fsm, s)), [lambda fsm, s: entropy(tens(fsm, s)) / torch.tensor(2.).log(), lambda fsm, s: torch.tensor(10.).log(), lambda fsm, s: entropy(torch.bincount(fsm.successors[s] % 10, minlength=10) / 10)], "bits"),
     "f1_score": (f1_by_parts, [lambda f, t: (f & t).sum() / f.sum(), lambda f, t: (f == t).float().mean(), lambda f, t: (f & t).sum() / (f | t).sum()], "precision alone"),
     "state_mass": (lambda a, b, legal: sum(a[s // 10] * b[s // 10, s % 10] for s in range(100) if legal[s]), [lambda a, b, legal: (b.flatten() * legal).sum(), lambda a, b, legal: ((a[:, None] * b).T.flatten() * legal).sum(), lambda a, b, legal: ((a[None] * b).flatten() * legal).sum()], r"left out P\(first digit\)"),
-    "answer_01_5": (raw("a"), [raw("b"), raw("c"), raw(None)], "how often"),
+    "answer_01_5": (raw("a"), [raw("b"), raw("c"), raw(None)], "drawn alike"),
     "bigram_mass": (lambda fsm: sum((fsm.legal[s] * torch.stack([fsm.legal[t] / 10 for t in range(100) if t % 10 == s % 10]).mean(0)).sum() for s in range(100)) / 100,
                     [lambda fsm: torch.tensor(.1), lambda fsm: torch.tensor(1.), lambda fsm: (fsm.legal.view(10, 10, 100) * (fsm.legal / 10).view(10, 10, 100).mean(1, keepdim=True)).sum(-1).mean()], "nothing at all|knows the state|forgot the second"),
     "choose_codes": (lambda x, c, k: torch.stack([torch.tensor(sorted(range(len(c)), key=lambda j: -F.cosine_similarity(row, c[j], dim=0))[:k]) for row in x]), [lambda x, c, k: (x @ c.T).topk(k).indices, cdist_ids, lambda x, c, k: F.cosine_similarity(x[:, None], c[None], dim=-1).topk(k, largest=False).indices], "long codes win"),
@@ -35,7 +35,7 @@ CASES = {
     "pass_through": (lambda x, out: x - x.detach() + out, [lambda x, out: out, lambda x, out: x + (out - x).detach(), lambda x, out: out + x], "nothing reaches x"),
     "dead_share": (lambda ids, n: sum(c not in set(ids.flatten().tolist()) for c in range(n)) / n, [lambda ids, n: len(ids.unique()) / n, lambda ids, n: n - len(ids.unique()), lambda ids, n: 1 - len(ids[:, 0].unique()) / n], r"\*is\* used"),
     "residual_ids": (lambda x, c, k: torch.stack((lambda r: [(lambda i: (i, r.__setitem__(0, r[0] - c[i]))[0])(((r[0][:, None] - c) ** 2).sum(-1).argmin(-1)) for _ in range(k)])([x]), -1), [cdist_ids, lambda x, c, k: torch.cdist(x, c).argmin(-1)[:, None].expand(-1, k), lambda x, c, k: (x @ c.T).topk(k).indices], "what is \\*left\\*|same code three times"),
-    "answer_02_6": (raw("a"), [raw("b"), raw("c"), raw(3)], "fresh walks"),
+    "answer_02_6": (raw("a"), [raw("b"), raw("c"), raw(3)], "mean predictor has 1"),
     "bits": (lambda counts: torch.distributions.Categorical(probs=counts / counts.sum()).entropy() / torch.tensor(2.).log(), [lambda c: entropy(c / c.sum()), lambda c: torch.tensor(float(len(c))).log2(), lambda c: torch.tensor(float((c > 0).sum())).log2()], "nats"),
     "majority": (lambda t: torch.tensor([row.argmax() if row.sum() else -1 for row in t]), [lambda t: t.argmax(1), lambda t: t.argmax(0), lambda t: t.max(1).values], "never used"),
     "held_out_precision": (lambda codes, labels, n: sum((lambda seen: bool(seen) and max(range(6), key=lambda s: seen.count(s)) == y)([b for a, b in zip(codes[:200].tolist(), labels[:200].tolist()) if a == x]) for x, y in zip(codes[200:].tolist(), labels[200:].tolist())) / 200,
@@ -109,3 +109,10 @@ class TestExercise:
         def broken(*a): raise ZeroDivisionError("oh")
         verdict = eval(call, {**space, name: broken})
         assert not verdict and "ZeroDivisionError: oh" in verdict.message
+
+
+@pytest.mark.parametrize("answer", ["abc", [1, "a"], (torch.zeros(2), torch.ones(3)), {"a": 1}, object()])
+def test_an_answer_of_the_wrong_kind_is_a_verdict(answer):
+    from codebook_tutorial.checks.core import check, check_choice
+    for verdict in (check(lambda: answer, torch.zeros(2)), check(lambda: answer, .5), check_choice(lambda: answer, "z", "yes", {"b": "no"})):
+        assert not verdict and verdict.message

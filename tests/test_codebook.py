@@ -422,3 +422,53 @@ def test_accumulated_gradients_are_those_of_the_big_batch(base):
     torch.manual_seed(0); whole = grads([IDS])
     torch.manual_seed(0); cut = grads(IDS.split(2))
     assert all(torch.allclose(a, b, atol=1e-6) for a, b in zip(whole, cut, strict=True))
+
+
+# ---- what a review found ---------------------------------------------------------------------------------------------
+def test_codebooks_put_twice_do_not_stack(base):
+    first = with_codebooks(base)
+    again = with_codebooks(base)
+    with capture(again, "mlp.0") as acts, torch.no_grad(): again(IDS)
+    assert torch.allclose(acts["mlp.0"], again.codebooks["mlp.0"].decode_ids(again.ids["mlp.0"]), atol=1e-6) and not first._handles
+    assert sum(len(m._forward_hooks) + len(m._forward_pre_hooks) for m in base.modules()) == 4
+    again.remove()
+    assert "_codebook_model" not in base.__dict__
+
+
+def test_training_mode_is_the_models(base):
+    assert not add_codebooks(base.eval(), "mlp.0", 5).training and add_codebooks(base.train(), "mlp.0", 5).training
+
+
+def test_moving_averages_keep_their_digits_in_bf16(base):
+    book = add_codebooks(base.bfloat16(), "mlp.0", 1, learn="ema").train().codebooks["mlp.0"]
+    assert book.weight.dtype == torch.bfloat16 and book.size.dtype == book.total.dtype == book.new.dtype == torch.float32
+    book.weight.data.fill_(1.); book.total.fill_(1.)
+    for _ in range(600): book(torch.full((64, 32), 1.25, dtype=torch.bfloat16)); book.step()
+    assert book.weight.float().mean() == pytest.approx(1.25, abs=.01)
+
+
+def test_unused_codes_stay_where_they_are():
+    book = layer(n_codes=2, k=1, learn="ema").train()
+    book.weight.data[0, 1] = -100 * X.mean((0, 1)).sign(); book.total.copy_(book.weight)
+    x = book.weight.detach()[0, 0].expand(64, 16).clone()
+    before = book.weight[0, 1].clone()
+    for _ in range(1500): book(x); book.step()
+    assert torch.allclose(book.weight[0, 1], before, rtol=1e-2)
+
+
+def test_beginning_from_data_forgets_what_was_seen_before():
+    book = layer(learn="ema", k=1).train()
+    for _ in range(3): book(X + 40)
+    book.init_from(X, generator=seeded(0))
+    before = book.weight.clone()
+    book.step()
+    assert torch.allclose(book.weight, before, atol=1e-5) and book.counts.sum() == 0
+
+
+def test_bypass_leaves_no_stale_codes_and_copies_work_after_a_pass(base):
+    cb = with_codebooks(base)
+    cb(IDS)
+    copy.deepcopy(cb)
+    with cb.bypass():
+        cb(IDS)
+        assert not cb.ids and not cb.recon and cb.recon_loss() == 0

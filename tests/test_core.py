@@ -98,3 +98,7 @@ def test_every_picture_needs_alt_text():
     shown = show.bars({"a": [1, 2], "b": 3}, "t", "y", alt="two bars", lines={"chance": .5})
     assert repr(shown) == "two bars" and shown._repr_png_()[:4] == b"\x89PNG"
     assert shown._repr_png_() == shown._repr_png_()                         # no time stamp inside
+
+
+def test_a_share_outside_0_and_1_is_no_share():
+    with pytest.raises(ValueError, match="a share lies between 0 and 1"): claim("x.share", [.5, 1.2])

@@ -178,3 +178,31 @@ def test_files_are_written_whole_or_not_at_all(tmp_path, monkeypatch):
     monkeypatch.setattr(Path, "replace", lambda *a: (_ for _ in ()).throw(OSError("disk full")))
     with pytest.raises(OSError): books.write_text(target, "new")
     assert target.read_text() == "old"
+
+
+@pytest.mark.parametrize("words,folder", [([], "nbs"), (["--notebook-dir", "mine"], None), (["--ServerApp.root_dir=mine"], None), (["--no-browser"], "nbs")])
+def test_lab_opens_one_folder(words, folder, monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT))
+    import course as module
+    monkeypatch.setattr(module, "call", lambda *a: a)
+    got = module.main(["lab", *words])
+    assert got[-len(words):] == tuple(words) if words else True
+    assert ("nbs" in got) == (folder == "nbs") and sum(str(a).startswith("--notebook-dir") for a in got) <= 1
+
+
+def test_learner_folder_is_the_callers(monkeypatch, tmp_path):
+    monkeypatch.syspath_prepend(str(ROOT))
+    import course as module
+    monkeypatch.setattr(module, "call", lambda *a: a)
+    monkeypatch.chdir(tmp_path)
+    assert module.main(["learner", "mine", "--force"]) == ("tools/books.py", "learner", str(tmp_path / "mine"), "--force")
+
+
+def test_a_venv_in_use_is_left_whole(bare, monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT))
+    import course as module
+    monkeypatch.setattr(module, "VENV", bare / ".venv")
+    (bare / ".venv").mkdir(); (bare / ".venv" / "python").touch()
+    monkeypatch.setattr(Path, "rename", lambda *a: (_ for _ in ()).throw(PermissionError("in use")))
+    with pytest.raises(SystemExit, match="cannot be replaced"): module.set_aside()
+    assert (bare / ".venv" / "python").exists()

@@ -5,7 +5,7 @@ import numpy as np, pytest, torch
 from torch import nn
 from transformers import AutoModelForCausalLM
 from codebook_tutorial.core import data_path, seeded
-from codebook_tutorial.fsm import (TokFSM, bayes, best_f1, detector_scores, fsm_model, generate_walks, legal_mass, next_state_probs, state_accuracy, state_labels,
+from codebook_tutorial.fsm import (TokFSM, bayes, best_f1, detector_scores, drop_first_digit, fsm_model, generate_walks, legal_mass, legal_steps, next_state_probs, state_accuracy, state_labels,
                                    train_fsm)
 
 
@@ -171,3 +171,23 @@ def test_detector_scores_by_hand():
     fires = torch.tensor([[1, 0], [1, 0], [0, 0], [1, 1]]).bool()
     precision, recall, f1 = detector_scores(fires, torch.tensor([0, -1, 0, 1]), 2)
     assert precision.tolist() == pytest.approx([1 / 3, 1]) and recall.tolist() == pytest.approx([1 / 2, 1]) and f1.tolist() == pytest.approx([.4, 1])
+
+
+def test_no_threshold_cuts_between_equal_activations():
+    acts, labels = torch.ones(16, 1), torch.cat([torch.zeros(8), torch.ones(8)]).long()
+    scores, thresholds = best_f1(acts, labels, 2)
+    assert scores[0].tolist() == pytest.approx([2 / 3, 2 / 3]) and (thresholds == 1).all()
+
+
+def test_measuring_does_not_disturb_the_stream_of_random_numbers():
+    model = fsm_model(d_model=32, n_layers=1, n_heads=2)
+    torch.manual_seed(1); want = torch.rand(3)
+    torch.manual_seed(1); fsm_model(d_model=32, n_layers=1, n_heads=2, seed=9); generate_walks(model, 2, 8)
+    assert torch.equal(torch.rand(3), want)
+
+
+def test_off_the_beat(fsm):
+    ids = fsm.sample(50, 64, seeded(0))
+    late = torch.cat([ids[:, :1], torch.randint(10, (50, 1), generator=seeded(1)), ids[:, 1:]], 1)      # a digit too many: all pairs are shifted
+    assert torch.equal(drop_first_digit(late), ids)
+    assert legal_steps(late, fsm).mean() < .2 and legal_steps(drop_first_digit(late), fsm).mean() == 1

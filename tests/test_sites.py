@@ -188,3 +188,11 @@ def test_transformer_lens_names(neox):
     assert to_transformer_lens("resid.3") == "blocks.3.hook_resid_post"
     assert all(from_transformer_lens(to_transformer_lens(s)) == s for s in sites(neox))
     with pytest.raises(ValueError, match="no site for 'blocks.0.hook_q'"): from_transformer_lens("blocks.0.hook_q")
+
+
+def test_steps_are_joined_when_the_cache_was_begun_outside(neox):
+    with torch.no_grad(): past = neox(IDS, use_cache=True).past_key_values
+    more = torch.cat([IDS, IDS[:, :1]], 1)
+    with capture(neox, "resid.0") as acts:
+        neox.generate(more, attention_mask=torch.ones_like(more), past_key_values=past, max_new_tokens=6, min_new_tokens=6, do_sample=False, pad_token_id=0)
+    assert acts["resid.0"].shape[1] == 6

@@ -4,7 +4,7 @@ from transformers import AutoModelForCausalLM
 from codebook_tutorial.codebook import add_codebooks
 from codebook_tutorial.core import data_path, seeded
 from codebook_tutorial.fsm import TokFSM, fsm_model, next_state_probs, state_labels
-from codebook_tutorial.states import (belief, code_scores, code_table, measure_beliefs, modal_codes, neuron_precision, owners, purity, random_codes, record,
+from codebook_tutorial.states import (belief, code_scores, code_table, feature_numbers, measure_beliefs, modal_codes, neuron_precision, owners, purity, random_codes, record,
                                       situation_labels, walks_to, write_state)
 
 FSM = TokFSM()
@@ -128,3 +128,20 @@ def test_all_codes_of_the_shipped_model_reach_the_floor_and_controls_do_not():
     cb = add_codebooks(base, ["heads.*", "mlp.*"], 300).eval().init_from_data(FSM.sample(100, 128, seeded(0)), iters=3, generator=seeded(0))
     got = measure_beliefs(cb, FSM, {"all": list(cb.codebooks)}, n=30)
     assert got["all"][1] < .2 and got["a third state's codes"][1] > .9 and got["random codes"][1] > .9 and got["floor: really in b"][1] < got["all"][1] + .05
+
+
+def test_walks_to_nowhere_are_refused():
+    with pytest.raises(ValueError, match=r"no walk of 4 states ends in \[10\]"): walks_to(TokFSM(100, 3, 1), torch.tensor([11, 10]))
+    many = torch.full((1000,), 7)
+    assert (state_labels(walks_to(FSM, many))[:, -1] == 7).all()              # more than the pool holds: some come twice, none elsewhere
+
+
+def test_the_same_id_in_two_heads_is_two_codes(cb):
+    numbers = feature_numbers(cb, record(cb, FSM.sample(4, 32, seeded(0))), "heads.0")
+    assert numbers.shape == (128, 2) and numbers[:, 0].max() < 40 <= numbers[:, 1].min()
+
+
+def test_scores_stay_scores_with_several_codes_a_position():
+    labels = torch.randint(5, (400,), generator=seeded(0))
+    got = code_scores(torch.stack([labels, labels + 5, labels], 1), labels, 10, 5)
+    assert all((got[k] == 1).all() for k in ("precision", "recall", "set_f1"))

@@ -246,6 +246,7 @@ def author(args):
 REPRODUCES = [
     ("TokFSM: state + digit triples", "01", "fsm.trigrams", "the paper's world and seed", "686"),
     ("A small GPT-NeoX learns the world: state accuracy", "01", "fsm.state_accuracy", "2 layers, d=64, half turn; paper 4 layers, d=128", "0.968"),
+    ("Sampled walks lose the beat: legal when read one digit late", "01", "fsm.off_beat", "standard rotary, short training; control: true walks", "not told"),
     ("With codes at every head and MLP, k=1: state accuracy", "03", "states.state_accuracy", "1000 codes from data, no training; paper 10,000 codes, trained", "0.637"),
     ("Dead codes", "03", "states.dead_share", "the same", "0.93 to 0.997"),
     ("A state's best code: precision", "03", "states.code_precision", "the same, held out", "0.971"),

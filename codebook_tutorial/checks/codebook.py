@@ -65,8 +65,8 @@ def check_residual_ids(residual_ids):
 # %% ../../nbs/02_codebook.ipynb #c02-105
 def check_answer_02_6(answer):
     "Exercise 02.6."
-    return check_choice(answer, "a", "yes: an average over tokens hides what happens in rare states", {
-        "b": "test states are fresh walks", "c": "it is exact up to the choice of walks, and the three models agree"})
+    return check_choice(answer, "a", "yes: one is variance at one place, the other the loss after ten books in a row", {
+        "b": "0 is perfect and the mean predictor has 1; the held-out values are what they are", "c": "that may be so, but nothing in the two tables separates rare from common states"})
 
 def check_bits(bits):
     "Exercise 02.7."

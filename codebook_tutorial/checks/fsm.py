@@ -52,7 +52,7 @@ def check_state_mass(state_mass):
 def check_answer_01_5(answer):
     "Exercise 01.5."
     return check_choice(answer, "a", "yes: the best of many lucky detectors is only lucky where it was chosen", {
-        "b": "shuffling keeps how often each label occurs; it only moves them", "c": "they are: activity does not depend on labels"})
+        "b": "the walks are drawn alike; states occur as often in both halves", "c": "the walks are drawn alike, and so are the activations"})
 
 def check_bigram_mass(bigram_mass):
     "Exercise 01.6."

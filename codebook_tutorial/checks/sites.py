@@ -44,8 +44,8 @@ def check_moved_share(moved_share):
 # %% ../../nbs/00_sites.ipynb #c00-130
 def check_answer_00_4(answer):
     "Exercise 00.4."
-    return check_choice(answer, "b", "yes: the stream is a sum, and half of the room stands in the token itself", {
-        "a": "then resid.0 could not hold the room either, and its bar says that it does", "c": "it is fine enough to see resid.0 move; look at which sites add what"})
+    return check_choice(answer, "b", "yes: a bar that could not have come out otherwise tells nothing about this model", {
+        "a": "an untrained model has the same bar; what could have come out otherwise?", "c": "it answers as walk b does, and b differs from pair to pair"})
 
 def check_adder(adder):
     "Exercise 00.5."
