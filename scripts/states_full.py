@@ -31,6 +31,11 @@ def paper_shape(folder, steps):
     return AutoModelForCausalLM.from_pretrained(folder).to(device()).eval()
 
 
+def commit():
+    "The commit that the numbers come from."
+    return subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, cwd=ROOT).stdout.strip()
+
+
 def along_the_walk(model, fsm):
     "Legal steps in 400 sampled sequences: in the first ten steps, the last ten; read one digit late (off the beat); legal in either reading."
     ids = generate_walks(model, 400)
@@ -53,7 +58,7 @@ def one_row(load, name, sites, n_codes, fsm):
     jsds = {f"jsd_{k}": beliefs[k][1] if k in beliefs else None for k in ("all", "mlp", "attention")}
     extra = {k: v for k, v in beliefs.items() if k not in ("all", "mlp", "attention")}
     return {"model": name, "sites": sites, "n_codes": n_codes, **base, **measure_codes(cb, fsm, (mlp or attention)[-1]), **jsds, "beliefs": extra, "sampled": along_the_walk(cb, fsm) if sampled else None,
-            "cpu_seconds": round(time.process_time() - start, 1)}
+            "commit": commit(), "cpu_seconds": round(time.process_time() - start, 1)}
 
 
 def main():
@@ -77,8 +82,7 @@ def main():
         kept.with_suffix(".part").write_text(json.dumps(rows)); kept.with_suffix(".part").replace(kept)
     training = json.loads((args.work / "paper_shape" / "training.json").read_text())
     sha = {p.parent.name: hashlib.sha256(p.read_bytes()).hexdigest() for p in [*(data_path(f"fsm_{s}") / "model.safetensors" for s in range(3)), args.work / "paper_shape" / "model.safetensors"]}
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, cwd=ROOT).stdout.strip()
-    out = {"command": f"python scripts/states_full.py --train-steps {args.train_steps}", "commit": commit, "hardware": "one CPU core", "machine": platform.machine(),
+    out = {"command": f"python scripts/states_full.py --train-steps {args.train_steps}", "commit": commit(), "hardware": "one CPU core", "machine": platform.machine(),
            "hours": sum(r["cpu_seconds"] for r in rows) / 3600 + training["cpu_hours"], "paper_shape_training": training, "inputs_sha256": sha,
            "units": "shares 0-1; jsd_*: to b's true next states / untouched, codes at boundary and next; beliefs: [boundary alone, boundary and next]", "rows": rows}
     path = ROOT / "claims" / "03.full.json"
