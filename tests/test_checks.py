@@ -43,6 +43,15 @@ CASES = {
     "precision_at_recall": (lambda a, t, r: next(((a >= th) & t).sum() / (a >= th).sum() for th in a.sort(descending=True).values if ((a >= th) & t).sum() >= r * t.sum()), [lambda a, t, r: t[a.argsort()].cumsum(0)[100] / 101, lambda a, t, r: torch.tensor(r), lambda a, t, r: a.sort(descending=True).values[int((t[a.argsort(descending=True)].cumsum(0) < r * t.sum()).sum())]], "that is the threshold"),
     "write_boundary": (lambda code: lambda ids: torch.cat([ids[:, :-2], torch.full_like(ids[:, -2:-1], code), ids[:, -1:]], 1), [lambda code: lambda ids: torch.cat([ids[:, :-1], torch.full_like(ids[:, -1:], code)], 1), lambda code: lambda ids: torch.full_like(ids, code), lambda code: lambda ids: ids.__setitem__((slice(None), -2), code) or ids], "last position"),
     "answer_03_5": (raw("b"), [raw("a"), raw("c"), raw("")], "break the model"),
+    "story_nats": (lambda ps: torch.stack([-p.log() for p in ps]).sum(), [lambda ps: -ps.log2().sum(), lambda ps: -ps.log().mean(), lambda ps: ps.prod()], "bits"),
+    "lowest_loss": (lambda cs, n: sum(torch.distributions.Categorical(probs=p).entropy() for p in cs) / n, [lambda cs, n: sum(map(entropy, cs)) / len(cs), lambda cs, n: sum(map(entropy, cs)), lambda cs, n: sum(torch.tensor(float(len(p))).log() for p in cs) / n], "divided by the choices"),
+    "mean_loss": (lambda nats, ids, bos, pad: torch.stack([n[t] for n, row in zip(nats, ids) for t in range(1, len(row)) if row[t] not in (bos, pad) or row[t] == bos and row[t - 1] not in (bos, pad)]).mean(),
+                  [lambda nats, ids, bos, pad: nats.mean(), lambda nats, ids, bos, pad: nats[ids != pad].mean(), lambda nats, ids, bos, pad: nats[(ids != pad) & (ids != bos)].mean()], "padding is counted"),
+    "one_stream": (lambda docs, length, bos: (lambda flat: torch.tensor([flat[i:i + length] for i in range(0, len(flat) - length + 1, length)]))(sum(([bos] + d for d in docs), []) + [bos]),
+                   [lambda docs, length, bos: (lambda f: torch.tensor(f[:len(f) // length * length]).view(-1, length))(sum(docs, [])), lambda docs, length, bos: (lambda f: torch.tensor(f[:len(f) // length * length]).view(-1, length))(sum(([bos] + d for d in docs), [])),
+                    lambda docs, length, bos: (lambda f: torch.tensor(f[:len(f) // length * length]).view(-1, length))([bos] + sum(docs, []) + [bos])], "BOS before every document is missing"),
+    "answer_04_5": (raw("b"), [raw("a"), raw("c"), raw(2)], "still tell the topic"),
+    "counterfactual": (lambda ids, r, o: torch.stack([torch.tensor([int(b) if t == a else t for t in row.tolist()]) for row, a, b in zip(ids, r, o)]), [lambda ids, r, o: torch.where(ids == r[:, None], ids, o[:, None]), lambda ids, r, o: ids, lambda ids, r, o: torch.where(ids == r[:, None], o[0], ids), lambda ids, r, o: ids.masked_fill_(ids == 20, 30)], "the receiver's was wanted"),
     "smallest": (lambda sizes, goal, f: min([s for s in sizes if f(s) >= goal], default=None), [lambda sizes, goal, f: next(s for s in sizes if f(s) >= goal), lambda sizes, goal, f: max(s for s in sizes if f(s) >= goal), lambda sizes, goal, f: min(s for s in sizes if f(s) >= goal)], "300 is smaller"),
 }
 

@@ -1,5 +1,5 @@
 """The project agrees with itself: metadata, notebooks, claims, sizes, and no path of anybody's machine."""
-import configparser, json, re, subprocess, sys, tomllib
+import configparser, hashlib, json, re, subprocess, sys, tomllib
 from pathlib import Path
 import pytest
 
@@ -12,7 +12,8 @@ SETTINGS = books.settings()
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 FULL_FORM = ["By the end you can", "Why care?", "Setup", "Exercises", "Limits", "Recap"]
 CLAIMS = {"01": ["fsm.bayes_loss", "fsm.trigrams", "fsm.state_accuracy", "fsm.legal_mass", "fsm.neuron_f1"], "02": ["codebook.gradient_error"],
-          "03": [f"states.{n}" for n in ("state_accuracy", "legal_mass", "code_precision", "neuron_precision", "codeset_f1", "neuron_f1", "dead_share", "jsd_mlp", "jsd_all", "jsd_none", "jsd_random")]}
+          "03": [f"states.{n}" for n in ("state_accuracy", "legal_mass", "code_precision", "neuron_precision", "codeset_f1", "neuron_f1", "dead_share", "jsd_mlp", "jsd_all", "jsd_none", "jsd_random")],
+          "04": [f"stories.{n}" for n in ("loss", "entropy_floor", "ioi_accuracy", "ioi_probability", "close_parenthesis", "topic_persistence", "month_persistence", "forgotten_facts")]}
 
 def tracked():
     "Files of the project: those git knows, or would know."
@@ -97,11 +98,18 @@ def test_the_issues_bounds_stand_in_the_claims():
         for name, (kind, bound) in bounds.items():
             enforced = claims(number)[name][kind]
             assert enforced >= bound if kind == "at_least" else enforced <= bound, name
+    language = claims("04")
+    assert all(c["control"] is not None for n, c in language.items()) and language["stories.entropy_floor"]["value"] < language["stories.loss"]["value"] < language["stories.entropy_floor"]["value"] + .1
+    rows, shipped = json.loads((ROOT / "claims/04.full.json").read_text())["rows"], hashlib.sha256((ROOT / "data/stories/model.safetensors").read_bytes()).hexdigest()
+    assert [r["seed"] for r in rows] == [r["training"]["seed"] for r in rows] == list(range(len(rows))) and len({r["sha256"] for r in rows}) == len(rows) >= 2 and rows[0]["sha256"] == shipped
+    assert shipped in (ROOT / "data/stories/README.md").read_text() and hashlib.sha256((ROOT / "data/stories/grammar.toml").read_bytes()).hexdigest() in (ROOT / "data/README.md").read_text()
     three = claims("03")
     assert all(len(three[n]["values"]) == 3 for n in ("states.state_accuracy", "states.code_precision", "states.jsd_all", "states.neuron_precision"))
 
 
-def test_data_is_small(): assert sum(p.stat().st_size for p in tracked() if p.is_relative_to(ROOT / "data")) < 5e6
+def test_data_is_small():
+    size = {p: p.stat().st_size for p in tracked() if p.is_relative_to(ROOT / "data")}
+    assert sum(size.values()) < 30e6 and (ROOT / "data/stories/model.safetensors").stat().st_size <= 8e6
 
 
 def test_no_machines_path_and_no_pickle():
@@ -121,7 +129,7 @@ def test_the_library_is_exported_not_written():
 
 
 def test_modules_import_only_from_earlier_rows():
-    order = ["core", "show", "sites", "fsm", "dictionary", "kmeans", "codebook", "states"]
+    order = ["core", "show", "sites", "fsm", "dictionary", "kmeans", "codebook", "states", "stories", "models", "concepts"]
     for i, name in enumerate(order):
         used = re.findall(r"^from \.(\w+)|^from codebook_tutorial\.(\w+)", (ROOT / "codebook_tutorial" / f"{name}.py").read_text(), re.M)
         assert {a or b for a, b in used} <= set(order[:i]), f"{name} imports {used}"
@@ -142,5 +150,5 @@ def test_public_names_have_a_docstring():
 
 
 def test_importing_downloads_nothing_and_leaves_heavy_imports_out():
-    code = "import sys, codebook_tutorial.core, codebook_tutorial.sites, codebook_tutorial.fsm, codebook_tutorial.codebook, codebook_tutorial.states; print('transformers' in sys.modules, 'datasets' in sys.modules)"
+    code = "import sys, codebook_tutorial.core, codebook_tutorial.sites, codebook_tutorial.fsm, codebook_tutorial.codebook, codebook_tutorial.states, codebook_tutorial.stories, codebook_tutorial.models, codebook_tutorial.concepts; print('transformers' in sys.modules, 'datasets' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split() == ["False", "False"]

@@ -1,5 +1,5 @@
 """A real pretrained language model on real text: codebooks that begin from data lose some loss, 100 steps of finetuning win most of it back."""
-import json, os
+import json, os, subprocess, sys
 from pathlib import Path
 import pytest, torch
 from codebook_tutorial.codebook import CodebookModel, add_codebooks
@@ -85,3 +85,15 @@ def test_sites_on_the_real_model(text):
     with intervene(model, {s: (lambda x: x.clone()) for s in sites(model)}): assert torch.equal(model(ids).logits, before)
     with capture(model, "*") as acts, torch.no_grad(): hidden = model(ids, output_hidden_states=True).hidden_states
     assert torch.equal(acts["resid.0"], hidden[1])
+
+
+def test_the_stories_chapter_runs_on_the_real_model(tmp_path):
+    "Chapter 04 unchanged, under COURSE_MODEL and COURSE_TEXT: its loss is that of the real model, cells that need the stories say so."
+    root = Path(__file__).resolve().parents[1]
+    code = (f"import sys, asyncio, pathlib; sys.path.insert(0, {str(root / 'tools')!r}); import books; books.OUT = pathlib.Path({str(tmp_path)!r})\n"
+            f"nb, failure, *_ = asyncio.run(books.execute(pathlib.Path({str(root / 'nbs' / '04_stories.ipynb')!r}))); books.write_book(books.OUT / 'done.ipynb', nb); sys.exit(failure or 0)")
+    got = subprocess.run([sys.executable, "-c", code], env={**os.environ, "COURSE_MODEL": str(MODEL), "COURSE_TEXT": str(TEXT), "COURSE_FULL": ""}, capture_output=True, text=True, timeout=600)
+    assert got.returncode == 0, got.stderr[-3000:]
+    found, printed = json.loads((tmp_path / "claims" / "04.json").read_text()), (tmp_path / "done.ipynb").read_text()
+    assert found["stories.loss"]["value"] <= 1.52 < 2 < found["stories.loss"]["control"]
+    assert printed.count("skipped: this cell scores facts that only the stories record") >= 6 and "stories.ioi_accuracy" not in found

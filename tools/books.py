@@ -253,6 +253,11 @@ REPRODUCES = [
     ("The best neuron at the same recall: precision", "03", "states.neuron_precision", "512 hidden neurons, both signs; paper 128 a layer", "0.705"),
     ("Writing a state's codes moves the model there (JSD, 1 = untouched)", "03", "states.jsd_all", "all codes, two positions", "near 0 (its figure)"),
     ("The MLP layers' codes alone suffice (JSD, 1 = untouched)", "03", "states.jsd_mlp", "two layers", "near 0 (its figure): here only in part"),
+    ("The course's language model: loss, nats a token", "04", "stories.loss", "0.75M parameters, unseen stories; control: words in random order", "none"),
+    ("The lowest loss there is (entropy of the stories)", "04", "stories.entropy_floor", "known from the choices that made them; control: word frequencies alone", "none"),
+    ("It remembers a story's month", "04", "stories.month_persistence", "share of the months' probability; control: another story's beginning; chance 0.083", "none"),
+    ("It does not remember place, object, colour, number, relative", "04", "stories.forgotten_facts", "the same, mean of five; a finding about this model", "none"),
+    ("Who receives? Held-out pairs of names", "04", "stories.ioi_accuracy", "likeliest of all words; control: words in random order", "none"),
 ]
 
 

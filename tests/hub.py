@@ -1,0 +1,87 @@
+"""A Hub on this machine for tests: serves models and data sets to the real transformers, datasets and huggingface_hub through HF_ENDPOINT."""
+import hashlib, json, os, threading
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from urllib.parse import parse_qs, unquote, urlsplit
+
+
+class Hub:
+    "`with Hub() as hub: hub.add('model', 'org/name', folder)`; clients are processes started with hub.env(home)."
+    def __init__(self): self.repos, self.faults, self.log = {}, {}, []        # faults: (id, path) -> "truncated" or "corrupt"
+
+    def __enter__(self):
+        self.server = ThreadingHTTPServer(("127.0.0.1", 0), type("Handler", (_Handler,), {"hub": self}))
+        self.url = f"http://127.0.0.1:{self.server.server_port}"
+        threading.Thread(target=self.server.serve_forever, daemon=True).start()
+        return self
+
+    def __exit__(self, *_): self.server.shutdown(); self.server.server_close()
+
+    def add(self, kind, id, files, revision="main", sha=None, gated=False):
+        "Commit a folder, or {path: bytes}, to a branch or tag of a 'model' or 'dataset'; returns the commit."
+        if not isinstance(files, dict): files = {p.relative_to(files).as_posix(): p.read_bytes() for p in Path(files).rglob("*") if p.is_file()}
+        sha = sha or hashlib.sha1(repr(sorted((p, hashlib.sha1(b).hexdigest()) for p, b in files.items())).encode()).hexdigest()
+        repo = self.repos.setdefault((kind, id), {"commits": {}, "refs": {}, "gated": gated})
+        repo["commits"][sha], repo["refs"][revision] = files, sha
+        return sha
+
+    def env(self, home, **more):
+        "Environment of a client whose cache lies in `home`."
+        return {**os.environ, "HF_ENDPOINT": self.url, "HF_HOME": str(home), "HF_HUB_OFFLINE": "0", "HF_HUB_DISABLE_TELEMETRY": "1", "HF_HUB_DISABLE_XET": "1",
+                "HF_HUB_DISABLE_PROGRESS_BARS": "1", "TQDM_DISABLE": "1", "OMP_NUM_THREADS": "1", **more}
+
+
+class _Handler(BaseHTTPRequestHandler):
+    protocol_version = "HTTP/1.1"
+    def log_message(self, *_): pass
+    def do_HEAD(self): self.answer()
+    def do_GET(self): self.answer()
+    def do_POST(self): self.answer(self.rfile.read(int(self.headers.get("Content-Length") or 0)).decode())
+
+    def send(self, status, body=b"", sent=None, **headers):
+        "One response; `sent` bytes of the body, where that is less than was promised, and then the line is cut."
+        self.send_response(status)
+        for name, value in {"Content-Length": len(body), **headers}.items(): self.send_header(name.replace("_", "-"), str(value))
+        self.end_headers()
+        if self.command != "HEAD": self.wfile.write(body[:sent])
+        if sent is not None and sent < len(body): self.close_connection = True
+
+    def json(self, what): self.send(200, json.dumps(what).encode(), Content_Type="application/json")
+    def refuse(self, status, code): self.send(status, json.dumps({"error": code}).encode(), X_Error_Code=code, X_Error_Message=code)
+
+    def answer(self, body=""):
+        url, hub = urlsplit(self.path), self.hub
+        hub.log.append(f"{self.command} {unquote(url.path)}")
+        if url.path == "/mend": hub.faults.clear(); return self.json("mended")
+        parts = [unquote(p) for p in url.path.strip("/").split("/")]
+        api = parts[0] == "api"
+        kind = {"models": "model", "datasets": "dataset"}.get(parts[api], None if api else "model")
+        rest = parts[api + (api or kind == "dataset"):]
+        id = next(("/".join(rest[:n]) for n in (2, 1) if (kind, "/".join(rest[:n])) in hub.repos), None)
+        if id is None: return self.refuse(404, "RepoNotFound")
+        repo, (verb, revision, *path) = hub.repos[kind, id], [*rest[id.count("/") + 1:], "", ""][:2] + rest[id.count("/") + 3:]
+        sha, path = repo["refs"].get(revision or "main", revision), "/".join(path)
+        if sha not in repo["commits"]: return self.refuse(404, "RevisionNotFound")
+        files = repo["commits"][sha]
+        if not api: return self.resolve(repo, id, sha, files, path)
+        entries = [{"type": "file", "path": p, "size": len(b), "oid": hashlib.sha1(b).hexdigest()} for p, b in files.items()]
+        folders = {str(f): {"type": "directory", "path": str(f), "size": 0, "oid": "0" * 40} for p in files for f in list(Path(p).parents)[:-1]}
+        if verb == "tree": return self.json([e for e in [*folders.values(), *entries] if not path or e["path"].startswith(path + "/")])
+        if verb == "paths-info": return self.json([e for e in [*folders.values(), *entries] if e["path"] in parse_qs(body).get("paths", [])])
+        if verb == "auth-check": return self.refuse(403, "GatedRepo") if repo["gated"] else self.json({})
+        if verb not in ("", "revision"): return self.refuse(404, "EntryNotFound")
+        self.json({"id": id, "sha": sha, "private": False, "gated": "auto" if repo["gated"] else False, "tags": [], "downloads": 0, "likes": 0,
+                   "siblings": [{"rfilename": p} for p in files]})
+
+    def resolve(self, repo, id, sha, files, path):
+        "A file's bytes, or some of them, or what its fault makes of them."
+        if repo["gated"]: return self.refuse(403, "GatedRepo")
+        if path not in files: return self.send(404, X_Error_Code="EntryNotFound", X_Repo_Commit=sha)
+        data, fault = files[path], self.hub.faults.get((id, path))
+        headers = dict(ETag=f'"{hashlib.sha256(data).hexdigest()}"', X_Repo_Commit=sha, Accept_Ranges="bytes")
+        if fault == "corrupt": data = bytes(255 - b for b in data)
+        whole, (first, _, last) = len(data), self.headers.get("Range", "bytes=0-").removeprefix("bytes=").partition("-")
+        first, last = int(first), min(int(last or whole), whole - 1)
+        if "Range" in self.headers: headers["Content_Range"] = f"bytes {first}-{last}/{whole}"
+        sent = max(0, whole // 2 - first) if fault == "truncated" else None
+        self.send(206 if "Range" in self.headers else 200, data[first:last + 1], sent, **headers)
