@@ -101,7 +101,7 @@ def test_the_issues_bounds_stand_in_the_claims():
     language = claims("04")
     assert all(c["control"] is not None for n, c in language.items()) and language["stories.entropy_floor"]["value"] < language["stories.loss"]["value"] < language["stories.entropy_floor"]["value"] + .1
     rows, shipped = json.loads((ROOT / "claims/04.full.json").read_text())["rows"], hashlib.sha256((ROOT / "data/stories/model.safetensors").read_bytes()).hexdigest()
-    assert [r["seed"] for r in rows] == [r["training"]["seed"] for r in rows] == list(range(len(rows))) and len({r["sha256"] for r in rows}) == len(rows) >= 2 and rows[0]["sha256"] == shipped
+    assert [r["seed"] for r in rows] == [r["training"]["seed"] for r in rows] == list(range(len(rows))) and len({r["sha256"] for r in rows}) == len(rows) == 3 and rows[0]["sha256"] == shipped
     assert shipped in (ROOT / "data/stories/README.md").read_text() and hashlib.sha256((ROOT / "data/stories/grammar.toml").read_bytes()).hexdigest() in (ROOT / "data/README.md").read_text()
     three = claims("03")
     assert all(len(three[n]["values"]) == 3 for n in ("states.state_accuracy", "states.code_precision", "states.jsd_all", "states.neuron_precision"))
