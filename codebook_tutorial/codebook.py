@@ -26,11 +26,12 @@ class Codebook(Dictionary):
                  select: str = "cosine",       # "cosine" (the paper), "euclidean", or "residual": each code nearest to what the ones before left over
                  combine: str = "sum",         # "sum" (the paper's text) or "mean" (the authors' code)
                  learn: str = "gradient",      # codes move by "gradient", or to moving averages ("ema") when `step` is called
-                 commitment: float = 0.):      # weight of the term that pulls the input towards its codes
+                 commitment: float = 0.,       # weight of the term that pulls the input towards its codes
+                 norm: bool = False):          # codes are chosen for LayerNorm(x), as in the authors' code; with "cosine" only
         super().__init__()
-        self.config = dict(d_model=d_model, n_codes=n_codes, k=k, groups=groups, select=select, combine=combine, learn=learn, commitment=commitment)
+        self.config = dict(d_model=d_model, n_codes=n_codes, k=k, groups=groups, select=select, combine=combine, learn=learn, commitment=commitment, norm=norm)
         _check_config(**self.config)
-        self.k, self.select, self.combine, self.learn, self.commitment = k, select, combine, learn, commitment
+        self.k, self.select, self.combine, self.learn, self.commitment, self.norm = k, select, combine, learn, commitment, norm
         width = d_model // groups
         self.weight = nn.Parameter(torch.randn(groups, n_codes, width) / width**.5, requires_grad=learn == "gradient")
         self.register_buffer("counts", torch.zeros(groups, n_codes, dtype=torch.long), persistent=False)      # uses since reset_counts
@@ -51,12 +52,13 @@ class Codebook(Dictionary):
         return torch.block_diag(*self.weight.detach())
 
 # %% ../nbs/02_codebook.ipynb #c02-39
-def _check_config(d_model, n_codes, k, groups, select, combine, learn, commitment):
+def _check_config(d_model, n_codes, k, groups, select, combine, learn, commitment, norm):
     for name, value, known in (("select", select, ("cosine", "euclidean", "residual")), ("combine", combine, ("sum", "mean")), ("learn", learn, ("gradient", "ema"))):
         if value not in known: raise ValueError(f"Codebook: {name}={value!r}, expected one of {', '.join(known)}")
     if not 1 <= k <= n_codes: raise ValueError(f"Codebook: expected 1 <= k <= n_codes, got k={k}, n_codes={n_codes}")
     if groups < 1 or d_model < 1 or d_model % groups: raise ValueError(f"Codebook: expected d_model divisible by groups, got d_model={d_model}, groups={groups}")
     if select == "residual" and combine != "sum": raise ValueError("Codebook: select='residual' adds up what is left over, so combine must be 'sum'")
+    if norm and select != "cosine": raise ValueError(f"Codebook: norm=True changes lengths, which only select='cosine' does not look at; got {select!r}")
 
 # %% ../nbs/02_codebook.ipynb #c02-41
 @patch
@@ -66,18 +68,21 @@ def parts(self: Codebook, x):              # [.., d] -> [groups, N, d / groups]
     if x.shape[-1] != groups * width: raise ValueError(f"Codebook: expected activations [.., {groups * width}], got {list(x.shape)}")
     return x.reshape(-1, groups, width).transpose(0, 1)
 
-def _residual(x, codes, k):                # [N, w], [C, w] -> k times (ids [N, 1], what they were chosen for [N, w])
+def _residual(x, codes, k):                # [N, w], [C, w] -> ids [N, k], each nearest to what the ones before left over
+    ids = []
     for _ in range(k):
-        ids = nearest(x, codes, cosine=False)
-        yield ids, x
-        x = x - codes[ids[:, 0]]
+        ids.append(nearest(x, codes, cosine=False))
+        x = x - codes[ids[-1][:, 0]]
+    return torch.cat(ids, -1)
 
 @patch
 @torch.no_grad()
 def choose(self: Codebook, x):             # [.., d] -> ids [.., groups, k]
     "The ids of the k codes of each group."
-    if self.select == "residual": ids = [torch.cat([i for i, _ in _residual(part, codes, self.k)], -1) for part, codes in zip(self.parts(x), self.weight)]
-    else: ids = [nearest(part, codes, self.select == "cosine", self.k) for part, codes in zip(self.parts(x), self.weight)]
+    parts = self.parts(x)
+    if self.norm: parts = F.layer_norm(parts, parts.shape[-1:])
+    if self.select == "residual": ids = [_residual(part, codes, self.k) for part, codes in zip(parts, self.weight)]
+    else: ids = [nearest(part, codes, self.select == "cosine", self.k) for part, codes in zip(parts, self.weight)]
     return torch.stack(ids, 1).view(*x.shape[:-1], len(ids), self.k)
 
 # %% ../nbs/02_codebook.ipynb #c02-43
@@ -91,15 +96,16 @@ def decode_ids(self: Codebook, ids):       # [.., groups, k] -> [.., d]
     return bags.view(*ids.shape[:-2], -1)
 
 @patch
-def forward(self: Codebook, x, edit=None): # [.., d], fn(ids) -> ids; returns out [.., d], ids [.., groups, k], recon
+def forward(self: Codebook, x, edit=None, mask=None):      # [.., d], fn(ids) -> ids, [..] bool: what counts; returns out [.., d], ids [.., groups, k], recon
     "Replace x by its codes; recon is mean |out - stop(x)|^2 a token, plus commitment * |stop(out) - x|^2."
     ids = self.choose(x)
     if edit is not None: ids = _edited(edit(ids.clone()), ids, self.weight.shape[1])
     out = self.decode_ids(ids)
-    recon = (out - x.detach()).pow(2).sum(-1).mean()
-    if self.commitment: recon = recon + self.commitment * (out.detach() - x).pow(2).sum(-1).mean()
-    self.note(x.detach(), ids)
-    return out + (x - x.detach()), ids, recon
+    recon = (out - x.detach()).pow(2).sum(-1)
+    if self.commitment: recon = recon + self.commitment * (out.detach() - x).pow(2).sum(-1)
+    counts = slice(None) if mask is None else mask
+    self.note(x.detach()[counts], ids[counts])
+    return out + (x - x.detach()), ids, recon[counts].mean()
 
 # %% ../nbs/02_codebook.ipynb #c02-44
 def _edited(new, ids, n_codes):
@@ -116,8 +122,10 @@ def note(self: Codebook, x, ids):          # [.., d], [.., groups, k]
     self.counts += torch.bincount(_numbered(self, ids).flatten(), minlength=groups * n_codes).view(groups, n_codes)
     if self.learn != "ema" or not self.training: return
     for new, part, codes, own in zip(self.new, self.parts(x), self.weight, ids.reshape(-1, groups, self.k).transpose(0, 1)):
-        wanted = (w for _, w in _residual(part, codes, self.k)) if self.select == "residual" else [part * self.share] * self.k
-        for j, w in enumerate(wanted): new.index_add_(0, own[:, j], F.pad(w, (0, 1), value=1.).to(new.dtype))
+        wanted = part if self.select == "residual" else part * self.share
+        for mine in own.T:
+            new.index_add_(0, mine, F.pad(wanted, (0, 1), value=1.).to(new.dtype))
+            if self.select == "residual": wanted = wanted - codes[mine]
 
 # %% ../nbs/02_codebook.ipynb #c02-46
 @patch
@@ -198,10 +206,10 @@ def _forget(book, g, rows, optimizer):
 
 # %% ../nbs/02_codebook.ipynb #c02-57
 class CodebookModel(nn.Module):
-    "A model with codebooks at sites: `.model`, `.codebooks[site]`; `.ids[site]` and `.recon[site]` of the last pass."
+    "A model with codebooks at sites: `.model`, `.codebooks[site]`; of the last pass `.ids[site]`, `.recon[site]` and, in training, `.inputs[site]`."
     def __init__(self, model, codebooks: dict):          # {site: Codebook}
         super().__init__()
-        self.model, self.active, self.edits, self.ids, self.recon = model, True, {}, {}, {}
+        self.model, self.active, self.mask, self.edits, self.ids, self.recon, self.inputs = model, True, None, {}, {}, {}, {}
         self._books = nn.ModuleDict({site.replace(".", "_"): book for site, book in codebooks.items()})     # a module's name has no dot
         if old := model.__dict__.get("_codebook_model"): old.remove()                  # a cell run twice must not stack them
         object.__setattr__(model, "_codebook_model", self)                             # not as a submodule
@@ -215,12 +223,17 @@ class CodebookModel(nn.Module):
 
     def _bottleneck(self, site, x):
         if not self.active: return None
-        out, self.ids[site], self.recon[site] = self.codebooks[site](x, self.edits.get(site))
+        if self.training: self.inputs[site] = x.detach()
+        mask = None if self.mask is None else self.mask[:, -x.shape[1]:].bool()
+        out, self.ids[site], self.recon[site] = self.codebooks[site](x, self.edits.get(site), mask)
         return out
 
-    def forward(self, *args, **kw): return self.model(*args, **kw)
+    def forward(self, *args, attention_mask=None, **kw):           # attention_mask [batch, seq]: 0 at padding, which then counts nowhere
+        self.mask = attention_mask if torch.is_tensor(attention_mask) and attention_mask.dim() == 2 else None      # others say who may look where
+        try: return self.model(*args, **kw, **({} if attention_mask is None else {"attention_mask": attention_mask}))
+        finally: self.mask = None
     def generate(self, *args, **kw): return self.model.generate(*args, **kw)
-    def __getstate__(self): return {**self.__dict__, "ids": {}, "recon": {}}           # a copy does not take the last pass along
+    def __getstate__(self): return {**self.__dict__, "mask": None, "ids": {}, "recon": {}, "inputs": {}}           # a copy does not take the last pass along
 
     def remove(self):
         "Take the codebooks out of the model for good."
@@ -267,13 +280,15 @@ def bypass(self: CodebookModel):
 # %% ../nbs/02_codebook.ipynb #c02-62
 @patch
 @torch.no_grad()
-def init_from_data(self: CodebookModel, batches, iters: int = 10, generator=None):      # ids [batch, seq], or several such
+def init_from_data(self: CodebookModel, batches, iters: int = 10, generator=None,      # ids [batch, seq], or several such
+                   pad: int | None = None):            # the id of the padding behind a row's end, which is left out
     "Begin every codebook from the model's own activations on some text (20,000 tokens are plenty for 1000 codes)."
     kept = {site: [] for site in self.codebooks}
     with self.bypass():
         for ids in [batches] if torch.is_tensor(batches) else batches:
             with capture(self, list(kept)) as acts: self.model(input_ids=ids.to(self.device))
-            for site in kept: kept[site].append(acts[site].flatten(0, 1))
+            there = ids.eq(pad).flip(1).cumprod(1).flip(1) == 0 if pad is not None else torch.ones_like(ids, dtype=torch.bool)
+            for site in kept: kept[site].append(acts[site][there.to(self.device)])
     for site, book in self.codebooks.items(): book.init_from(torch.cat(kept[site]).to(book.weight.dtype), iters, generator)
     return self
 
@@ -300,12 +315,12 @@ def dead_share(self: CodebookModel) -> float:
 
 @patch
 def param_groups(self: CodebookModel, lr: float, codes_lr: float | None = None, weight_decay: float = .01) -> list[dict]:
-    "Groups for an optimiser: matrices (decayed), vectors, codes (never decayed); every trainable parameter exactly once."
-    codes = {id(book.weight) for book in self.codebooks.values()}
-    groups = [dict(params=[], lr=lr, weight_decay=weight_decay), dict(params=[], lr=lr, weight_decay=0.),
-              dict(params=[], lr=lr if codes_lr is None else codes_lr, weight_decay=0.)]
+    "Groups for an optimiser: matrices (decayed), vectors, and each book's codes (never decayed; codes_lr is in units of their root mean square); every trainable parameter once."
+    codes = [book.weight for book in self.codebooks.values() if book.weight.requires_grad]
+    groups = [dict(params=[], lr=lr, weight_decay=weight_decay), dict(params=[], lr=lr, weight_decay=0.)]
     for p in self.parameters():
-        if p.requires_grad: groups[2 if id(p) in codes else 0 if p.dim() > 1 else 1]["params"].append(p)
+        if p.requires_grad and not any(p is w for w in codes): groups[p.dim() <= 1]["params"].append(p)
+    groups += [dict(params=[w], lr=lr if codes_lr is None else codes_lr * w.detach().pow(2).mean().sqrt().item(), weight_decay=0.) for w in codes]
     return [group for group in groups if group["params"]]
 
 # %% ../nbs/02_codebook.ipynb #c02-65
@@ -324,7 +339,8 @@ def load_codebooks(model, folder) -> CodebookModel:
     "Put the codebooks of a folder into a model that is already there; ValueError where they do not fit."
     from safetensors.torch import load_file
     if not (path := Path(folder) / "codebooks.json").exists(): raise ValueError(f"load_codebooks: no codebooks.json in {folder}; expected a folder written by save_pretrained")
-    configs, tensors = json.loads(path.read_text())["sites"], load_file(Path(folder) / "codebooks.safetensors")
+    try: configs, tensors = json.loads(path.read_text())["sites"], load_file(Path(folder) / "codebooks.safetensors")
+    except Exception as e: raise ValueError(f"load_codebooks: codebooks.json or codebooks.safetensors in {folder} is missing, damaged or cut short ({e})") from e
     dims, books = site_dims(model, list(configs)), {}
     for site, config in configs.items():
         if dims[site] != config["d_model"]: raise ValueError(f"load_codebooks: {site} of this model has {dims[site]} numbers, its codebook expects {config['d_model']}")
@@ -336,7 +352,13 @@ def load_codebooks(model, folder) -> CodebookModel:
     return CodebookModel(model, books)
 
 @patch(cls_method=True)
-def from_pretrained(cls: CodebookModel, folder, **kw) -> CodebookModel:
-    "A codebook model from the folder that save_pretrained wrote; kw go to transformers' from_pretrained."
+def from_pretrained(cls: CodebookModel, name, revision: str | None = None, **kw) -> CodebookModel:
+    "A codebook model from the folder that save_pretrained wrote, or from the Hub; kw go to transformers' from_pretrained."
     from transformers import AutoModelForCausalLM
-    return load_codebooks(AutoModelForCausalLM.from_pretrained(folder, **kw).eval(), folder)
+    folder = name
+    if not Path(name).is_dir():
+        if str(name).count("/") != 1: raise ValueError(f"from_pretrained: no folder {name}; expected one that CodebookModel.save_pretrained wrote, or owner/name on the Hub")
+        from huggingface_hub import snapshot_download
+        folder = snapshot_download(str(name), revision=revision, allow_patterns=["*.json", "*.safetensors"])
+    if not (Path(folder) / "codebooks.json").exists(): raise ValueError(f"from_pretrained: no codebooks.json in {name}; expected what CodebookModel.save_pretrained wrote")
+    return load_codebooks(AutoModelForCausalLM.from_pretrained(folder, **({"dtype": torch.float32, "use_safetensors": True} | kw)).eval(), folder)

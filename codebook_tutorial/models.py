@@ -156,9 +156,13 @@ class Text:
 
     @property
     def mask(self):
-        "[rows, length]: True at ordinary tokens, False at BOS and at the padding behind a row's last document."
-        padding = (self.ids == self.pad).flip(1).cumprod(1).flip(1).bool()                          # elsewhere the pad token may be an ordinary one
-        return (self.ids != self.bos) & ~padding
+        "[rows, length]: True at ordinary tokens, False at BOS and at padding."
+        return (self.ids != self.bos) & self.attention_mask
+
+    @property
+    def attention_mask(self):
+        "[rows, length]: False at the padding behind a row's last document."
+        return ~(self.ids == self.pad).flip(1).cumprod(1).flip(1).bool()                            # elsewhere the pad token may be an ordinary one
 
     @property
     def labels(self):

@@ -1,5 +1,5 @@
 """A Hub on this machine for tests: serves models and data sets to the real transformers, datasets and huggingface_hub through HF_ENDPOINT."""
-import hashlib, json, os, threading
+import base64, hashlib, json, os, threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from urllib.parse import parse_qs, unquote, urlsplit
@@ -57,9 +57,13 @@ class _Handler(BaseHTTPRequestHandler):
         api = parts[0] == "api"
         kind = {"models": "model", "datasets": "dataset"}.get(parts[api], None if api else "model")
         rest = parts[api + (api or kind == "dataset"):]
+        if url.path == "/api/validate-yaml": return self.json({"errors": [], "warnings": []})
+        if parts[:3] == ["api", "repos", "create"]: return self.create(json.loads(body))
         id = next(("/".join(rest[:n]) for n in (2, 1) if (kind, "/".join(rest[:n])) in hub.repos), None)
         if id is None: return self.refuse(404, "RepoNotFound")
         repo, (verb, revision, *path) = hub.repos[kind, id], [*rest[id.count("/") + 1:], "", ""][:2] + rest[id.count("/") + 3:]
+        if verb == "preupload": return self.json({"files": [{"path": f["path"], "uploadMode": "regular", "shouldIgnore": False} for f in json.loads(body)["files"]]})
+        if verb == "commit": return self.commit(kind, id, repo, [json.loads(line) for line in body.splitlines()])
         sha, path = repo["refs"].get(revision or "main", revision), "/".join(path)
         if sha not in repo["commits"]: return self.refuse(404, "RevisionNotFound")
         files = repo["commits"][sha]
@@ -72,6 +76,20 @@ class _Handler(BaseHTTPRequestHandler):
         if verb not in ("", "revision"): return self.refuse(404, "EntryNotFound")
         self.json({"id": id, "sha": sha, "private": False, "gated": "auto" if repo["gated"] else False, "tags": [], "downloads": 0, "likes": 0,
                    "siblings": [{"rfilename": p} for p in files]})
+
+    def create(self, asked):
+        "A new repository, empty; 401 without a token."
+        if not (self.headers.get("Authorization") or "").startswith("Bearer "): return self.refuse(401, "Unauthorized")
+        id = f"{asked.get('organization') or 'me'}/{asked['name']}"
+        if ("model", id) in self.hub.repos: return self.send(409, json.dumps({"error": "exists", "url": f"{self.hub.url}/{id}"}).encode())
+        self.hub.add("model", id, {})
+        self.json({"url": f"{self.hub.url}/{id}", "id": id})
+
+    def commit(self, kind, id, repo, lines):
+        "Files sent in base64 become a commit."
+        files = dict(repo["commits"][repo["refs"]["main"]]) | {line["value"]["path"]: base64.b64decode(line["value"]["content"]) for line in lines if line["key"] == "file"}
+        sha = self.hub.add(kind, id, files)
+        self.json({"commitUrl": f"{self.hub.url}/{id}/commit/{sha}", "commitOid": sha, "commitMessage": "upload"})
 
     def resolve(self, repo, id, sha, files, path):
         "A file's bytes, or some of them, or what its fault makes of them."

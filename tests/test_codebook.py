@@ -308,10 +308,12 @@ def test_every_trainable_parameter_is_in_one_group_once(base):
 
 
 def test_codes_are_never_decayed_and_have_their_own_rate(base):
-    codes = [g for g in with_codebooks(base).param_groups(1e-3, codes_lr=.5, weight_decay=.1) if g["lr"] == .5]
-    assert len(codes) == 1 and codes[0]["weight_decay"] == 0 and len(codes[0]["params"]) == 4
+    cb = with_codebooks(base)
+    codes = [g for g in cb.param_groups(1e-3, codes_lr=.5, weight_decay=.1) if any(g["params"][0] is b.weight for b in cb.codebooks.values())]
+    assert len(codes) == 4 and all(g["weight_decay"] == 0 for g in codes)
+    for g, b in zip(codes, cb.codebooks.values()): assert g["lr"] == pytest.approx(.5 * b.weight.pow(2).mean().sqrt().item())
     frozen = with_codebooks(base, learn="ema").param_groups(1e-3, codes_lr=.5)
-    assert all(g["lr"] != .5 for g in frozen)                                # moving averages are no parameters of the optimiser
+    assert len(frozen) == 2 and all(g["lr"] == 1e-3 for g in frozen)                                # moving averages are no parameters of the optimiser
 
 
 def test_one_book_a_head_and_what_flows_on(base):
@@ -472,3 +474,56 @@ def test_bypass_leaves_no_stale_codes_and_copies_work_after_a_pass(base):
     with cb.bypass():
         cb(IDS)
         assert not cb.ids and not cb.recon and cb.recon_loss() == 0
+
+
+# ---- padding, LayerNorm, the Hub -------------------------------------------------------------------------------------
+@pytest.mark.parametrize("form", [dict(select="residual", learn="ema", k=2), dict(select="cosine", k=2)])
+def test_padding_counts_nowhere(base, form):
+    "The last three positions of two rows are padding: reconstruction, uses and averages are those of the other positions alone."
+    cb = with_codebooks(base, commitment=.25, **form).train()
+    cb.model.eval()                                                          # no dropout
+    there = torch.ones_like(IDS); there[:2, -3:] = 0
+    masked = cb(input_ids=IDS, attention_mask=there).logits
+    recon, uses = dict(cb.recon), {s: b.counts.clone() for s, b in cb.codebooks.items()}
+    sums = {s: b.new.clone() for s, b in cb.codebooks.items() if b.learn == "ema"}
+    for site, book in cb.codebooks.items():
+        real = cb.inputs[site][there.bool()]
+        book.reset_counts()
+        if book.learn == "ema": book.new.zero_()
+        want = book(real)[2]
+        assert torch.allclose(recon[site], want, rtol=1e-4) and torch.equal(uses[site], book.counts) and uses[site].sum() == real.shape[0] * book.k * len(book.weight)
+        if book.learn == "ema": assert torch.allclose(sums[site], book.new, atol=1e-4)
+    assert torch.allclose(masked[there.bool()], cb(input_ids=IDS).logits[there.bool()], atol=1e-4)      # and what is real reads no padding
+    assert cb.mask is None and sum(int(b.counts.sum()) for b in cb.codebooks.values()) > sum(int(u.sum()) for u in uses.values())
+
+
+def test_a_mask_does_not_outlive_its_pass(base):
+    cb = with_codebooks(base)
+    cb(input_ids=IDS, attention_mask=torch.ones_like(IDS))
+    assert cb.generate(IDS[:1, :4], max_new_tokens=3, min_new_tokens=3, do_sample=False, pad_token_id=0).shape == (1, 7)
+    with pytest.raises(Exception): cb(input_ids=IDS, attention_mask=torch.ones(3, 5))
+    assert cb.mask is None
+    cb.reset_counts(); cb(input_ids=IDS, attention_mask=torch.zeros(1, 1, 1, 1))                     # says who may look where, not what is padding
+    assert all(int(b.counts.sum()) == IDS.numel() * len(b.counts) * b.k for b in cb.codebooks.values())
+
+
+def test_beginning_from_data_leaves_padding_out(base):
+    ids = IDS.clone(); ids[:, -4:] = 0
+    begun = with_codebooks(base).init_from_data(ids, iters=0, generator=seeded(0), pad=0)
+    with capture(base, "mlp.0") as acts, begun.bypass(), torch.no_grad(): base(input_ids=ids)
+    real, padding = acts["mlp.0"][:, :-4].flatten(0, 1), acts["mlp.0"][:, -4:].flatten(0, 1)
+    codes = begun.codebooks["mlp.0"].weight[0]
+    assert distances(codes, real).min(1).values.max() < 1e-4 < distances(codes, padding).min()
+
+
+def test_layernorm_before_the_look_up():
+    "Chosen for LayerNorm(x), so a shift of all numbers and a scale change nothing; what is written is as without it."
+    book, plain = layer(k=2, norm=True), layer(k=2)
+    ids = book.choose(X)
+    assert torch.equal(ids[..., 0, :], naive_ids(F.layer_norm(X, (16,)), book.weight[0], 2, "cosine")) and torch.equal(ids, book.choose(3 * X + 7)) and not torch.equal(ids, plain.choose(X + 7))
+    assert torch.equal(book.decode_ids(ids), plain.decode_ids(ids)) and book.config["norm"]
+    with pytest.raises(ValueError, match="norm=True"): layer(select="residual", norm=True)
+
+
+def test_a_folder_that_is_not_there_is_told_so(tmp_path):
+    with pytest.raises(ValueError, match="no folder"): CodebookModel.from_pretrained(tmp_path / "nothing")

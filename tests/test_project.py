@@ -13,7 +13,10 @@ PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 FULL_FORM = ["By the end you can", "Why care?", "Setup", "Exercises", "Limits", "Recap"]
 CLAIMS = {"01": ["fsm.bayes_loss", "fsm.trigrams", "fsm.state_accuracy", "fsm.legal_mass", "fsm.neuron_f1"], "02": ["codebook.gradient_error"],
           "03": [f"states.{n}" for n in ("state_accuracy", "legal_mass", "code_precision", "neuron_precision", "codeset_f1", "neuron_f1", "dead_share", "jsd_mlp", "jsd_all", "jsd_none", "jsd_random")],
-          "04": [f"stories.{n}" for n in ("loss", "entropy_floor", "ioi_accuracy", "ioi_probability", "close_parenthesis", "topic_persistence", "month_persistence", "forgotten_facts")]}
+          "04": [f"stories.{n}" for n in ("loss", "entropy_floor", "ioi_accuracy", "ioi_probability", "close_parenthesis", "topic_persistence", "month_persistence", "forgotten_facts")],
+          "05": [f"finetune.{n}" for n in ("loss_gap", "gap_single", "gap_top8", "ioi_accuracy", "dead_share", "bits_per_activation", "likeness_top8", "written_receiver")]
+                + [f"finetune.gap_residual_k{k}_c{n}" for k in (1, 2, 4, 8) for n in (256, 512, 1024, 2048)] + [f"finetune.gap_cosine_k{k}_c{n}" for k in (1, 4, 8, 16) for n in (256, 1024)],
+          "06": [f"codes.{n}" for n in ("precision_gain_over_neurons", "precision_gain_equal_pool", "written_month")]}
 
 def tracked():
     "Files of the project: those git knows, or would know."
@@ -129,15 +132,16 @@ def test_the_library_is_exported_not_written():
 
 
 def test_modules_import_only_from_earlier_rows():
-    order = ["core", "show", "sites", "fsm", "dictionary", "kmeans", "codebook", "states", "stories", "models", "concepts"]
+    order = ["core", "show", "sites", "fsm", "dictionary", "kmeans", "codebook", "states", "stories", "models", "concepts", "finetune", "index", "codes", "units", "browser"]
     for i, name in enumerate(order):
         used = re.findall(r"^from \.(\w+)|^from codebook_tutorial\.(\w+)", (ROOT / "codebook_tutorial" / f"{name}.py").read_text(), re.M)
         assert {a or b for a, b in used} <= set(order[:i]), f"{name} imports {used}"
 
 
 def test_only_show_writes_html():
+    "Besides browser.py, which holds one fixed page that shows what it is given as text."
     for path in (ROOT / "codebook_tutorial").glob("*.py"):
-        if path.name not in ("show.py", "_modidx.py"): assert not re.search(r"<(div|span|table|td)\b", path.read_text()), path
+        if path.name not in ("show.py", "browser.py", "_modidx.py"): assert not re.search(r"<(div|span|table|td)\b", path.read_text()), path
 
 
 def test_public_names_have_a_docstring():
@@ -152,3 +156,24 @@ def test_public_names_have_a_docstring():
 def test_importing_downloads_nothing_and_leaves_heavy_imports_out():
     code = "import sys, codebook_tutorial.core, codebook_tutorial.sites, codebook_tutorial.fsm, codebook_tutorial.codebook, codebook_tutorial.states, codebook_tutorial.stories, codebook_tutorial.models, codebook_tutorial.concepts; print('transformers' in sys.modules, 'datasets' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split() == ["False", "False"]
+
+
+def test_shipped_codes_are_what_their_recipes_say():
+    "Files as told in training.json, sites and settings as trained; the control has no codes."
+    for folder in sorted((ROOT / "data/codes").iterdir()):
+        told = json.loads((folder / "training.json").read_text())
+        assert told["sha256"] == {f.name: hashlib.sha256(f.read_bytes()).hexdigest() for f in sorted(folder.glob("*.safetensors"))}, folder.name
+        if folder.name == "control": assert told["form"] is None and not (folder / "codebooks.json").exists(); continue
+        books = json.loads((folder / "codebooks.json").read_text())["sites"]
+        assert sorted(books) == [f"{kind}.{i}" for kind in ("heads", "mlp") for i in range(3)]
+        assert all(b[key] == told["form"][key] for b in books.values() for key in ("n_codes", "k", "select"))
+    assert {f.name for f in (ROOT / "data/codes").iterdir()} == {"control", "residual", "single", "top8"}
+
+
+def test_what_the_finetuning_set_out_to_reach():
+    "Bounds of the chapter's claims; and its long run: one base model, controls of the same seeds."
+    found, full = claims("05"), json.loads((ROOT / "claims/05.full.json").read_text())
+    assert found["finetune.loss_gap"]["at_most"] <= .02 * 1.2 and found["finetune.ioi_accuracy"]["at_least"] >= .98 and found["finetune.dead_share"]["at_most"] <= .1 and found["finetune.gap_single"]["at_most"] <= .05
+    assert full["inputs_sha256"]["data/stories/model.safetensors"] == hashlib.sha256((ROOT / "data/stories/model.safetensors").read_bytes()).hexdigest()
+    names = {(r["name"], r["seed"]) for r in full["rows"]}
+    assert len(names) == len(full["rows"]) and all(("control", seed) in names for _, seed in names) and all(r["code"] for r in full["rows"])

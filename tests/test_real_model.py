@@ -87,13 +87,27 @@ def test_sites_on_the_real_model(text):
     assert torch.equal(acts["resid.0"], hidden[1])
 
 
-def test_the_stories_chapter_runs_on_the_real_model(tmp_path):
-    "Chapter 04 unchanged, under COURSE_MODEL and COURSE_TEXT: its loss is that of the real model, cells that need the stories say so."
+def run_chapter(stem, tmp_path, timeout=900):
+    "A chapter unchanged, under COURSE_MODEL and COURSE_TEXT: (its claims, the executed notebook's text)."
     root = Path(__file__).resolve().parents[1]
     code = (f"import sys, asyncio, pathlib; sys.path.insert(0, {str(root / 'tools')!r}); import books; books.OUT = pathlib.Path({str(tmp_path)!r})\n"
-            f"nb, failure, *_ = asyncio.run(books.execute(pathlib.Path({str(root / 'nbs' / '04_stories.ipynb')!r}))); books.write_book(books.OUT / 'done.ipynb', nb); sys.exit(failure or 0)")
-    got = subprocess.run([sys.executable, "-c", code], env={**os.environ, "COURSE_MODEL": str(MODEL), "COURSE_TEXT": str(TEXT), "COURSE_FULL": ""}, capture_output=True, text=True, timeout=600)
+            f"nb, failure, *_ = asyncio.run(books.execute(pathlib.Path({str(root / 'nbs' / (stem + '.ipynb'))!r}))); books.write_book(books.OUT / 'done.ipynb', nb); sys.exit(failure or 0)")
+    got = subprocess.run([sys.executable, "-c", code], env={**os.environ, "COURSE_MODEL": str(MODEL), "COURSE_TEXT": str(TEXT), "COURSE_FULL": ""}, capture_output=True, text=True, timeout=timeout)
     assert got.returncode == 0, got.stderr[-3000:]
-    found, printed = json.loads((tmp_path / "claims" / "04.json").read_text()), (tmp_path / "done.ipynb").read_text()
+    return json.loads((tmp_path / "claims" / f"{stem[:2]}.json").read_text()), (tmp_path / "done.ipynb").read_text()
+
+
+def test_the_stories_chapter_runs_on_the_real_model(tmp_path):
+    "Its loss is that of the real model, cells that need the stories say so."
+    found, printed = run_chapter("04_stories", tmp_path)
     assert found["stories.loss"]["value"] <= 1.52 < 2 < found["stories.loss"]["control"]
     assert printed.count("skipped: this cell scores facts that only the stories record") >= 6 and "stories.ioi_accuracy" not in found
+
+
+def test_the_finetuning_chapter_runs_on_the_real_model(tmp_path):
+    "A short run of every form: residual codes cost least, broken codes most."
+    found, _ = run_chapter("05_finetune", tmp_path)
+    gap, single, top8, dead = (found[f"finetune.{n}"] for n in ("loss_gap", "gap_single", "gap_top8", "dead_share"))
+    own = gap["context"]["control's loss"]
+    print(f"\nreal model: control {own:.3f} nats; residual codes cost {gap['value']:.3f} more, one code {single['value']:.1%}, the 8 best cosines {top8['value']:.1%}; dead codes {dead['value']:.3f}")
+    assert 0 < gap["value"] < top8["value"] * own and gap["value"] < .5 * gap["control"] and "finetune.ioi_accuracy" not in found

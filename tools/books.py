@@ -133,16 +133,19 @@ def run(args):
 # ---- authoring -------------------------------------------------------------------------------------------------------
 def keep(out):
     "Whether an output belongs in the committed notebook: no progress bars, no warnings, no log lines."
-    return out.output_type != "stream" or out.name != "stderr"
+    bar = "application/vnd.jupyter.widget-view+json" in out.get("data", {}) and re.search(r"\[[\d:]+[<,]", out["data"].get("text/plain", ""))
+    return not bar and (out.output_type != "stream" or out.name != "stderr")
 
 
 def normalise(nb):
-    "Outputs that come out the same from every run: no stderr, no execution counts, no timestamps."
+    "Outputs that come out the same from every run: no stderr, no execution counts, no timestamps, no widgets' states."
     for cell in nb.cells:
         cell.metadata.pop("execution", None)
         if cell.cell_type != "code": continue
         cell.execution_count = None
         cell.outputs = [o for o in cell.outputs if keep(o)]
+        for o in cell.outputs:                                 # a panel's state belongs to its kernel
+            if o.get("data", {}).pop("application/vnd.jupyter.widget-view+json", None): o["data"]["text/plain"] = "a panel: it comes to life where the cell is run"
         for o in cell.outputs:
             if "execution_count" in o: o.execution_count = None
     nb.metadata = nbformat.from_dict({"kernelspec": {"display_name": "python3", "language": "python", "name": "python3"}})
@@ -218,6 +221,7 @@ def clean():
 def author(args):
     "Text (if it was edited) -> notebook -> export -> execute -> normalise -> clean -> claims in place."
     if args.text:
+        (OUT / "text").mkdir(parents=True, exist_ok=True)
         for path in chapters(args.only):
             subprocess.run([sys.executable, "-m", "jupytext", "--quiet", "--to", "py:percent", "--output", text_path(path), path], check=True)
             print(text_path(path).relative_to(ROOT))
@@ -258,6 +262,15 @@ REPRODUCES = [
     ("It remembers a story's month", "04", "stories.month_persistence", "share of the months' probability; control: another story's beginning; chance 0.083", "none"),
     ("It does not remember place, object, colour, number, relative", "04", "stories.forgotten_facts", "the same, mean of five; a finding about this model", "none"),
     ("Who receives? Held-out pairs of names", "04", "stories.ioi_accuracy", "likeliest of all words; control: words in random order", "none"),
+    ("Four residual codes at every head and MLP: loss above the control, nats", "05", "finetune.loss_gap", "1024 codes a book; control: every code replaced by another", "not its form"),
+    ("One code at every head and MLP: loss above the control, share", "05", "finetune.gap_single", "2048 codes a book, nearest", "not told"),
+    ("The paper's selection, 8 best cosines: loss above the control, share", "05", "finetune.gap_top8", "1024 codes, heads and MLPs, short training; paper: attention alone, 10,000 codes", "0.06 to 0.14: here far more"),
+    ("Who receives, in residual codes", "05", "finetune.ioi_accuracy", "held-out pairs; control: every code replaced by another", "none"),
+    ("Codes of the best cosines are near-duplicates (cosine of two at one place)", "05", "finetune.likeness_top8", "control: at different places", "not told"),
+    ("Codes against neurons at the same recall: precision gained", "06", "codes.precision_gain_over_neurons", "all codes, held out, mean over concepts; control: as many codes as neurons", "> 0.30, its patterns; no such control"),
+    ("The same, as many codes as neurons", "06", "codes.precision_gain_equal_pool", "codes drawn at random; control: the most used", "not told"),
+    ("Writing a month's codes makes the model name that month", "06", "codes.written_month", "share of the months' probability; control: codes of random tokens", "none"),
+    ("Writing another sentence's codes at the heads makes the model name its receiver", "05", "finetune.written_receiver", "control: codes of unrelated sentences", "none"),
 ]
 
 
