@@ -85,7 +85,7 @@ def against_neurons(index: Index,
                     truth,                    # [rows, length, n_concepts] bool, the same rows
                     pool: dict | None = None, # {site: feature numbers} to choose from; index.pool(n) draws as many as there are units
                     min_recall: float = .01, by: str = "precision", at_least: int = 20) -> dict:
-    "Per concept the best feature and, at the recall it had in the half on which both are chosen, the best unit (either sign): scores on the other half; nan for `skipped` concepts, with fewer than at_least tokens in either."
+    "Per concept the best feature and, at the recall it had in the half on which both are chosen, the best unit (either sign): scores on the other half; nan for `skipped` concepts, with fewer than at_least tokens in either; `found`: where a feature exceeded min_recall."
     _check_by(by, "against_neurons")
     mask, acts = index.mask[:len(truth)], np.asarray(acts)
     if truth.shape[:2] != mask.shape: raise ValueError(f"against_neurons: expected truth [rows, {mask.shape[1]}, n_concepts] for at most {len(index.mask)} rows, got {list(truth.shape)}")
@@ -93,7 +93,8 @@ def against_neurons(index: Index,
     truth, half = np.asarray(truth)[mask], int(mask[:len(mask) // 2].sum())
     rare = np.minimum(truth[:half].sum(0), truth[half:].sum(0)) < at_least
     codes = index._best_codes(truth[:, ~rare], half, len(mask), min_recall, by, pool)
+    found = codes["value"] >= 0                                                   # else no feature finds more than min_recall
     units = unit_scores(acts, truth[:, ~rare], codes["first_recall"], half)
     def full(values, missing=np.nan): out = np.full(len(rare), missing, np.asarray(values).dtype); out[~rare] = values; return out
     return dict(precision_codes=full(codes["precision"]), recall_codes=full(codes["recall"]), precision_neurons=full(units["precision"]), recall_neurons=full(units["recall"]),
-                recall_chosen=full(codes["first_recall"]), site=full(codes["site"], ""), feature=full(codes["feature"], -1), unit=full(units["unit"], -1), skipped=int(rare.sum()))
+                recall_chosen=full(codes["first_recall"]), site=full(codes["site"], ""), feature=full(codes["feature"], -1), unit=full(units["unit"], -1), found=full(found, False), skipped=int(rare.sum()))

@@ -9,7 +9,10 @@ transformers.logging.set_verbosity_error(); transformers.logging.disable_progres
 
 @pytest.hookimpl(trylast=True)
 def pytest_terminal_summary(terminalreporter):
-    "One line that says whether a real language model was tested."
+    "What was found on a real language model, and a line that says whether there was one."
+    for r in terminalreporter.stats.get("passed", []):
+        for line in r.capstdout.splitlines() if "test_real_model" in r.nodeid else ():
+            if line.startswith(("real model:", "held-out loss:")): terminalreporter.write_line(line)
     seen = {kind: sum("test_real_model" in r.nodeid for r in terminalreporter.stats.get(kind, [])) for kind in ("passed", "failed", "skipped")}
     why = {r.longrepr[2] for r in terminalreporter.stats.get("skipped", []) if "test_real_model" in r.nodeid}
     terminalreporter.write_line(f"real-model tests: {seen['passed'] + seen['failed']} run, {seen['skipped']} skipped" + "".join(f" ({w})" for w in sorted(why)))

@@ -269,8 +269,8 @@ REPRODUCES = [
     ("Codes of the best cosines are near-duplicates (cosine of two at one place)", "05", "finetune.likeness_top8", "control: at different places", "not told"),
     ("Codes against neurons at the same recall: precision gained", "06", "codes.precision_gain_over_neurons", "all codes, held out, mean over concepts; control: as many codes as neurons", "> 0.30, its patterns; no such control"),
     ("The same, as many codes as neurons", "06", "codes.precision_gain_equal_pool", "codes drawn at random; control: the most used", "not told"),
-    ("Writing a month's codes makes the model name that month", "06", "codes.written_month", "share of the months' probability; control: codes of random tokens", "none"),
-    ("Writing another sentence's codes at the heads makes the model name its receiver", "05", "finetune.written_receiver", "control: codes of unrelated sentences", "none"),
+    ("Writing a month's codes makes the model name that month", "06", "codes.written_month", "share of the months' probability; control: the told month's own codes", "none"),
+    ("Writing another sentence's codes at the heads makes the model name its receiver", "05", "finetune.written_receiver", "control: codes of the same sentence with another giver", "none"),
 ]
 
 
