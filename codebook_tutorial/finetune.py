@@ -20,7 +20,7 @@ from tqdm.auto import tqdm
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainerState, TrainingArguments
 from .codebook import CodebookModel
 from .core import device, seeded
-from .models import _check_length
+from .models import _check_length, _evaluating
 from .sites import capture
 
 # %% ../nbs/05_finetune.ipynb #c05-5
@@ -35,6 +35,8 @@ class CodebookTrainer(Trainer):
                  **kw):                    # as of Trainer
         args.ddp_broadcast_buffers, args.remove_unused_columns, args.label_names = False, False, ["labels"]        # each process counts for itself
         super().__init__(model, args, *rest, **kw)
+        if args.n_gpu > 1: raise ValueError(f"CodebookTrainer: one process sees {args.n_gpu} GPUs; start one for each with torchrun, or set CUDA_VISIBLE_DEVICES")
+        self.counted, self.evaluated = {}, torch.zeros(2)
         self.books = model.codebooks if isinstance(model, CodebookModel) else {}
         self.recon, self.decay, self.codes_lr, self.revive_every, self.revive_until = recon, decay, codes_lr, revive_every, revive_until
         self.model_accepts_loss_kwargs = True                          # compute_loss divides by what the whole batch holds
@@ -97,6 +99,7 @@ def compute_loss(self: CodebookTrainer, model, inputs, return_outputs=False, num
     nats = token_nats(out.logits, inputs["labels"])
     asked, positions = self.whole if training else size
     loss = nats.sum() / asked
+    if not training: self.evaluated += torch.stack([nats.sum(), asked]).detach()
     if training: loss = self.watch(loss, nats.detach(), size[1] / positions) * self.args.world_size      # gradients are averaged over processes
     return (loss, out) if return_outputs else loss
 
@@ -167,12 +170,15 @@ def create_optimizer(self: CodebookTrainer, model=None):
     return self.optimizer or Trainer.create_optimizer(self, model)
 
 @patch
-def evaluate(self: CodebookTrainer, *args, **kw):
-    "As Trainer's; what the codes are used for meanwhile is not counted."
-    kept = {site: book.counts.clone() for site, book in self.books.items()}
-    try: return Trainer.evaluate(self, *args, **kw)
+def evaluation_loop(self: CodebookTrainer, *args, metric_key_prefix: str = "eval", **kw):
+    "As Trainer's, with the mean over all tokens, not over batches; what the codes are used for meanwhile is not counted."
+    kept, self.evaluated = {site: book.counts.clone() for site, book in self.books.items()}, torch.zeros(2, dtype=torch.double, device=self.args.device)
+    try: out = Trainer.evaluation_loop(self, *args, metric_key_prefix=metric_key_prefix, **kw)
     finally:
         for site, counts in kept.items(): self.books[site].counts.copy_(counts)
+    nats, asked = self.total(self.evaluated).tolist()
+    out.metrics[f"{metric_key_prefix}_loss"] = nats / asked
+    return out
 
 # %% ../nbs/05_finetune.ipynb #c05-11
 STATE = "codebooks_training.safetensors"          # beside the model: what resuming needs besides
@@ -185,7 +191,19 @@ def _save(self: CodebookTrainer, output_dir=None, state_dict=None):
     folder = Path(output_dir or self.args.output_dir)
     self.model.save_pretrained(folder)
     if self.processing_class is not None: self.processing_class.save_pretrained(folder)
-    save_file({f"{site}.counts": b.counts for site, b in self.books.items()} | {f"{site}.power": p for site, p in self.power.items()}, folder / STATE)
+    save_file({f"{site}.counts": self.counted.get(site, b.counts) for site, b in self.books.items()} | {f"{site}.power": p for site, p in self.power.items()}, folder / STATE)
+
+@patch
+def _save_checkpoint(self: CodebookTrainer, *args, **kw):
+    "As Trainer's; what is counted so far is summed over all processes first."
+    self.counted = {site: self.total(b.counts) for site, b in self.books.items()}
+    try: return Trainer._save_checkpoint(self, *args, **kw)
+    finally: self.counted = {}
+
+@patch
+def _load_best_model(self: CodebookTrainer):
+    "The checkpoint with the best metric."
+    return self._load_from_checkpoint(self.state.best_model_checkpoint) if self.books else Trainer._load_best_model(self)
 
 @patch
 def _load_from_checkpoint(self: CodebookTrainer, folder, model=None):
@@ -195,7 +213,7 @@ def _load_from_checkpoint(self: CodebookTrainer, folder, model=None):
     ours, theirs = ({s: b.config for s, b in m.codebooks.items()} for m in (self.model, saved))
     if ours != theirs: raise ValueError(f"finetune: the checkpoint {folder} has the codebooks {theirs}, the model to go on with {ours}; give another folder, or resume=False")
     self.model.load_state_dict(saved.state_dict())
-    for site, book in self.books.items(): book.counts.copy_(state[f"{site}.counts"])
+    for site, book in self.books.items(): book.counts.copy_(state[f"{site}.counts"] * (self.args.process_index == 0))          # they are summed again later
     self.power = {site: state[f"{site}.power"].to(self.args.device) for site in self.books}
 
 def last_checkpoint(folder) -> str | None:
@@ -231,7 +249,8 @@ def finetune(model,                        # a CodebookModel; a plain model: the
         trainer = CodebookTrainer(model, TrainingArguments(str(folder or nowhere), **(defaults | kw)), train_dataset=as_dataset(text), **ours)
         trainer.remove_callback(PrinterCallback)
         last = last_checkpoint(folder) if folder and resume else None
-        if last and (done := TrainerState.load_from_json(f"{last}/trainer_state.json")).global_step >= steps: trainer.state = done; trainer._load_from_checkpoint(last)
+        if last and (done := TrainerState.load_from_json(f"{last}/trainer_state.json")).global_step > steps: raise ValueError(f"finetune: {last} is further than steps={steps}; give another folder, or resume=False")
+        if last and done.global_step == steps: trainer.state = done; trainer._load_from_checkpoint(last)
         else: trainer.train(resume_from_checkpoint=last)
     model.eval()
     return [row for row in trainer.state.log_history if "lm_loss" in row]
@@ -239,11 +258,11 @@ def finetune(model,                        # a CodebookModel; a plain model: the
 # %% ../nbs/05_finetune.ipynb #c05-13
 @torch.no_grad()
 def bits_per_activation(cb_model, text, batch: int = 16) -> dict:      # text: a Text
-    "Per site: bits that a position's codes carry (entropy of their shares of use, summed over groups), most they could carry, and bits of the dense state."
+    "Per site: bits that a position's codes carry at most (k times the entropy of a book's use, summed over groups), what they could carry, and bits of the dense state; counts afresh, so dead_share then is of this text."
     cb_model.reset_counts()
     for i in range(0, len(text), batch):
         part = text[i:i + batch]
-        cb_model(input_ids=part.ids.to(cb_model.device), attention_mask=part.attention_mask.to(cb_model.device))
+        with _evaluating(cb_model): cb_model(input_ids=part.ids.to(cb_model.device), attention_mask=part.attention_mask.to(cb_model.device))
     def row(book):
         shares = book.counts.double() / book.counts.sum(-1, keepdim=True)
         groups, n_codes, width = book.weight.shape
