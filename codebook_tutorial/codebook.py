@@ -182,17 +182,22 @@ def revive(self: Codebook, x,             # [.., d] inputs to move onto
            by: str = "distance",          # draw in proportion to "distance" (1 - cosine to the own codes) x error, or at "random"
            optimizer=None,                # its moments for the moved codes are set to zero
            generator=None) -> int:
-    "Move codes that were not used since `reset_counts` onto inputs; returns how many, and begins counting afresh."
+    "Move codes that were not used since `reset_counts` onto inputs (under `residual`, onto what a random number of their codes leaves over); returns how many, and begins counting afresh."
     finite(x, "revive")
     if by not in ("distance", "random"): raise ValueError(f"revive: by={by!r}, expected 'distance' or 'random'")
-    own, moved = self.parts(self.decode_ids(self.choose(x))), 0
+    ids, moved = self.choose(x), 0
+    own, ids = self.parts(self.decode_ids(ids)), ids.view(-1, *ids.shape[-2:])
     for g, (part, mine) in enumerate(zip(self.parts(x), own)):
         weight = torch.ones(len(part), device=x.device) if by == "random" else (1 - F.cosine_similarity(part, mine, dim=-1)).clamp(min=0)
         if error is not None: weight = weight * error.flatten().clamp(min=0)
         dead = (self.counts[g] == 0).nonzero()[: int((weight > 0).sum()), 0]       # no more than there are inputs to move onto
         if not len(dead): continue
         rows = torch.multinomial(weight.float().cpu(), len(dead), generator=generator).to(x.device)
-        self.weight[g, dead] = part[rows] * self.share
+        target = part[rows] * self.share
+        if self.select == "residual":                                              # some as first codes, some as second, ...
+            earlier = torch.arange(self.k) < torch.randint(self.k, (len(rows), 1), generator=generator)
+            target = target - torch.einsum("nk,nkd->nd", earlier.to(target), self.weight[g][ids[rows, g]])
+        self.weight[g, dead] = target
         _forget(self, g, dead, optimizer)
         moved += len(dead)
     self.reset_counts()

@@ -9,7 +9,7 @@ __all__ = ['STATE', 'CodebookTrainer', 'token_nats', 'code_usage', 'last_checkpo
            'bits_per_activation', 'model_card']
 
 # %% ../nbs/05_finetune.ipynb #c05-3
-import inspect, json, math, re, tempfile
+import hashlib, inspect, json, math, re, tempfile
 from itertools import islice
 from collections import defaultdict
 from pathlib import Path
@@ -230,6 +230,17 @@ def as_dataset(text) -> list[dict]:        # a Text
     rows = dict(input_ids=text.ids, labels=text.labels) | ({} if text.attention_mask.all() else {"attention_mask": text.attention_mask.long()})
     return [dict(zip(rows, row)) for row in zip(*rows.values())]
 
+def _same_run(trainer, text, last):
+    "Keep what decides a run in its folder; ValueError if what stands there was begun with something else."
+    args, file = trainer.args, Path(trainer.args.output_dir) / "finetune.json"
+    now = dict(lr=args.learning_rate, batch=args.train_batch_size * args.gradient_accumulation_steps * args.world_size, seed=args.seed, text=hashlib.sha256(text.ids.numpy().tobytes()).hexdigest()[:16],
+               **{name: getattr(trainer, name) for name in ("recon", "decay", "codes_lr", "revive_every", "revive_until")})
+    began = json.loads(file.read_text()) if last and file.exists() else now
+    if differs := {name: f"{began[name]} there, {now[name]} now" for name in now if began[name] != now[name]}: raise ValueError(f"finetune: {last} was begun with other settings: {differs}; give another folder, or resume=False")
+    if not trainer.is_world_process_zero(): return
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.with_suffix(".part").write_text(json.dumps(now)); file.with_suffix(".part").replace(file)
+
 def finetune(model,                        # a CodebookModel; a plain model: the control, trained in the same way without codes
              text,                         # a Text
              steps: int = 200, lr: float = 5e-4, batch: int = 8,
@@ -249,6 +260,7 @@ def finetune(model,                        # a CodebookModel; a plain model: the
         trainer = CodebookTrainer(model, TrainingArguments(str(folder or nowhere), **(defaults | kw)), train_dataset=as_dataset(text), **ours)
         trainer.remove_callback(PrinterCallback)
         last = last_checkpoint(folder) if folder and resume else None
+        if folder: _same_run(trainer, text, last)
         if last and (done := TrainerState.load_from_json(f"{last}/trainer_state.json")).global_step > steps: raise ValueError(f"finetune: {last} is further than steps={steps}; give another folder, or resume=False")
         if last and done.global_step == steps: trainer.state = done; trainer._load_from_checkpoint(last)
         else: trainer.train(resume_from_checkpoint=last)
@@ -276,7 +288,7 @@ def model_card(cb_model, losses: dict | None = None) -> str:           # {name: 
     costs = "\n".join(f"| {name} | {nats:.4f} |" for name, nats in (losses or {}).items())
     base = cb_model.config.name_or_path
     head = "\n".join(["---", "library_name: codebook_tutorial", "pipeline_tag: text-generation", "tags: [codebook-features, interpretability]"]
-                     + ([f"base_model: {base}"] if re.fullmatch(r"[\w.-]+/[\w.-]+", base or "") else []) + ["---"])
+                     + ([f"base_model: {base}"] if re.fullmatch(r"[\w.-]+/[\w.-]+", base or "") and not Path(base).exists() else []) + ["---"])
     return f"""{head}
 # A language model with codebook features
 At the sites below, every hidden state is replaced by a sum of a few discrete codes (*Codebook Features*, arXiv 2310.17230).

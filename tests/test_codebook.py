@@ -235,6 +235,24 @@ def test_revival_moves_dead_codes_onto_inputs_and_resets_their_moments(by):
     assert book.counts.sum() == 0                                            # counting begins afresh
 
 
+@pytest.mark.parametrize("learn", ["gradient", "ema"])
+def test_revival_of_residual_codes_moves_some_onto_what_earlier_codes_leave_over(learn):
+    book = layer(n_codes=50, k=3, groups=2, select="residual", learn=learn)
+    book.weight.data[:, 20:] = -50.                                          # dead
+    ids, codes = book.choose(X).flatten(0, 1), book.weight.detach().clone()
+    book.reset_counts(); book(X)
+    dead = book.counts == 0
+    assert book.revive(X, generator=seeded(0)) == dead.sum() >= 60
+    for g in range(2):
+        left, stages = X.flatten(0, 1)[:, 8 * g: 8 * (g + 1)], []
+        for slot in range(3):
+            stages.append(left)
+            left = left - codes[g, ids[:, g, slot]]
+        near = torch.stack([distances(book.weight.detach()[g][dead[g]], stage).min(1).values for stage in stages]) < 1e-5
+        assert near.any(0).all() and (near.sum(1) > 3).all()                 # each code stands at one of the three stages, and all stages have some
+    if learn == "ema": assert torch.equal(book.total[dead], book.weight[dead]) and (book.size[dead] == 1).all()
+
+
 def test_guided_revival_goes_where_the_error_is():
     book = layer(n_codes=40, k=1)
     book.weight.data[0, 5:] = -50.

@@ -201,6 +201,19 @@ def test_resuming_refuses_other_codebooks(tmp_path):
     assert finetune(with_codes(n_codes=9), text, steps=2, batch=4, folder=tmp_path / "other", log_every=1)[-1]["step"] == 2
 
 
+@pytest.mark.parametrize("kw,says", [(dict(lr=1e-4), "'lr': '0.0005 there, 0.0001 now'"), (dict(batch=2), "'batch': '4 there, 2 now'"), (dict(seed=1), "seed"), (dict(revive_every=0), "revive_every"), (dict(text=1), "text")])
+@pytest.mark.parametrize("codes", [True, False])
+def test_resuming_refuses_other_settings_and_another_text(tmp_path, kw, says, codes):
+    model = with_codes() if codes else tiny("llama")
+    finetune(model, some_text(), steps=1, batch=4, folder=tmp_path, save_every=1, log_every=1)
+    kept = {p: p.read_bytes() for p in tmp_path.rglob("*") if p.is_file()}
+    with pytest.raises(ValueError, match=f"begun with other settings: .*{says}.*resume=False"):
+        finetune(model, some_text()[:-1] if "text" in kw else some_text(), **dict(steps=2, batch=4, folder=tmp_path) | {n: v for n, v in kw.items() if n != "text"})
+    assert kept == {p: p.read_bytes() for p in tmp_path.rglob("*") if p.is_file()}
+    logs = finetune(model, some_text(), steps=2, batch=2, gradient_accumulation_steps=2, folder=tmp_path, log_every=1)      # the same batch in parts
+    assert logs[-1]["step"] == 2
+
+
 def test_the_best_checkpoint_is_loaded_at_the_end_and_a_longer_run_is_not_taken_up(tmp_path):
     text, cb = some_text(), with_codes()
     args = TrainingArguments(str(tmp_path), max_steps=4, learning_rate=1., use_cpu=True, report_to="none", eval_strategy="steps", eval_steps=1, save_steps=1, load_best_model_at_end=True, disable_tqdm=True)
