@@ -149,11 +149,12 @@ def best(self: Index, query, min_recall: float = .01, by: str = "precision", poo
 # %% ../nbs/06_codes.ipynb #c06-119
 @patch
 def pool(self: Index, n: int, by: str = "random", seed: int = 0) -> dict:      # -> {site: feature numbers}
-    "n of all features that are ever active: drawn at random, or (by='used') those active at most tokens."
+    "n of the features that are active in the first half of the rows, on which features are chosen: drawn at random, or (by='used') those active at most of its tokens."
     if by not in ("random", "used"): raise ValueError(f"pool: by={by!r}, expected 'random' or 'used'")
-    active = {site: self.active(site) for site in self.sites}
+    first = np.flatnonzero(self.mask[:len(self.mask) // 2])
+    active = {site: self.hits(site, first) for site in self.sites}
     every = [(int(a[f]), site, int(f)) for site, a in active.items() for f in np.flatnonzero(a)]
-    if n > len(every): raise ValueError(f"pool: asked for {n} features, only {len(every)} are ever active")
+    if n > len(every): raise ValueError(f"pool: asked for {n} features, only {len(every)} are active there")
     chosen = sorted(every, key=lambda e: -e[0])[:n] if by == "used" else [every[i] for i in np.random.default_rng(seed).permutation(len(every))[:n]]
     return {site: np.sort([f for _, s, f in chosen if s == site]).astype(int) for site in self.sites if any(s == site for _, s, _ in chosen)}
 

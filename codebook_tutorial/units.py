@@ -23,12 +23,13 @@ def neuron_acts(model, text: Text, names="neurons.*", batch: int = 16):      # -
     return torch.cat(kept)
 
 # %% ../nbs/06_codes.ipynb #c06-130
-def _best_units(acts, at, concept, target, n_concepts):       # [n, units], marked pairs [p] twice, [n_concepts] tokens to find -> signed unit [n_concepts]
-    "The unit, either sign, with the best precision where it finds `target` tokens, to within bins: single tokens at both ends, 7 % wide towards the middle."
+def _best_units(acts, at, concept, targets):                  # [n, units], marked pairs [p] twice, [T, n_concepts] tokens to find -> signed units [T, n_concepts]
+    "The units, either sign, with the best precision where they find as many tokens as each target says, to within bins: single tokens at both ends, 7 % wide towards the middle."
     n, units = acts.shape
     ends = np.unique(np.geomspace(1, max(n // 2, 1), 150).astype(int))
     cuts = np.unique(np.append(ends, n - ends))
-    bins, best, who, each = len(cuts) + 1, np.full(n_concepts, -1.), np.zeros(n_concepts, int), np.arange(n_concepts)
+    n_concepts = targets.shape[1]
+    bins, best, who, each = len(cuts) + 1, np.full(targets.shape, -1.), np.zeros(targets.shape, int), np.arange(n_concepts)
     for u in tqdm(range(units), desc="best units", delay=5):
         values = np.ascontiguousarray(acts[:, u])
         bin = np.sort(values)[cuts].searchsorted(values, "right")
@@ -37,19 +38,23 @@ def _best_units(acts, at, concept, target, n_concepts):       # [n, units], mark
         for sign in (0, 1):                                                       # fires at high values, at low values
             found, fired = (hits[:, ::-1], total[::-1]) if sign == 0 else (hits, total)
             found, fired = found.cumsum(1), fired.cumsum()
-            first = (found >= target[:, None]).argmax(1)
-            precision = found[each, first] / np.maximum(fired[first], 1)
-            who, best = np.where(precision > best, u + sign * units, who), np.maximum(best, precision)
+            for t, target in enumerate(targets):
+                first = (found >= target[:, None]).argmax(1)
+                precision = found[each, first] / np.maximum(fired[first], 1)
+                who[t], best[t] = np.where(precision > best[t], u + sign * units, who[t]), np.maximum(best[t], precision)
     return who
 
 # %% ../nbs/06_codes.ipynb #c06-131
-def unit_scores(acts, truth, recall, half: int) -> dict:      # [n, units], [n, n_concepts] bool, [n_concepts], int -> dict of [n_concepts]
-    "For each concept the unit most precise at this recall; it and its threshold are chosen before `half`, precision and recall measured behind it."
+def unit_scores(acts, truth, recalls, half: int) -> list:     # [n, units], [n, n_concepts] bool, [T, n_concepts], int -> T dicts of [n_concepts]
+    "For each concept and each of its recalls the unit most precise there; it and its threshold are chosen before `half`, precision and recall measured behind it."
     acts, truth = np.asarray(acts), np.asarray(truth)
     at, concept = np.nonzero(truth[:half])
-    target = np.ceil(np.asarray(recall) * truth[:half].sum(0) - 1e-9).clip(min=1).astype(int)
-    who, n_units = _best_units(acts[:half], at, concept, target, truth.shape[1]), acts.shape[1]
-    out = dict(precision=np.full(len(target), np.nan), recall=np.full(len(target), np.nan), unit=who)
+    targets = np.ceil(np.asarray(recalls) * truth[:half].sum(0) - 1e-9).clip(min=1).astype(int)
+    return [_held_out(acts, truth, target, who, half) for target, who in zip(targets, _best_units(acts[:half], at, concept, targets))]
+
+def _held_out(acts, truth, target, who, half):                # [n_concepts] tokens to find, [n_concepts] signed units
+    "Precision and recall behind `half` of units whose threshold finds the target before it."
+    n_units, out = acts.shape[1], dict(precision=np.full(len(target), np.nan), recall=np.full(len(target), np.nan), unit=who)
     for c, (unit, t) in enumerate(zip(who, target)):
         values = acts[:, unit % n_units] * (1 if unit < n_units else -1)
         own = np.sort(values[:half][truth[:half, c]])
@@ -83,8 +88,8 @@ def _best_codes(self: Index, truth, half, rows, min_recall, by, pool):        # 
 def against_neurons(index: Index,
                     acts,                     # [tokens, units] at the ordinary tokens of the index' first rows (neuron_acts)
                     truth,                    # [rows, length, n_concepts] bool, the same rows
-                    pool: dict | None = None, # {site: feature numbers} to choose from; index.pool(n) draws as many as there are units
-                    min_recall: float = .01, by: str = "precision", at_least: int = 20) -> dict:
+                    pool: dict | list | None = None,        # {site: feature numbers} to choose from; index.pool(n) draws as many as there are units; several: a list comes back, in little more time
+                    min_recall: float = .01, by: str = "precision", at_least: int = 20) -> dict | list:
     "Per concept the best feature and, at the recall it had in the half on which both are chosen, the best unit (either sign): scores on the other half; nan for `skipped` concepts, with fewer than at_least tokens in either; `found`: where a feature exceeded min_recall."
     _check_by(by, "against_neurons")
     mask, acts = index.mask[:len(truth)], np.asarray(acts)
@@ -92,9 +97,15 @@ def against_neurons(index: Index,
     if len(acts) != mask.sum(): raise ValueError(f"against_neurons: these {len(mask)} rows have {mask.sum()} ordinary tokens, acts are of {len(acts)}")
     truth, half = np.asarray(truth)[mask], int(mask[:len(mask) // 2].sum())
     rare = np.minimum(truth[:half].sum(0), truth[half:].sum(0)) < at_least
-    codes = index._best_codes(truth[:, ~rare], half, len(mask), min_recall, by, pool)
-    found = codes["value"] >= 0                                                   # else no feature finds more than min_recall
-    units = unit_scores(acts, truth[:, ~rare], codes["first_recall"], half)
+    pools = pool if isinstance(pool, list) else [pool]
+    codes = [index._best_codes(truth[:, ~rare], half, len(mask), min_recall, by, p) for p in pools]
+    units = unit_scores(acts, truth[:, ~rare], np.stack([c["first_recall"] for c in codes]), half)
+    found = [_both(c, u, rare) for c, u in zip(codes, units)]
+    return found if isinstance(pool, list) else found[0]
+
+def _both(codes, units, rare):
+    "Scores of features and units as arrays over all concepts, nan for the rare ones."
     def full(values, missing=np.nan): out = np.full(len(rare), missing, np.asarray(values).dtype); out[~rare] = values; return out
     return dict(precision_codes=full(codes["precision"]), recall_codes=full(codes["recall"]), precision_neurons=full(units["precision"]), recall_neurons=full(units["recall"]),
-                recall_chosen=full(codes["first_recall"]), site=full(codes["site"], ""), feature=full(codes["feature"], -1), unit=full(units["unit"], -1), found=full(found, False), skipped=int(rare.sum()))
+                recall_chosen=full(codes["first_recall"]), site=full(codes["site"], ""), feature=full(codes["feature"], -1), unit=full(units["unit"], -1),
+                found=full(codes["value"] >= 0, False), skipped=int(rare.sum()))        # found: some feature finds more than min_recall

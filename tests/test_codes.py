@@ -446,7 +446,9 @@ def test_hits_in_many_pieces_are_the_same(index, monkeypatch):
 
 
 def test_pools(index):
-    active = {(s, f): n for s in SITES for f, n in enumerate(index.active(s).tolist())}
+    places = {s: np.repeat(np.arange(index.sites[s]["n_feats"]), index.active(s)) for s in SITES}        # feature of every entry of the store by code
+    first = {s: places[s][index.arrays[s]["positions"] < len(index.mask) // 2 * index.mask.shape[1]] for s in SITES}
+    active = {(s, f): int((first[s] == f).sum()) for s in SITES for f in range(index.sites[s]["n_feats"])}
     used, drawn = index.pool(40, "used"), index.pool(40, seed=1)
     assert sum(map(len, used.values())) == sum(map(len, drawn.values())) == 40
     assert sorted(active[s, f] for s, fs in used.items() for f in fs) == sorted(active.values())[-40:]
@@ -470,7 +472,7 @@ def test_units_agree_with_the_sorted_search(kind):
     for share in (.05, .3, .9):
         recall = torch.full((n_labels,), share)
         want = neuron_precision(acts, labels, recall, n_labels)
-        got = unit_scores(acts, torch.nn.functional.one_hot(labels + 1, n_labels + 1)[:, 1:].bool(), recall, n // 2)
+        got = unit_scores(acts, torch.nn.functional.one_hot(labels + 1, n_labels + 1)[:, 1:].bool(), recall[None], n // 2)[0]
         diff = np.abs(got["precision"] - want.numpy())
         assert diff.mean() < .012 and np.median(diff) < 1e-6, (kind, share, diff)
         if kind == "smooth": assert abs(got["recall"].mean() - share) < .1
@@ -486,7 +488,7 @@ def test_the_unit_for_a_rare_concept_is_found():
     acts = torch.randn(5000, 2, generator=g)
     acts[:, 0] += 20 * wide; acts[:, 1] += 20 * truth[:, 0]
     for turn in (1, -1):
-        got = unit_scores(turn * acts, truth, [.9], 2500)
+        got = unit_scores(turn * acts, truth, [[.9]], 2500)[0]
         assert got["unit"][0] % 2 == 1 and got["precision"][0] == 1
 
 
@@ -495,9 +497,9 @@ def test_units_are_chosen_on_the_first_half():
     truth = torch.rand(4000, 1, generator=g) < .1
     acts = torch.randn(4000, 6, generator=g)
     acts[:2000, 2] += 4 * truth[:2000, 0]; acts[2000:, 3] += 9 * truth[2000:, 0]         # unit 2 knows in the first half, unit 3 in the second
-    got = unit_scores(acts, truth, [.5], 2000)
+    got = unit_scores(acts, truth, [[.5]], 2000)[0]
     assert got["unit"] == [2] and got["precision"][0] < .3
-    down = unit_scores(-acts, truth, [.5], 2000)
+    down = unit_scores(-acts, truth, [[.5]], 2000)[0]
     assert down["unit"] == [2 + 6] and down["precision"][0] == got["precision"][0]
 
 
@@ -525,6 +527,8 @@ def test_codes_against_neurons(index, stories, active):
         r = index.best(mask, .05)[0]
         assert (got["site"][c], got["feature"][c]) == (r["site"], r["feature"]) and (got["precision_codes"][c], got["recall_codes"][c]) == pytest.approx((r["precision"], r["recall"]))
     few = against_neurons(index, acts, torch.stack(list(held.values()), -1), pool={"heads.1": [3, 4]})
+    both = against_neurons(index, acts, torch.stack(list(held.values()), -1), pool=[{"heads.1": [3, 4]}, None], min_recall=.05)
+    assert len(both) == 2 and all(np.array_equal(both[1][k], got[k], equal_nan=k.startswith(("precision", "recall"))) for k in got) and set(both[0]["site"]) <= {"heads.1", ""}
     assert abs(few["recall_neurons"][1] - few["recall_chosen"][1]) < .15 and few["recall_chosen"][1] < .6
     assert set(few["site"][:2]) == {"heads.1"} and set(few["feature"][:2]) <= {3, 4}
 
