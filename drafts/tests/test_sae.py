@@ -1,0 +1,261 @@
+"Sparse autoencoders: what each kind computes, its loss, stacks, dead features, refitting, measures."
+import math
+import pytest, torch, torch.nn.functional as F
+from codebook_tutorial.core import seeded
+from codebook_tutorial.dictionary import random_directions
+from codebook_tutorial.models import load_lm, load_text, lm_loss
+from codebook_tutorial.sae import KINDS, SAE, BatchTopK, Gated, JumpReLU, Matryoshka, Tied, TopK, begin_anew, loss_recovered, measure, members, refit, train_sae
+
+D, N_FEATS, N = 12, 30, 64
+X = torch.randn(N, D, generator=seeded(0)) * 2 + 1
+SETTINGS = {kind: {"k": 4} if issubclass(cls, TopK) else {} for kind, cls in KINDS.items()}
+
+
+def some(kind, seed=1, **kw):
+    "One with random parameters, as after training."
+    sae = KINDS[kind](D, N_FEATS, generator=seeded(seed), **SETTINGS[kind] | kw)
+    with torch.no_grad():
+        for i, (name, p) in enumerate(sae.named_parameters()):
+            if name not in ("W_dec", "W_enc"): p.copy_(torch.randn(p.shape, generator=seeded(seed * 100 + i)).abs() * .3 if name == "threshold" else torch.randn(p.shape, generator=seeded(seed * 100 + i)) * .3)
+            elif name == "W_enc": p.add_(torch.randn(p.shape, generator=seeded(seed * 100 + i)) * .1)
+    if hasattr(sae, "threshold") and "threshold" not in dict(sae.named_parameters()): sae.threshold.fill_(.7)
+    return sae.eval()
+
+
+def sparse_data(n=4000, n_true=20, seed=3, d=D):
+    "States that are sums of a few of more directions than dimensions."
+    true = F.normalize(torch.randn(n_true, d, generator=seeded(seed)), dim=-1)
+    f = (torch.rand(n, n_true, generator=seeded(seed + 1)) < .1) * (torch.rand(n, n_true, generator=seeded(seed + 2)) + .5)
+    return 5 + 3 * f @ true, true
+
+
+# ---- what each kind computes, written out
+def by_hand(sae, x):
+    pre = (x - sae.b_dec) @ sae.W_enc.T + sae.b_enc
+    match sae.kind:
+        case "tied" | "untied": return pre.clamp(min=0)
+        case "topk": return torch.where(pre >= pre.sort(-1, descending=True).values[:, 3:4], pre, 0.).clamp(min=0)
+        case "batchtopk" | "matryoshka" | "jumprelu": return torch.where(pre > sae.threshold, pre, 0.)
+        case "gated": return (pre > 0) * (((x - sae.b_dec) @ sae.W_enc.T) * sae.r_mag.exp() + sae.b_mag).clamp(min=0)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_encode_and_decode_are_the_formula(kind):
+    sae = some(kind)
+    f = sae.encode(X)
+    assert torch.allclose(f, by_hand(sae, X), atol=1e-5) and 0 < (f != 0).float().mean() < 1
+    assert torch.allclose(sae.decode(f), f @ sae.W_dec + sae.b_dec, atol=1e-5)
+    ids, values = sae.encode_sparse(X)
+    assert torch.allclose(torch.zeros_like(f).scatter_add(-1, ids, values), f, atol=1e-5) and torch.allclose(sae.decode_sparse(ids, values), sae.decode(f), atol=1e-4)
+    batched = X.view(4, 16, D)
+    assert torch.allclose(sae.encode(batched).flatten(0, 1), f, atol=1e-5) and torch.allclose(sae.decode(sae.encode(batched)).flatten(0, 1), sae.decode(f), atol=1e-5)
+    assert sae.decode(sae.encode(X[0])).shape == (D,) and sae.directions.shape == (N_FEATS, D)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_loss_is_the_formula(kind):
+    sae, alpha = some(kind).train(), .3
+    pre = sae.pre(X)
+    squared = lambda f: (X - sae.decode(f)).pow(2).sum(-1).mean()
+    if kind in ("tied", "untied"): want = squared(f := sae.encode(X)) + alpha * f.sum(-1).mean()
+    if kind == "topk": want = squared(sae.encode(X))
+    if kind in ("batchtopk", "matryoshka"):
+        f = torch.where(pre >= pre.flatten().sort(descending=True).values[4 * N - 1], pre, 0.).clamp(min=0)
+        want = squared(f) if kind == "batchtopk" else torch.stack([squared(torch.where(torch.arange(N_FEATS) < n, f, 0.)) for n in (2, 4, 8, 15, 30)]).mean()
+    if kind == "jumprelu": want = squared(f := sae.encode(X)) + alpha * (f > 0).float().sum(-1).mean()
+    if kind == "gated": want = squared(sae.encode(X)) + alpha * pre.relu().sum(-1).mean() + squared(pre.relu())
+    assert sae.loss(X, alpha).item() == pytest.approx(want.item(), rel=1e-5)
+
+
+def test_thresholds_of_jumprelu_learn_as_the_paper_says():
+    "Gradients of the paper's equations 11 and 12, with a rectangle of the bandwidth as kernel."
+    sae, alpha = some("jumprelu").train(), .3
+    sae.loss(X, alpha).backward()
+    with torch.no_grad():
+        pre, t, width = sae.pre(X).relu(), sae.threshold, sae.bandwidth
+        near = ((pre - t).abs() < width / 2) / width
+        left = 2 * (sae.decode(sae.encode(X)) - X) @ sae.W_dec.T
+        want = (-(t * near * left).sum(0) - alpha * near.sum(0)) / N
+    assert torch.allclose(sae.threshold.grad, want, atol=1e-5) and want.abs().sum() > 0
+
+
+def test_the_gates_extra_loss_does_not_move_the_decoder():
+    sae = some("gated").train()
+    gate, size = sae.paths(X)
+    (plain,) = torch.autograd.grad((X - sae.decode(size * (gate > 0))).pow(2).sum(-1).mean(), sae.W_dec)
+    assert torch.allclose(torch.autograd.grad(sae.loss(X, .3), sae.W_dec)[0], plain, atol=1e-5)
+
+
+# ---- dead features
+@pytest.mark.parametrize("kind", ["topk", "batchtopk", "matryoshka"])
+def test_the_auxiliary_loss_reaches_the_encoder_of_dead_features_only(kind):
+    sae = some(kind, patience=10).train()
+    with torch.no_grad(): sae.b_enc[:5] = -100.
+    sae.silent[:5] = 11
+    sae.loss(X, 0.).backward()
+    assert (sae.W_enc.grad[:5] == 0).all()
+    sae.zero_grad(); sae.silent[:5] = 11
+    with torch.no_grad(): sae.b_enc[:5] = .5 - 100 * (sae.pre(X)[:, :5].amax(0) > 1e9)
+    sae.b_enc.data[5:] += 50.                                    # so that none of the five is among the largest
+    sae.silent[:5] = 11
+    sae.loss(X, 1.).backward()
+    assert (sae.W_enc.grad[:5].abs().sum(-1) > 0).all() and (sae.b_enc.grad[:5] != 0).any()
+
+
+def test_silence_is_counted_in_rows():
+    for kind in KINDS:
+        sae = some(kind).train()
+        sae.b_enc.data[0] = -1e4
+        if kind == "gated": sae.b_mag.data[0] = -1e4
+        for _ in range(3): sae.loss(X, .1)
+        assert sae.silent[0] == 3 * N and (sae.silent == 0).any(), kind
+
+
+@pytest.mark.parametrize("kind", ["tied", "untied", "jumprelu", "gated"])
+def test_dead_features_begin_anew_and_the_optimiser_forgets_them(kind):
+    sae = some(kind).train()
+    optimizer = torch.optim.Adam([p for p in sae.parameters() if p.requires_grad])
+    sae.loss(X, .1).backward(); optimizer.step()
+    for state in optimizer.state.values(): state["exp_avg"].fill_(1.); state["exp_avg_sq"].fill_(1.)
+    before, sae.silent[:] = {n: p.detach().clone() for n, p in sae.named_parameters()}, 0.
+    sae.silent[[3, 7]] = 500
+    left = X - sae.decode(sae.encode(X)).detach()
+    assert begin_anew(sae, X, optimizer, 400, seeded(0)) == 2
+    for i in (3, 7): assert F.cosine_similarity(sae.W_dec[i].detach(), left, dim=-1).max() > 1 - 1e-5
+    assert sae.b_enc[[3, 7]].eq(0).all() and (sae.silent == 0).all()
+    others = [i for i in range(N_FEATS) if i not in (3, 7)]
+    for name, p in sae.named_parameters():
+        if name == "b_dec": assert torch.equal(p, before[name]); continue
+        assert torch.equal(p[others], before[name][others])
+        if p in optimizer.state:
+            for m in ("exp_avg", "exp_avg_sq"): assert (optimizer.state[p][m][[3, 7]] == 0).all() and (optimizer.state[p][m][others] == 1).all()
+    assert begin_anew(sae, X, optimizer, 400, seeded(0)) == 0
+
+
+# ---- stacks and training
+@pytest.mark.parametrize("kind", ["tied", "untied", "jumprelu", "gated"])
+def test_a_stack_trains_each_as_if_it_were_alone(kind):
+    x, _ = sparse_data()
+    alphas = [.05, .5, 20.]
+    together = train_sae(x, 16, kind, alpha=alphas, steps=40, batch=256)
+    for alpha, one in zip(alphas, together):
+        alone = members(train_sae(x, 16, kind, alpha=[alpha], steps=40, batch=256)[0])[0]
+        assert type(one) is KINDS[kind] and one.W_dec.shape == (16, D)
+        assert torch.allclose(one.encode(x[:100]), alone.encode(x[:100]), atol=1e-3)
+    assert measure(together[0], x)["l0"] > measure(together[2], x)["l0"]
+
+
+SPARSE = dict(tied=dict(alpha=1.5), untied=dict(alpha=1.5), gated=dict(alpha=3.), jumprelu=dict(alpha=1.), topk=dict(k=2), batchtopk=dict(k=2), matryoshka=dict(k=2))
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_training_finds_the_directions_that_made_the_data(kind):
+    x, true = sparse_data(20_000, n_true=18)
+    sae = train_sae(x, 24, kind, steps=800, batch=512, **SPARSE[kind])
+    found = measure(sae, x)
+    like = lambda d: (F.normalize(d.directions, dim=-1).detach() @ true.T).amax(0).mean().item()
+    assert found["fvu"] < .25 and found["l0"] < 4, found
+    assert like(sae) > .85 and like(random_directions(24, D)) < .6
+    assert torch.allclose(sae.W_dec.norm(dim=-1), torch.ones(24), atol=1e-4)
+
+
+def test_where_the_data_lies_and_how_large_it_is_makes_no_difference():
+    x, _ = sparse_data()
+    for kind in KINDS:
+        a, b = (train_sae(data, 16, kind, steps=30, batch=256, **SETTINGS[kind]) for data in (x, 7 * x - 40))
+        assert torch.allclose(7 * a.encode(x), b.encode(7 * x - 40), atol=2e-2, rtol=1e-2), kind
+        assert torch.allclose(7 * a.decode(a.encode(x)) - 40, b.decode(b.encode(7 * x - 40)), atol=5e-2), kind
+
+
+def test_the_same_seed_gives_the_same_and_another_another():
+    x, _ = sparse_data()
+    a, b, c = (train_sae(x, 16, steps=20, batch=256, seed=s) for s in (0, 0, 1))
+    assert torch.equal(a.W_dec, b.W_dec) and not torch.equal(a.W_dec, c.W_dec)
+
+
+def test_batchtopk_keeps_k_in_the_mean_afterwards():
+    x, _ = sparse_data()
+    assert measure(train_sae(x, 24, "batchtopk", steps=300, batch=512, k=3), x)["l0"] == pytest.approx(3, abs=.5)
+
+
+# ---- refitting
+def test_refitting_is_least_squares_and_undoes_shrinkage():
+    x, _ = sparse_data()
+    sae = train_sae(x, 24, alpha=1., steps=300, batch=512)
+    new = refit(sae, x, ridge=0.)
+    f = sae.encode(x).detach()
+    want = torch.linalg.lstsq(f, x - sae.b_dec).solution
+    used = (f > 0).any(0)
+    assert torch.allclose(new.encode(x), f, atol=1e-5) and torch.allclose(new.decode(f).detach(), f @ want + sae.b_dec, atol=1e-2) and used.any()
+    assert measure(new, x)["fvu"] < .8 * measure(sae, x)["fvu"]
+    size = lambda s: (s.decode(s.encode(x)) - s.b_dec).norm(dim=-1).mean().item()
+    assert size(new) > size(sae)
+
+
+def test_refitting_leaves_features_that_never_fire():
+    x, _ = sparse_data()
+    sae = train_sae(x, 24, alpha=.3, steps=50, batch=512)
+    with torch.no_grad(): sae.b_enc[4] = -1e6
+    new = refit(sae, x)
+    assert torch.isfinite(new.W_dec).all() and torch.allclose(new.W_dec[4], sae.W_dec[4], atol=1e-6)
+
+
+# ---- measures
+class Given(SAE):
+    "Decodes to what it is told."
+    def __init__(self, out): super().__init__(D, N_FEATS); self.out = out
+    def encode(self, x): return torch.ones(*x.shape[:-1], N_FEATS)
+    def decode(self, f): return self.out.expand(*f.shape[:-1], D)
+
+
+def test_the_mean_explains_nothing_and_the_input_everything():
+    assert measure(Given(X.mean(0)), X)["fvu"] == pytest.approx(1, abs=1e-6)
+    exact = SAE(D, 2 * D)
+    with torch.no_grad():
+        for w in (exact.W_enc, exact.W_dec): w.copy_(torch.cat([torch.eye(D), -torch.eye(D)]))
+    found = measure(exact, X, batch=7)
+    assert found["fvu"] == pytest.approx(0, abs=1e-9) and found["cosine"] == pytest.approx(1, abs=1e-5) and found["l0"] == pytest.approx(D)
+
+
+def test_counts_of_active_features():
+    sae = some("untied")
+    f = sae.encode(X)
+    found, uses = measure(sae, X, batch=10), (f > 0).sum(0)
+    assert found["l0"] == pytest.approx((f > 0).sum(-1).float().mean().item()) and found["dead_share"] == pytest.approx((uses == 0).float().mean().item())
+    assert found["alive"] == int((uses > 10).sum()) and torch.allclose(found["density"], uses / N)
+    sae.b_enc.data[:] = -1e6
+    assert measure(sae, X)["dead_share"] == 1
+
+
+def test_loss_recovered_on_a_real_model():
+    model, tok = load_lm("stories")
+    text = load_text(tok, "stories", n_tokens=2000, length=128)
+    class Same(SAE):
+        def __init__(self): super().__init__(96, 4)
+        def encode(self, x): return x
+        def decode(self, f): return f
+    found = loss_recovered(model, text, "resid.1", Same(), batch=5)
+    assert found["clean"] == pytest.approx(lm_loss(model, text), abs=1e-4) and found["decoded"] == pytest.approx(found["clean"], abs=1e-6)
+    assert found["recovered_zero"] == pytest.approx(1) and found["perplexity_ratio"] == pytest.approx(1) and min(found["zero"], found["mean"]) > found["clean"] + 1
+    class Zero(Same):
+        def decode(self, f): return 0 * f
+    found = loss_recovered(model, text, "resid.1", Zero(), batch=5)
+    assert found["recovered_zero"] == pytest.approx(0, abs=1e-6) and found["decoded"] == pytest.approx(found["zero"])
+
+
+# ---- bad input
+@pytest.mark.parametrize("kw,says", [(dict(kind="relu"), "kind='relu', expected one of tied"), (dict(n_feats=0), "n_feats"), (dict(kind="topk", k=99), "k=99"), (dict(alpha=-1.), "alpha"), (dict(steps=0), "steps"),
+                                     (dict(kind="topk", alpha=[.1, .2]), "one alpha"), (dict(batch=10**6), "rows")])
+def test_impossible_settings_are_refused(kw, says):
+    with pytest.raises(ValueError, match=says): train_sae(X, **dict(n_feats=8, steps=2, batch=16) | kw)
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_states_that_are_not_finite_are_refused(bad):
+    x = X.clone(); x[3, 2] = bad
+    for call in (lambda: train_sae(x, 8, steps=1, batch=16), lambda: measure(some("tied"), x)):
+        with pytest.raises(ValueError, match="expected finite numbers"): call()
+
+
+def test_a_penalty_that_kills_every_feature_warns():
+    x, _ = sparse_data()
+    with pytest.warns(UserWarning, match="no feature is active"): train_sae(x, 16, alpha=1e4, steps=60, batch=256, lr=.1)
