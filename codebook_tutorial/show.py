@@ -14,7 +14,7 @@ def style():
     "The course's figure style: Okabe-Ito colours, light grid, readable sizes."
     plt.rcParams.update({"axes.prop_cycle": plt.cycler(color=list(PALETTE.values())), "figure.figsize": (7, 3), "figure.dpi": 100,
         "axes.spines.top": False, "axes.spines.right": False, "axes.grid": True, "grid.alpha": .25, "axes.axisbelow": True,
-        "axes.titlesize": 11, "axes.titlelocation": "left", "legend.frameon": False, "image.cmap": "cividis", "savefig.bbox": "tight"})
+        "axes.titlesize": 11, "axes.titlelocation": "left", "legend.frameon": False, "image.cmap": "cividis", "axes.formatter.min_exponent": 3, "savefig.bbox": "tight"})
 
 # %% ../nbs/00_sites.ipynb #c00-115
 class Picture:

@@ -16,6 +16,14 @@ def f1_by_parts(fires, truth):
 def entropy(p): return -(p[p > 0] * p[p > 0].log()).sum()
 def tens(fsm, s): return torch.bincount(fsm.successors[s] // 10, minlength=10) / 10
 
+def f1_held_out(v, truth, choose=slice(40)):
+    "Threshold by a sweep over the sorted values of some tokens, scored on the second half."
+    chosen = v[choose].sort(descending=True)
+    hits = truth[choose][chosen.indices].cumsum(0)
+    score = 2 * hits / (torch.arange(1, len(hits) + 1) + hits[-1])
+    fires = v[40:] >= chosen.values[score.argmax()]
+    return 2 * (fires & truth[40:]).sum() / (fires.sum() + truth[40:].sum())
+
 # exercise: (another right answer, [wrong answers], words that a named mistake's message must hold)
 CASES = {
     "zero_last": (lambda x: torch.cat([x[:, :-1], x[:, -1:] * 0], 1), [lambda x: x * 0, lambda x: torch.cat([x[:, :1] * 0, x[:, 1:]], 1), lambda x: x[:, :-1], lambda x: x.__setitem__((slice(None), -1), 0) or x], "every position"),
@@ -68,6 +76,18 @@ CASES = {
     "best_set": (lambda ids, m, n: (lambda h: (lambda order: (lambda sizes: f1_by_parts(torch.isin(ids[h:], torch.tensor(order[:sizes])), m[h:]))(next((i for i in range(1, len(order)) if f1_by_parts(torch.isin(ids[:h], torch.tensor(order[:i + 1])), m[:h]) <= f1_by_parts(torch.isin(ids[:h], torch.tensor(order[:i])), m[:h])), len(order))))(sorted(ids[:h].unique().tolist(), key=lambda c: (-m[:h][ids[:h] == c].float().mean(), c))))(len(ids) // 2),
                  [lambda ids, m, n: m.float().mean() * 2 / (1 + m.float().mean()), lambda ids, m, n: (lambda h: f1_by_parts(torch.isin(ids[h:], torch.tensor([max(ids[:h].unique(), key=lambda c: m[:h][ids[:h] == c].float().mean())])), m[h:]))(len(ids) // 2), lambda ids, m, n: (lambda h: f1_by_parts(torch.isin(ids[h:], ids[:h].unique()), m[h:]))(len(ids) // 2)], "best single code|hardly any precision"),
     "smallest": (lambda sizes, goal, f: min([s for s in sizes if f(s) >= goal], default=None), [lambda sizes, goal, f: next(s for s in sizes if f(s) >= goal), lambda sizes, goal, f: max(s for s in sizes if f(s) >= goal), lambda sizes, goal, f: min(s for s in sizes if f(s) >= goal)], "300 is smaller"),
+    "unexplained": (lambda x, y: 1 - ((x - x.mean(0)).pow(2).sum() - (x - y).pow(2).sum()) / (x - x.mean(0)).pow(2).sum(), [lambda x, y: 1 - (x - y).pow(2).sum() / (x - x.mean(0)).pow(2).sum(), lambda x, y: (x - y).pow(2).sum() / x.pow(2).sum(), lambda x, y: ((x - y).var(0) / x.var(0)).mean()], "far from zero"),
+    "sae_loss": (lambda x, M, b, a: sum(((r - torch.relu(M @ r + b) @ M)**2).sum() + a * torch.relu(M @ r + b).sum() for r in x) / len(x), [lambda x, M, b, a: F.mse_loss((x @ M.T + b).relu() @ M, x) + a * (x @ M.T + b).relu().sum(-1).mean(), lambda x, M, b, a: (x - (x @ M.T + b).relu() @ M).pow(2).sum(-1).mean(), lambda x, M, b, a: (x - (x @ M.T + b) @ M).pow(2).sum(-1).mean() + a * (x @ M.T + b).sum(-1).mean()], "paper's code"),
+    "keep_k": (lambda pre, k: torch.where(pre >= pre.sort(-1, descending=True).values[:, k - 1:k], pre, 0.).clamp(min=0), [lambda pre, k: torch.where(pre >= pre.sort(-1, descending=True).values[:, k - 1:k], pre, 0.), lambda pre, k: pre.topk(k, -1).values.relu(), lambda pre, k: pre.relu()], "negative ones"),
+    "best_decoder": (lambda f, x: torch.linalg.pinv(f) @ x, [lambda f, x: f.T @ x, lambda f, x: (f.T @ x) / f.pow(2).sum(0)[:, None], lambda f, x: torch.linalg.lstsq(f, x).solution.T], "inverse"),
+    "answer_07_5": (raw("b"), [raw("a"), raw("c"), raw(None)], "perplexity"),
+    "threshold_gradient": (lambda pre, t, w: -torch.stack([((p > t - w / 2) & (p < t + w / 2)).float() for p in pre]).mean(0) / w, [lambda pre, t, w: ((pre - t).abs() < w / 2).float().mean(0) / w, lambda pre, t, w: -((pre - t).abs() < w / 2).float().mean(0), lambda pre, t, w: -((pre - t).abs() < w).float().mean(0) / w], "sign"),
+    "principal": (lambda x, n: torch.linalg.eigh(torch.cov(x.T))[1].flip(1).T[:n], [lambda x, n: torch.linalg.svd(x, full_matrices=False)[2][:n], lambda x, n: torch.linalg.eigh(torch.cov(x.T))[1].T[:n], lambda x, n: torch.linalg.svd(x - x.mean(0), full_matrices=False)[2][:n].T], "centre first"),
+    "best_cosine": (lambda A, B: torch.stack([torch.stack([torch.cosine_similarity(a, b, 0).abs() for b in B]).max() for a in A]), [lambda A, B: (F.normalize(A, dim=-1) @ F.normalize(B, dim=-1).T).amax(-1), lambda A, B: (A @ B.T).abs().amax(-1), lambda A, B: (F.normalize(A, dim=-1) @ F.normalize(B, dim=-1).T).abs().amax(0)], "absolute value"),
+    "tail_up": (lambda f: torch.where(((f - f.mean(0))**3).sum(0) < 0, -f, f), [lambda f: f * (f**3).mean(0).sign(), lambda f: f.abs(), lambda f: f * f.mean(0).sign(), lambda f: f - f.mean(0)], "centre first"),
+    "auroc": (lambda v, t: sum((v[~t] < p).float().mean() + (v[~t] == p).float().mean() / 2 for p in v[t]) / t.sum(), [lambda v, t: (v[t][:, None] > v[~t]).float().mean(), lambda v, t: 1 - (v[t][:, None] > v[~t]).float().mean(), lambda v, t: ((v > v.mean()) == t).float().mean()], "one half"),
+    "answer_08_5": (raw("b"), [raw("a"), raw("c"), raw(3)], "768"),
+    "held_out_f1": (f1_held_out, [lambda v, t: f1_held_out(v, t, slice(None)), lambda v, t: f1_held_out(v, t, slice(40, None)), lambda v, t: f1_held_out(v.flip(0), t.flip(0)), lambda v, t: f1_held_out(torch.cat([v[:40], v[:40]]), torch.cat([t[:40], t[:40]]))], "where the threshold was chosen"),
 }
 
 

@@ -142,3 +142,18 @@ def test_the_codes_chapter_runs_on_the_real_model(tmp_path):
     "Index, search, contexts and browser; what needs the stories' facts is left out."
     found, printed = run_chapter("06_codes", tmp_path)
     assert not found and "features)" in printed and "VBox(children" in printed
+
+
+def test_the_autoencoder_chapter_runs_on_the_real_model(tmp_path):
+    "Harvest, sweep, controls, substitution, export: an autoencoder of real states explains more than random directions, and two seeds agree more than chance."
+    found, printed = run_chapter("07_sae", tmp_path)
+    overlap = found["sae.seed_overlap"]
+    print(f"\nreal model: two seeds' features agree by {overlap['value']:.3f} (random {overlap['control']:.3f})")
+    assert set(found) == {"sae.interop_error", "sae.seed_overlap"} and found["sae.interop_error"]["value"] < 1e-5
+    assert overlap["value"] > overlap["control"] + .1 and "The same features, three decoders" in printed
+
+
+def test_the_baselines_chapter_runs_on_the_real_model(tmp_path):
+    "Every method as a dictionary of real states; what needs the stories' facts is left out."
+    found, printed = run_chapter("08_baselines", tmp_path)
+    assert not found and "Unexplained with" in printed and "expected activations of at least 0" in printed

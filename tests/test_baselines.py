@@ -2,7 +2,7 @@
 import numpy as np, pytest, torch, torch.nn.functional as F
 from codebook_tutorial.core import seeded
 from codebook_tutorial.dictionary import fvu, random_directions
-from codebook_tutorial.baselines import NMF, Affine, concept_scores, ica, keep_largest, overlap, pca
+from codebook_tutorial.baselines import NMF, Affine, concept_scores, ica, keep_largest, overlap, pca, pursue
 
 X = torch.randn(3000, 8, generator=seeded(0)) @ torch.randn(8, 8, generator=seeded(1)) + 3
 
@@ -55,6 +55,16 @@ def test_overlap_is_one_with_oneself_and_small_with_random_ones():
     assert torch.allclose(overlap(d, d), torch.ones(40), atol=1e-5) and overlap(d, random_directions(40, 64, seed=1)).max() < .7
     turned = Affine(-3 * d.directions)
     assert torch.allclose(overlap(d, turned), torch.ones(40), atol=1e-5)
+
+
+def test_pursuit_keeps_the_largest_of_an_orthonormal_set_and_gets_closer_step_by_step():
+    centred, axes = X - X.mean(0), torch.linalg.qr(torch.randn(8, 8, generator=seeded(4)))[0]
+    assert torch.allclose(pursue(centred, axes, 3), keep_largest(centred @ axes.T, 3), atol=1e-4)
+    D = random_directions(30, 8).directions
+    left = [((centred - pursue(centred, D, k, batch=700) @ D)**2).sum(-1) for k in (1, 2, 5, 40)]
+    assert all((b <= a + 1e-4).all() for a, b in zip(left, left[1:])) and left[-1].sum() < .01 * (centred**2).sum()
+    assert ((pursue(centred, D, 5) != 0).sum(-1) <= 5).all()
+    assert torch.allclose(pursue(centred, 7 * D, 5) @ (7 * D), pursue(centred, D, 5) @ D, atol=1e-4)         # rows of any length
 
 
 # ---- concept scores

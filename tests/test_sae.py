@@ -1,11 +1,16 @@
 "Sparse autoencoders: what each kind computes, its loss, stacks, dead features, refitting, measures."
-import math
+import math, os
+from pathlib import Path
 import pytest, torch, torch.nn.functional as F
+from codebook_tutorial.activations import harvest
 from codebook_tutorial.core import seeded
 from codebook_tutorial.dictionary import random_directions
-from codebook_tutorial.models import load_lm, load_text, lm_loss
-from codebook_tutorial.sae import KINDS, SAE, BatchTopK, Gated, JumpReLU, Matryoshka, Tied, TopK, begin_anew, loss_recovered, measure, members, refit, train_sae
+from codebook_tutorial.metrics import loss_recovered, measure, replaced_loss
+from codebook_tutorial.models import Text, load_lm, load_text, lm_loss
+from codebook_tutorial.sae import KINDS, SAE, BatchTopK, Gated, JumpReLU, Matryoshka, Tied, TopK, begin_anew, members, refit, train_sae, tune_decoder
+from codebook_tutorial.sites import capture
 
+REAL = Path(os.environ.get("COURSE_SHARED") or Path(__file__).resolve().parents[2] / "shared")
 D, N_FEATS, N = 12, 30, 64
 X = torch.randn(N, D, generator=seeded(0)) * 2 + 1
 SETTINGS = {kind: {"k": 4} if issubclass(cls, TopK) else {} for kind, cls in KINDS.items()}
@@ -242,7 +247,65 @@ def test_loss_recovered_on_a_real_model():
     assert found["recovered_zero"] == pytest.approx(0, abs=1e-6) and found["decoded"] == pytest.approx(found["zero"])
 
 
+def test_replacing_a_tuned_decoder_tells_the_model_more():
+    model, tok = load_lm("stories")
+    text, test = (load_text(tok, "stories", n_tokens=n, length=256, split=split) for n, split in ((20_000, "train"), (4000, "test")))
+    states = harvested(model, text, "resid.1")
+    sae = refit(train_sae(states, 128, steps=150, batch=512, alpha=1.), states)
+    weights = {name: p.clone() for name, p in model.named_parameters()}
+    tuned = tune_decoder(sae, model, text, "resid.1", steps=40)
+    cost = lambda s: replaced_loss(model, test, "resid.1", lambda x: s.decode(s.encode(x)).detach()) - lm_loss(model, test)
+    assert 0 < cost(tuned) < .6 * cost(sae) and torch.equal(tuned.encode(states), sae.encode(states)) and measure(tuned, states)["fvu"] < 1.3 * measure(sae, states)["fvu"]
+    assert all(torch.equal(p, weights[name]) and p.grad is None for name, p in model.named_parameters()) and torch.equal(tuned.b_dec, sae.b_dec)
+    again = tune_decoder(sae, model, text, "resid.1", steps=3)
+    assert torch.equal(again.W_dec, tune_decoder(sae, model, text, "resid.1", steps=3).W_dec) and not model.training
+
+
+def test_a_tied_one_is_tuned_without_its_encoder():
+    model, tok = load_lm("stories")
+    text = load_text(tok, "stories", n_tokens=3000, length=256)
+    sae = Tied(96, 40, generator=seeded(0))
+    new = tune_decoder(sae, model, text, "resid.1", steps=2)
+    assert torch.equal(new.W_enc, sae.W_dec) and not torch.equal(new.W_dec, sae.W_dec) and new.kind == "untied"
+
+
+def harvested(model, text, site):
+    with torch.no_grad(), capture(model, site) as acts: model(input_ids=text.ids)
+    return acts[site][text.mask].float()
+
+
+@pytest.mark.parametrize("name", ["stories260K", "pythia"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_any_model_in_any_precision(name, dtype, tmp_path):
+    "The whole path, store to loss, on a Llama and on a Pythia-shaped random model."
+    if name == "pythia":
+        from transformers import GPTNeoXConfig, GPTNeoXForCausalLM
+        torch.manual_seed(0)
+        model = GPTNeoXForCausalLM(GPTNeoXConfig(vocab_size=300, hidden_size=64, num_hidden_layers=3, num_attention_heads=4, intermediate_size=256, max_position_embeddings=128)).eval()
+        ids = torch.randint(2, 300, (30, 64), generator=seeded(0)); ids[:, 0] = 1
+        text = Text(ids, bos=1, pad=0)
+    else:
+        if not (REAL / "models" / name).exists(): pytest.skip(f"no {name}")
+        model, tok = load_lm(REAL / "models" / name)
+        text = load_text(tok, REAL / "text" / "tinystories.json", n_tokens=4000, length=128)
+    model.to(dtype)
+    store = harvest(model, text, ["resid.1"], tmp_path / "store", dtype=torch.bfloat16 if dtype == torch.bfloat16 else torch.float32, verbose=False)
+    x = store.load("resid.1")
+    sae = refit(train_sae(store, 2 * x.shape[1], site="resid.1", steps=120, batch=256, alpha=.3), x)
+    found, effect = measure(sae, x), loss_recovered(model, text[:8], "resid.1", sae)
+    assert found["fvu"] < .4 and 0 < found["l0"] < x.shape[1]
+    if name != "pythia": assert effect["clean"] <= effect["decoded"] < min(effect["zero"], effect["mean"])
+    tuned = tune_decoder(sae, model, text, "resid.1", steps=2, rows=4)
+    assert torch.isfinite(tuned.W_dec).all() and next(model.parameters()).dtype == dtype
+
+
 # ---- bad input
+def test_states_of_another_width_are_refused():
+    for kind in KINDS:
+        for x in (torch.zeros(3, D + 1), torch.zeros(D - 1)):
+            with pytest.raises(ValueError, match=rf"expected states \[.., {D}\], got"): some(kind).encode(x)
+
+
 @pytest.mark.parametrize("kw,says", [(dict(kind="relu"), "kind='relu', expected one of tied"), (dict(n_feats=0), "n_feats"), (dict(kind="topk", k=99), "k=99"), (dict(alpha=-1.), "alpha"), (dict(steps=0), "steps"),
                                      (dict(kind="topk", alpha=[.1, .2]), "one alpha"), (dict(batch=10**6), "rows")])
 def test_impossible_settings_are_refused(kw, says):

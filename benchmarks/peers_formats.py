@@ -1,6 +1,6 @@
 """Our files in the peers' own loaders, and theirs in ours: largest differences on random inputs.
 
-    PYTHONPATH=tests python peers_formats.py        (an environment with sae-lens, dictionary-learning, eai-sparsify beside ours)
+    PYTHONPATH=tests python benchmarks/peers_formats.py        (an environment with sae-lens, dictionary-learning, eai-sparsify beside ours)
 """
 import contextlib, io, json, os, sys, tempfile, warnings
 from pathlib import Path
