@@ -109,17 +109,27 @@ def overlap(a: Dictionary, b: Dictionary):    # -> [Fa]
     return (F.normalize(a.directions, dim=-1) @ F.normalize(b.directions, dim=-1).T).abs().amax(-1)
 
 # %% ../nbs/08_baselines.ipynb #c08-90
-def _best_f1(v, counts, at, concept, levels):  # [n], [C], the true (token, concept) pairs [P] twice, ranks [q] -> F1 [C], threshold [C]
-    "The best F1 of v >= threshold for every concept; thresholds are v's values at some ranks."
-    order = np.sort(v)
-    thresholds = order[len(v) - levels][::-1]                                      # ascending
-    fired = len(v) - order.searchsorted(thresholds, "left")
-    level = thresholds.searchsorted(v, "right")[at]                                # how many thresholds each true token reaches
-    hits = np.bincount(concept * (len(levels) + 1) + level, minlength=len(counts) * (len(levels) + 1)).reshape(len(counts), -1)
-    hits = hits[:, ::-1].cumsum(1)[:, ::-1][:, 1:]                                 # [C, q]: true tokens that reach each threshold
+def _levels(order, ascending, picks):         # [n] twice, ranks [q] from the top -> thresholds [q] ascending, how many fire [q], how many thresholds each token reaches [n]
+    "Thresholds are the values at some ranks."
+    thresholds, reached = ascending[len(order) - picks][::-1], np.empty(len(order), int)
+    reached[order] = thresholds.searchsorted(ascending, "right")
+    return thresholds, len(order) - ascending.searchsorted(thresholds, "left"), reached
+
+def _best_f1(thresholds, fired, reached, counts, at, concept):         # [q] twice, [n], [C], the true (token, concept) pairs [P] twice -> F1 [C], threshold [C]
+    "The best F1 over thresholds for every concept: one count of the true tokens by how many thresholds they reach."
+    size = len(thresholds) + 1
+    hits = np.bincount(concept * size + reached[at], minlength=len(counts) * size).reshape(len(counts), -1)
+    hits = hits[:, ::-1].cumsum(1)[:, ::-1][:, 1:]                     # [C, q]: true tokens that reach each threshold
     f1 = 2 * hits / (fired + counts[:, None])
     best = f1.argmax(1)
     return f1.max(1), thresholds[best]
+
+def _above(order, ascending, counts, at, concept):                     # -> AUROC [C]
+    "The share of (true, other) pairs of tokens in which the true one is larger, from ranks; equal values share theirs."
+    new = np.flatnonzero(np.append(True, ascending[1:] != ascending[:-1]))
+    ends, rank = np.append(new[1:], len(order)), np.empty(len(order))
+    rank[order] = np.repeat((new + 1 + ends) / 2, ends - new)
+    return (np.bincount(concept, rank[at], len(counts)) - counts * (counts + 1) / 2) / (counts * (len(order) - counts)).clip(1)
 
 # %% ../nbs/08_baselines.ipynb #c08-91
 def concept_scores(f,                         # [N, F] features at ordinary tokens
@@ -138,16 +148,18 @@ def concept_scores(f,                         # [N, F] features at ordinary toke
     levels = np.unique(np.geomspace(1, half, points).astype(int))
     top = {key: np.full((3, n), -1.) for key in ("f1", "auroc")}                  # score, feature, sign; and for F1 the threshold
     threshold = np.zeros(n)
+    def offer(key, value, j, sign, t=None):
+        better = value > top[key][0]
+        top[key][:, better] = np.stack([value, np.full(n, j), np.full(n, sign)])[:, better]
+        if t is not None: threshold[better] = t[better]
     for j in tqdm(range(f.shape[1]), desc="concept_scores", unit="feature", delay=3):
-        for sign in (1, -1)[:1 + signs]:
-            v = sign * f[:half, j].astype(np.float64)
-            value, t = _best_f1(v, counts, at, concept, levels)
-            better = value > top["f1"][0]
-            top["f1"][:, better] = np.stack([value, np.full(n, j), np.full(n, sign)])[:, better]; threshold[better] = t[better]
-            if sign == 1: above = (np.bincount(concept, rankdata(v)[at], n) - counts * (counts + 1) / 2) / (counts * (half - counts)).clip(1)
-            value = above if sign == 1 else 1 - above
-            better = value > top["auroc"][0]
-            top["auroc"][:, better] = np.stack([value, np.full(n, j), np.full(n, sign)])[:, better]
+        order = f[:half, j].argsort()
+        ascending = f[:half, j][order].astype(np.float64)
+        above = _above(order, ascending, counts, at, concept)
+        for sign in (1, -1)[:1 + signs]:                               # turned round: the same order, read backwards
+            value, t = _best_f1(*_levels(order[::sign], sign * ascending[::sign], levels), counts, at, concept)
+            offer("f1", value, j, sign, t)
+            offer("auroc", above if sign == 1 else 1 - above, j, sign)
     return _scored(f[half:], truth[half:, asked], top, threshold, asked, truth.shape[1])
 
 # %% ../nbs/08_baselines.ipynb #c08-92

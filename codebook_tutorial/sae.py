@@ -20,6 +20,10 @@ from .kmeans import finite
 from .models import Text, _evaluating
 from .sites import intervene
 
+# %% ../nbs/07_sae.ipynb #c07-147
+def _error(x, x_hat): return (x - x_hat).pow(2).sum(-1).mean(-1)
+def _row(b): return b if b.dim() == 1 else b.unsqueeze(-2)           # a bias beside [N, ..]; of a stack, [S, 1, ..]
+
 # %% ../nbs/07_sae.ipynb #c07-31
 class SAE(Dictionary):
     "Sparse autoencoder, f = ReLU(pre), pre = W_enc (x - b_dec) + b_enc, x^ = f W_dec + b_dec; encoder and decoder apart (untied), unit rows in W_dec."
@@ -68,9 +72,6 @@ class SAE(Dictionary):
         self.b_dec.add_(mean)
 
 # %% ../nbs/07_sae.ipynb #c07-32
-def _row(b): return b if b.dim() == 1 else b.unsqueeze(-2)           # a bias beside [N, ..]; of a stack, [S, 1, ..]
-def _error(x, x_hat): return (x - x_hat).pow(2).sum(-1).mean(-1)
-
 class Tied(SAE):
     "The paper's: f = ReLU(M x + b), x^ = M^T f, unit rows in M; x is centred (section 2)."
     kind, tied = "tied", True

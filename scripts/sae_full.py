@@ -9,10 +9,11 @@ from pathlib import Path
 import torch
 from tqdm.auto import tqdm
 from codebook_tutorial.activations import harvest
-from codebook_tutorial.core import data_path
+from codebook_tutorial.core import data_path, seeded
+from codebook_tutorial.formats import load_sae
 from codebook_tutorial.metrics import loss_recovered, measure, replaced_loss
 from codebook_tutorial.models import load_lm, load_text
-from codebook_tutorial.sae import refit, train_sae
+from codebook_tutorial.sae import TopK, refit, train_sae, tune_decoder
 
 ROOT = Path(__file__).resolve().parents[1]
 ROWS, CLAIMS = ROOT / "out" / "sae_rows", ROOT / "claims" / "07.full.json"
@@ -32,6 +33,7 @@ def jobs():
     for kind in ("topk", "batchtopk", "matryoshka"):
         for k in (4, 8, 16, 32): found[f"{kind} k={k}"] = dict(kind=kind, k=k, alpha=None)
     found["alpha=0"] = dict(alpha=[0.])
+    found["scrambled"] = dict(site="scrambled")                                      # control: every coordinate shuffled over the tokens by itself
     for name, r in (("left alone", ()), ("begun anew late", (.5, .6, .7, .8))): found[f"R=4, {name}"] = dict(ratio=4, alpha=FEW, resample=r)        # dead features
     for name, alpha in (("no auxiliary", 0.), ("auxiliary", 1 / 32), ("auxiliary 1/8", 1 / 8)): found[f"R=4, topk k=4, {name}"] = dict(ratio=4, kind="topk", k=4, alpha=[alpha])
     return found
@@ -48,7 +50,7 @@ def rows_of(name, differs, seed, states, losses):
     for alpha, sae in zip(s["alpha"] or [None], trained):
         for refitted in (False, True):
             one = refit(sae, x[:200_000]) if refitted else sae
-            found.append(dict(name=name, seed=seed, **s | dict(alpha=alpha), refitted=refitted, n_feats=len(one.directions), **{k: v for k, v in measure(one, y).items() if k != "density"}, **losses(s["site"], one), train_cpu_seconds=seconds / len(trained)))
+            found.append(dict(name=name, seed=seed, **s | dict(alpha=alpha), refitted=refitted, n_feats=len(one.directions), **{k: v for k, v in measure(one, y).items() if k != "density"}, **(losses(s["site"], one) if s["site"] in SITES else {}), train_cpu_seconds=seconds / len(trained)))
     return found
 
 
@@ -63,6 +65,22 @@ def losses_of(model, text):
     return losses
 
 
+def scrambled(x): return torch.stack([column[torch.randperm(len(column), generator=seeded(i))] for i, column in enumerate(x.T)], 1)
+
+
+def control(model, tok, x, y, test):
+    "The perplexity that a decoder's training brings by itself: as many random directions as the shipped autoencoder has features, as many active, refitted and tuned as long and on the same text."
+    shipped = load_sae(data_path("sae/tied"))
+    told, mean = json.loads((data_path("sae/tied") / "sae.json").read_text())["meta"], x.mean(0)
+    knows_nothing = TopK(x.shape[1], len(shipped.directions), k=round(told["on_validation_text"]["tuned"]["l0"]), generator=seeded(9)).eval()
+    knows_nothing.in_units_of(mean, 1.)
+    text = load_text(tok, n_tokens=1_000_000, length=256, split="train", seed=11)
+    steps = int(told["command"].split("--tune ")[1].split()[0])
+    tuned = tune_decoder(refit(knows_nothing, x[:200_000]), model, text, "resid.1", steps=steps)
+    clean = replaced_loss(model, test, "resid.1", lambda x: x)
+    return dict(features=len(tuned.directions), l0=knows_nothing.k, steps=steps, fvu=measure(tuned, y)["fvu"], perplexity_ratio=math.exp(replaced_loss(model, test, "resid.1", lambda x: tuned.decode(tuned.encode(x))) - clean))
+
+
 def overlaps(x):
     "Do seeds find the same features? For every feature of one seed the largest cosine to one of another, alpha 0.8 or k = 8, by length of training."
     found = []
@@ -75,11 +93,11 @@ def overlaps(x):
     return found
 
 
-def write(rows, overlap):
+def write(rows, overlap, random):
     sha = hashlib.sha256((data_path("stories") / "model.safetensors").read_bytes()).hexdigest()
     commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, cwd=ROOT).stdout.strip()
     out = dict(command="python scripts/sae_full.py", commit=commit, hardware="one CPU core a process", machine=platform.machine(), hours=sum(r["train_cpu_seconds"] for r in rows if not r["refitted"]) / 3600,
-               inputs_sha256={"data/stories/model.safetensors": sha}, seeds="start of the autoencoder and order of the states", units="fvu: fraction of variance; clean, decoded, zero, mean: nats a token", overlaps=overlap, rows=rows)
+               inputs_sha256={"data/stories/model.safetensors": sha}, seeds="start of the autoencoder and order of the states", units="fvu: fraction of variance; clean, decoded, zero, mean: nats a token", overlaps=overlap, shipped_control=random, rows=rows)
     CLAIMS.with_suffix(".part").write_text(json.dumps(out, indent=1) + "\n"); CLAIMS.with_suffix(".part").replace(CLAIMS)
 
 
@@ -93,6 +111,7 @@ def main():
     with tempfile.TemporaryDirectory() as folder:
         stores = [harvest(model, t, SITES, Path(folder) / str(i)) for i, t in enumerate((text, valid))]
         states = {site: tuple(store.load(site) for store in stores) for site in SITES}
+    states["scrambled"] = tuple(scrambled(x) for x in states["resid.1"])
     losses = losses_of(model, valid[:50])
     for i, (name, seed) in enumerate(tqdm([(name, seed) for seed in range(3) for name in jobs()], desc="sae_full")):
         file = ROWS / f"{name.replace(' ', '_').replace('/', '-')}_{seed}.json"
@@ -101,8 +120,9 @@ def main():
         file.with_suffix(".part").write_text(json.dumps(found)); file.with_suffix(".part").replace(file)
     done = [ROWS / f"{name.replace(' ', '_').replace('/', '-')}_{seed}.json" for name in jobs() for seed in range(3)]
     if not all(f.exists() for f in done): return
-    if not (file := ROWS / "overlaps").exists(): file.write_text(json.dumps(overlaps(states["resid.1"][0])))
-    write([row for f in done for row in json.loads(f.read_text())], json.loads(file.read_text()))
+    for file, made in ((ROWS / "overlaps", lambda: overlaps(states["resid.1"][0])), (ROWS / "control", lambda: control(model, tok, *states["resid.1"], valid[:50]))):
+        if not file.exists(): file.write_text(json.dumps(made()))
+    write([row for f in done for row in json.loads(f.read_text())], *(json.loads((ROWS / name).read_text()) for name in ("overlaps", "control")))
 
 
 if __name__ == "__main__": main()

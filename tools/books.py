@@ -271,14 +271,14 @@ REPRODUCES = [
     ("The same, as many codes as neurons", "06", "codes.precision_gain_equal_pool", "codes drawn at random; control: the most used", "not told"),
     ("Writing a month's codes makes the model name that month", "06", "codes.written_month", "share of the months' probability; control: the told month's own codes", "none"),
     ("A sparse autoencoder's active features (L0)", "07", "sae.l0", "tied, 384 features, resid.1", "its choice"),
-    ("Variance that it leaves unexplained (FVU)", "07", "sae.fvu", "decoder refitted; control: as many random directions by matching pursuit", "not told for this size"),
-    ("Perplexity with decoded states / as it is", "07", "sae.perplexity_ratio", "decoder tuned on the model's predictions; paper: Pythia-70M, layer 2, tied", "1.6 (25 to 40)"),
+    ("Variance that it leaves unexplained (FVU)", "07", "sae.fvu", "decoder refitted and tuned; control: as many random directions by matching pursuit", "not told for this size"),
+    ("Perplexity with decoded states / as it is", "07", "sae.perplexity_ratio", "decoder tuned on the model's predictions; control: random directions, decoder tuned as long; paper: Pythia-70M, layer 2, tied", "1.6 (25 to 40)"),
     ("Two seeds find the same features: mean cosine to the nearest", "07", "sae.seed_overlap", "192 features; control: random directions", "not told"),
     ("Best single feature for a known concept, F1: tied autoencoder", "08", "baselines.concept_f1.sae_tied", "held out, mean over concepts; control: as many random directions", "none"),
     ("The same: PCA", "08", "baselines.concept_f1.pca", "96 components; control: as many random directions", "none"),
     ("The same: ICA", "08", "baselines.concept_f1.ica", "96 components; control: as many random directions", "none"),
     ("The same: hidden neurons", "08", "baselines.concept_f1.neurons", "384 neurons of the same block; control: as many random directions", "none"),
-    ("A feature that detects the coming class of word also carries it: nats lost when held still", "08", "baselines.detector_held", "mean of 15 classes; control: the best of as many random directions", "none"),
+    ("A feature that detects the coming class of word also carries it: nats lost when held still", "08", "baselines.detector_held", "mean of 15 classes; control: as much taken away in a random direction", "none"),
     ("Writing another sentence's codes at the heads makes the model name its receiver", "05", "finetune.written_receiver", "control: codes of the same sentence with another giver", "none"),
 ]
 
