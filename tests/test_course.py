@@ -120,7 +120,8 @@ def test_claims_that_differ_fail_the_run(school, kept, says):
 def test_ctrl_c_stops_cleanly_and_takes_the_kernel_along(school):
     root, write, command = school
     write("01_a.ipynb", "import os, pathlib; pathlib.Path('pid').write_text(str(os.getpid()))", "import time; time.sleep(100)")
-    child = subprocess.Popen(command("run"), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True)
+    child = subprocess.Popen(command("run"), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True,
+                             preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL))       # a job in the background would inherit that it is ignored
     pid = root / "out" / "run" / "01" / "pid"
     for _ in range(300):
         if pid.exists() and pid.read_text(): break
