@@ -82,6 +82,7 @@ def claim(name: str,            # "module.finding"
           context: dict | None = None,   # other figures to read it beside
           unit: str = "share",  # shares are 0-1
           tolerance: float | None = None,   # how far a fresh run may lie from the committed one; at least the spread
+          interval: tuple | None = None,    # 95 %, (low, high), where it is not that of a mean over seeds (say in `note` over what); None: a t-interval over `values`
           note: str = "") -> Claim:
     "Record a finding and show it; ClaimError outside its bound."
     values = [] if values is None else [float(v) for v in np.atleast_1d(values)]
@@ -90,7 +91,9 @@ def claim(name: str,            # "module.finding"
     value, spread = (float(np.mean(values)) if values else None), float(np.ptp(values)) if values else 0.
     if unit == "share" and any(not 0 <= v <= 1 for v in values): raise ValueError(f"claim {name}: a share lies between 0 and 1, got {values}")
     low, high = (0., 1.) if unit == "share" else (-math.inf, math.inf)
-    entry = dict(value=value, values=values, interval=_interval(values, low, high), unit=unit, at_least=at_least, at_most=at_most,
+    if interval is not None and not interval[0] <= interval[1]: raise ValueError(f"claim {name}: expected an interval (low, high), got {interval}")
+    interval = _interval(values, low, high) if interval is None else [float(v) for v in interval]
+    entry = dict(value=value, values=values, interval=interval, unit=unit, at_least=at_least, at_most=at_most,
                  tolerance=max(spread, .02 * abs(value or 0) if tolerance is None else tolerance), paper=paper, context=context or {},
                  control=control, note=note)
     _record(name, entry)

@@ -38,13 +38,16 @@ def picture(fig,             # a matplotlib figure
 def bars(values: dict,        # name -> number, or name -> list of numbers (one a seed: mean as bar, seeds as dots)
          title: str, ylabel: str, alt: str,
          lines: dict | None = None,    # name -> height of a reference line (paper, chance, ...)
+         errors: dict | None = None,   # name -> (low, high) of an interval
          rotate: int = 0, ax=None, color="blue"):
-    "Bars with every seed as a dot and reference lines."
+    "Bars with every seed as a dot, intervals and reference lines."
     fig, ax = (ax.figure, ax) if ax is not None else plt.subplots(figsize=(max(4.5, .85 * len(values) + 1.5), 3))
     seeds = [np.atleast_1d(v) for v in values.values()]
     ax.bar(range(len(values)), [s.mean() for s in seeds], color=PALETTE[color], alpha=.8, width=.65)
     for i, s in enumerate(seeds):
         if len(s) > 1: ax.plot([i] * len(s), s, "o", ms=3.5, color=PALETTE["black"], alpha=.6)
+    for i, name in enumerate(values):
+        if name in (errors or {}): ax.vlines(i, *errors[name], color=PALETTE["black"], lw=1.2)
     for (name, y), (c, dash) in zip((lines or {}).items(), [("red", "--"), ("grey", ":"), ("green", "-.")]):
         ax.axhline(y, color=PALETTE[c], ls=dash, label=name)
     if lines: ax.legend(loc="center left", bbox_to_anchor=(1, .5))

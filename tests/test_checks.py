@@ -24,6 +24,11 @@ def f1_held_out(v, truth, choose=slice(40)):
     fires = v[40:] >= chosen.values[score.argmax()]
     return 2 * (fires & truth[40:]).sum() / (fires.sum() + truth[40:].sum())
 
+def words_after(fragments, before, better=lambda a, b: a > b):
+    pairs = [(w, a, i > 0 and tokens[i - 1] == before) for tokens, acts in fragments for i, (w, a) in enumerate(zip(tokens, acts))]
+    mean = lambda w, there: sum(some) / len(some) if (some := [a for v, a, at in pairs if v == w and at == there]) else 0.
+    return [w for w in sorted({w for w, _, at in pairs if at}) if better(mean(w, True), mean(w, False))]
+
 # exercise: (another right answer, [wrong answers], words that a named mistake's message must hold)
 CASES = {
     "zero_last": (lambda x: torch.cat([x[:, :-1], x[:, -1:] * 0], 1), [lambda x: x * 0, lambda x: torch.cat([x[:, :1] * 0, x[:, 1:]], 1), lambda x: x[:, :-1], lambda x: x.__setitem__((slice(None), -1), 0) or x], "every position"),
@@ -87,6 +92,12 @@ CASES = {
     "tail_up": (lambda f: torch.where(((f - f.mean(0))**3).sum(0) < 0, -f, f), [lambda f: f * (f**3).mean(0).sign(), lambda f: f.abs(), lambda f: f * f.mean(0).sign(), lambda f: f - f.mean(0)], "centre first"),
     "auroc": (lambda v, t: sum((v[~t] < p).float().mean() + (v[~t] == p).float().mean() / 2 for p in v[t]) / t.sum(), [lambda v, t: (v[t][:, None] > v[~t]).float().mean(), lambda v, t: 1 - (v[t][:, None] > v[~t]).float().mean(), lambda v, t: ((v > v.mean()) == t).float().mean()], "one half"),
     "answer_08_5": (raw("b"), [raw("a"), raw("c"), raw(3)], "768"),
+    "to_integers": (lambda a, top: torch.tensor([min(10., float(int(10 * max(v, 0.) / top))) for v in a.tolist()]), [lambda a, top: (10 * a / top).round().clamp(0, 10), lambda a, top: (10 * a / top).floor().clamp(max=10), lambda a, top: (10 * a.clamp(min=0) / top).floor(), lambda a, top: (10 * a.clamp(min=0) / a.max()).floor()], "round down"),
+    "split_top": (lambda p: tuple(torch.tensor([int(p.topk(20).indices[i]) for i in range(start, 20, 4)]) for start in (0, 2)), [lambda p: (p.argsort()[:20][0::4], p.argsort()[:20][2::4]), lambda p: (p.topk(20).indices[:5], p.topk(20).indices[5:10]), lambda p: (p.topk(20).indices[2::4], p.topk(20).indices[0::4]), lambda p: (p.topk(20).indices[0::4], p.topk(20).indices[1::4])], "sort downwards"),
+    "pooled_r": (lambda t, s: ((a := torch.cat(t) - torch.cat(t).mean()) @ (b := torch.cat(s) - torch.cat(s).mean())) / (a.norm() * b.norm()), [lambda t, s: torch.stack([torch.corrcoef(torch.stack(p))[0, 1] for p in zip(t, s)]).mean(), lambda t, s: torch.cosine_similarity(torch.cat(t), torch.cat(s), 0), lambda t, s: torch.corrcoef(torch.stack([torch.cat(t), torch.cat(s)])), lambda t, s: torch.corrcoef(torch.stack([torch.cat(t), torch.cat(s)]))[0, 1]**2], "each fragment's r"),
+    "expected_strength": (lambda p, z: (sum(i * p[i] for i in range(2, 10)) + p[1] * (1 - z) + 10 * p[1] * z) / p.sum(), [lambda p, z: (p * torch.arange(10)).sum() / p.sum(), lambda p, z: sum(i * p[i] for i in range(10)) + 10 * p[1] * z, lambda p, z: (sum(i * p[i] for i in range(10)) + 10 * p[1] * z) / (p.sum() + p[1] * z), lambda p, z: sum(i * p[i] for i in range(2, 10)) + p[1] * (1 - z) + 10 * p[1] * z], "loses what goes to 10"),
+    "answer_09_5": (raw("a"), [raw("b"), raw("c"), raw(None)], "compared with what"),
+    "after_word": (words_after, [lambda f, b: words_after(f, b, lambda x, y: True), lambda f, b: words_after(f, b, lambda x, y: x >= y), lambda f, b: words_after([(t[::-1], a[::-1]) for t, a in f], b), lambda f, b: words_after(f, b, lambda x, y: x < y)], "at least as high"),
     "held_out_f1": (f1_held_out, [lambda v, t: f1_held_out(v, t, slice(None)), lambda v, t: f1_held_out(v, t, slice(40, None)), lambda v, t: f1_held_out(v.flip(0), t.flip(0)), lambda v, t: f1_held_out(torch.cat([v[:40], v[:40]]), torch.cat([t[:40], t[:40]]))], "where the threshold was chosen"),
 }
 

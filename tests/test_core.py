@@ -47,6 +47,12 @@ def test_a_claim_needs_finite_numbers_or_a_reason(values):
 def test_no_score_with_a_reason_is_a_claim(): assert claim("x.none", None, note="constant prediction")["value"] is None
 
 
+def test_an_interval_of_ones_own_takes_the_place_of_that_over_seeds(claims_file):
+    assert claim("x.boot", [.5, .6], interval=(.52, np.float64(.57)))["interval"] == [.52, .57] and json.loads(claims_file.read_text())["x.boot"]["interval"] == [.52, .57]
+    for wrong in ((.6, .5), (float("nan"), 1)):
+        with pytest.raises(ValueError, match="an interval"): claim("x.boot", .5, interval=wrong)
+
+
 def test_nothing_is_written_without_a_claims_file(monkeypatch, tmp_path):
     monkeypatch.delenv("COURSE_CLAIMS")
     claim("x.y", .5)
@@ -95,6 +101,8 @@ def test_strip_wants_one_value_a_token():
 
 def test_every_picture_needs_alt_text():
     with pytest.raises(ValueError, match="alt text"): show.bars({"a": 1}, "t", "y", alt=" ")
+    lines = [segment.get_segments()[0] for segment in show.bars({"a": 1, "b": 3}, "t", "y", "two bars", errors={"b": (2.5, 3.25)}).fig.axes[0].collections]
+    assert len(lines) == 1 and lines[0].tolist() == [[1, 2.5], [1, 3.25]]
     shown = show.bars({"a": [1, 2], "b": 3}, "t", "y", alt="two bars", lines={"chance": .5})
     assert repr(shown) == "two bars" and shown._repr_png_()[:4] == b"\x89PNG"
     assert shown._repr_png_() == shown._repr_png_()                         # no time stamp inside

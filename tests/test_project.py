@@ -19,7 +19,10 @@ CLAIMS = {"01": ["fsm.bayes_loss", "fsm.trigrams", "fsm.state_accuracy", "fsm.le
                 + [f"finetune.gap_residual_k{k}_c{n}" for k in (1, 2, 4, 8) for n in (256, 512, 1024, 2048)] + [f"finetune.gap_cosine_k{k}_c{n}" for k in (1, 4, 8, 16) for n in (256, 1024)],
           "06": [f"codes.{n}" for n in ("precision_gain_over_neurons", "precision_gain_equal_pool", "written_month")],
           "07": [f"sae.{n}" for n in ("fvu", "l0", "perplexity_ratio", "dead_share", "seed_overlap", "interop_error")],
-          "08": [f"baselines.{kind}.{m}" for m in SLUGS for kind in ("concept_f1", "fvu_at_l0") if (kind, m) != ("fvu_at_l0", "neurons")]}
+          "08": [f"baselines.{kind}.{m}" for m in SLUGS for kind in ("concept_f1", "fvu_at_l0") if (kind, m) != ("fvu_at_l0", "neurons")],
+          "09": [f"autointerp.score.{m}.layer{layer}" for layer in range(3) for m in ("sae_tied", "sae_topk", "sae_alpha0", "codebook", "codebook_tuned", "ica", "ica_relu", "ica_topk", "pca", "pca_relu", "pca_topk", "neurons", "basis", "random")]
+                + [f"autointerp.difference.sae_tied_{b}" for b in ("ica", "ica_relu", "pca", "pca_relu", "random", "sae_alpha0", "neurons")] + ["autointerp.difference.ica_pca", "autointerp.difference.pca_relu_random", "autointerp.difference.random_basis"]
+                + [f"autointerp.{n}" for n in ("agreement_with_truth", "agreement_with_truth_and_words", "puzzles_solved", "perfect_simulator", "rows_again")]}
 
 def tracked():
     "Files of the project: those git knows, or would know."
@@ -139,7 +142,7 @@ def test_the_library_is_exported_not_written():
 
 
 def test_modules_import_only_from_earlier_rows():
-    order = ["core", "show", "sites", "fsm", "dictionary", "kmeans", "codebook", "states", "stories", "models", "concepts", "finetune", "index", "codes", "units", "browser", "activations", "metrics", "sae", "formats", "baselines"]
+    order = ["core", "show", "sites", "fsm", "dictionary", "kmeans", "codebook", "states", "stories", "models", "concepts", "finetune", "index", "codes", "units", "browser", "activations", "metrics", "sae", "formats", "baselines", "autointerp", "explainers", "endpoint", "predicates", "puzzles", "feature_pages"]
     for i, name in enumerate(order):
         used = re.findall(r"^from \.(\w+)|^from codebook_tutorial\.(\w+)", (ROOT / "codebook_tutorial" / f"{name}.py").read_text(), re.M)
         assert {a or b for a, b in used} <= set(order[:i]), f"{name} imports {used}"
@@ -148,13 +151,13 @@ def test_modules_import_only_from_earlier_rows():
 def test_the_shipped_autoencoder_is_the_one_described():
     folder = ROOT / "data/sae/tied"
     assert hashlib.sha256((folder / "sae_state.safetensors").read_bytes()).hexdigest() in (ROOT / "data/README.md").read_text()
-    for number, name in (("07", "stories/model.safetensors"), ("08", "stories/model.safetensors"), ("08", "sae/tied/sae_state.safetensors")):
+    for number, name in (("07", "stories/model.safetensors"), ("08", "stories/model.safetensors"), ("08", "sae/tied/sae_state.safetensors"), ("09", "sae/tied/sae_state.safetensors"), ("09", "codes/single/model.safetensors")):
         full = json.loads((ROOT / f"claims/{number}.full.json").read_text())
         assert full["inputs_sha256"][f"data/{name}"] == hashlib.sha256((ROOT / "data" / name).read_bytes()).hexdigest() and full["commit"] and full["rows"]
 
 
 def test_only_show_writes_html():
-    "Besides browser.py, which holds one fixed page that shows what it is given as text."
+    "Besides browser.py, which holds one fixed page that shows what it is given as text (feature_pages.py holds one without such elements, and puts show's pieces in it)."
     for path in (ROOT / "codebook_tutorial").glob("*.py"):
         if path.name not in ("show.py", "browser.py", "_modidx.py"): assert not re.search(r"<(div|span|table|td)\b", path.read_text()), path
 

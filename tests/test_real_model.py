@@ -157,3 +157,38 @@ def test_the_baselines_chapter_runs_on_the_real_model(tmp_path):
     "Every method as a dictionary of real states; what needs the stories' facts is left out."
     found, printed = run_chapter("08_baselines", tmp_path)
     assert not found and "Unexplained with" in printed and "expected activations of at least 0" in printed
+
+
+def test_the_autointerpretation_chapter_runs_on_the_real_model(tmp_path):
+    "Every method explained by spelling and words; what needs the stories' facts is left out. The ruler is straight here, too."
+    found, printed = run_chapter("09_autointerp", tmp_path)
+    assert set(found) == {"autointerp.perfect_simulator"} and "Differences of means" in printed and "what has none" in printed
+
+
+def test_features_of_the_real_model_have_explanations_and_pages(tmp_path):
+    "Words of real text: an autoencoder's features are explained better than random directions; the local language model itself explains and simulates."
+    from codebook_tutorial.activations import harvest
+    from codebook_tutorial.autointerp import difference, fragments, interpret, make_cases, pieces, some_features, summary
+    from codebook_tutorial.dictionary import random_directions
+    from codebook_tutorial.explainers import LocalLMExplainer
+    from codebook_tutorial.feature_pages import export_features
+    from codebook_tutorial.models import load_lm, load_text
+    from codebook_tutorial.predicates import PredicateExplainer
+    from codebook_tutorial.sae import train_sae
+    model, tok = load_lm(MODEL)
+    text = fragments(load_text(tok, TEXT, n_tokens=160_000, length=256))
+    words, site = pieces(text, tok), f"resid.{model.config.num_hidden_layers // 2}"
+    x = harvest(model, text, site, tmp_path / "states", verbose=False).load(site)
+    sae, explainer, scores = train_sae(x, 128, "topk", k=8, steps=400), PredicateExplainer(), {}
+    for name, d in (("sae", sae), ("random", random_directions(128, x.shape[1], seed=100, relu=True))):
+        f, ids = some_features(d, x, 60)
+        cases = make_cases(f, words, ids)
+        rows = interpret(cases, explainer)
+        scores[name] = [r["r"] for r in rows if r]
+        if name == "sae": page = export_features(cases, rows, tmp_path / "features.html"); case = next(c for c in cases if c)
+    print(f"\nreal model: explained by predicates, r {summary(scores['sae'])['mean']:.2f} (random directions {summary(scores['random'])['mean']:.2f})")
+    assert difference(scores["sae"], scores["random"])["low"] > 0 and page.stat().st_size > 10_000
+    lm = LocalLMExplainer(model, tok)
+    short = [type(fr)(fr.tokens[:12], fr.acts[:12]) for fr in case.explain[:1]]
+    if getattr(model.config, "max_position_embeddings", 0) < 2000:
+        with pytest.raises(ValueError, match="expected fewer or shorter fragments"): lm.explain([short])

@@ -279,6 +279,13 @@ REPRODUCES = [
     ("The same: ICA", "08", "baselines.concept_f1.ica", "96 components; control: as many random directions", "none"),
     ("The same: hidden neurons", "08", "baselines.concept_f1.neurons", "384 neurons of the same block; control: as many random directions", "none"),
     ("A feature that detects the coming class of word also carries it: nats lost when held still", "08", "baselines.detector_held", "mean of 15 classes; control: as much taken away in a random direction", "none"),
+    ("How well a machine's explanations predict features, r: tied autoencoder", "09", "autointerp.score.sae_tied.layer1", "predicate explainer, top and random fragments; control: random directions", "its Fig. 2: highest, no language model here"),
+    ("The same: ICA, cut off at zero", "09", "autointerp.score.ica_relu.layer1", "the same", "its Fig. 2: second (signed)"),
+    ("The same: ICA as it is", "09", "autointerp.score.ica.layer1", "the same", "its Fig. 2: second"),
+    ("The same: PCA as it is", "09", "autointerp.score.pca.layer1", "the same", "its Fig. 2: third"),
+    ("The same: random directions, cut off at zero", "09", "autointerp.score.random.layer1", "the same", "its Fig. 2: last, with the basis"),
+    ("Does the score agree with the truth? Rank correlation with the F1 of the best concept", "09", "autointerp.agreement_with_truth", "over an autoencoder's features, without predicates that coincide with concepts; control: shuffled", "nobody could ask"),
+    ("The same, when the truth knows every word as well", "09", "autointerp.agreement_with_truth_and_words", "the same", "nobody could ask"),
     ("Writing another sentence's codes at the heads makes the model name its receiver", "05", "finetune.written_receiver", "control: codes of the same sentence with another giver", "none"),
 ]
 

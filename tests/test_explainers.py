@@ -1,11 +1,12 @@
-"""Explainers that are language models: the local one against plain passes, the one behind an address against a real HTTP server with faults. Draft."""
+"""Explainers that are language models: the local one against plain passes, the one behind an address against a real HTTP server with faults."""
 import json, math, os, signal, sys, threading, time, traceback
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 import pytest, torch, transformers
-sys.path.insert(0, str(Path(__file__).parent))
-import explainers
-from explainers import APIExplainer, Fragment, LocalLMExplainer, SHOTS, explain_messages, simulate_messages
+from codebook_tutorial import autointerp, endpoint, explainers
+from codebook_tutorial.autointerp import Fragment
+from codebook_tutorial.endpoint import APIExplainer
+from codebook_tutorial.explainers import SHOTS, LocalLMExplainer, explain_messages, judge_messages, simulate_messages
 
 torch.set_num_threads(1)
 KEY = "sk-test-0123456789abcdefSECRET"
@@ -31,7 +32,7 @@ def test_the_numbers_above_0_once_more_where_they_are_few(fires, of, again):
 
 def test_the_examples_are_whole_and_no_answer_is_given_away():
     for some, why in SHOTS:
-        explainers._check_features("shots", [some])
+        autointerp._check_features("shots", [some])
         assert all(max(f.acts) > 0 for f in some)
     for messages in (explain_messages(FEATURE), simulate_messages("x"), simulate_messages("x", ["a"])):
         assert [m["role"] for m in messages] == ["user", "assistant"] * len(SHOTS) + ["user"]
@@ -205,7 +206,8 @@ def test_explain_is_greedy_and_takes_the_first_line(chat):
 
 
 def test_the_first_line_of_an_answer():
-    for text, phrase in [("\n  \"months\" \nand more", "months"), ("<think>hm\nhm</think>\n\nnames", "names"), ("<think>never ends\nx", ""), ("", ""), ("a\tb", "a\tb")]: assert explainers._phrase(text) == phrase
+    for text, phrase in [("\n  \"months\" \nand more", "months"), ("<think>hm\nhm</think>\n\nnames", "names"), ("<think>never ends\nx", ""), ("", ""), ("a\tb", "a\tb"),
+                         ('the word that follows "very"', 'the word that follows "very"'), ('"gave" or "handed"', '"gave" or "handed"'), ("`x`", "x"), ("Okay, hm\n</think>\n\nmonths", "months"), ('"', '"')]: assert explainers._phrase(text) == phrase
 
 
 def test_a_prompt_too_long_says_so_and_the_mode_is_left_as_it_was():
@@ -270,6 +272,9 @@ def completion(api, request):
     "A phrase for a feature; for a text lines of numbers, with alternatives where they are asked for."
     asked = request["messages"][-1]["content"]
     if "Explanation:" not in asked: return body([asked.split("\t")[0]])
+    if "\n\nText: " in asked:
+        yes = "storm" in asked.split("\n\nText: ")[1]
+        return body(["Yes" if yes else " no", "."], api.logprobs and request.get("logprobs"), lambda piece: {piece: math.log(.6), "yes": math.log(.1), "No": math.log(.2), "maybe": math.log(.1)})
     pieces, last = [], asked.split("\n\n", 1)[1].split("\n")
     for i, line in enumerate(last):
         token = line.rpartition("\t")[0]
@@ -359,8 +364,8 @@ def test_waits_as_long_as_it_is_told(tmp_path):
         with pytest.raises(ValueError, match="answers 429 and wants us to wait 3600 s"): at(api, tmp_path / "2").explain(FEATURES[:1])
         assert len(api.asked) == 1
     soon = time.strftime("%a, %d %b %Y %H:%M:%S GMT", time.gmtime(time.time() + 60))
-    assert 50 < explainers._seconds(soon) <= 60
-    for value, seconds in [(None, 0), ("2", 2), ("-3", 0), ("soon", 0), ("Wed, 01 Jan 2020 00:00:00 GMT", 0), ("nan", 0), ("Wed, 01 Jan 2020 00:00:00", 0)]: assert explainers._seconds(value) == seconds
+    assert 50 < endpoint._seconds(soon) <= 60
+    for value, seconds in [(None, 0), ("2", 2), ("-3", 0), ("soon", 0), ("Wed, 01 Jan 2020 00:00:00 GMT", 0), ("nan", 0), ("Wed, 01 Jan 2020 00:00:00", 0)]: assert endpoint._seconds(value) == seconds
 
 
 def test_waits_longer_each_time_and_never_the_same():
@@ -392,6 +397,8 @@ def test_what_a_refusal_says_and_whether_it_may_pass():
     says = lambda *refusal: (lambda t: (t.kind, t.says))(explainer._refusal(*refusal))
     assert "top_logprobs=0 asks for no log-probabilities" in says(400, "logprobs are not supported", 0.)[1] and "top_logprobs" not in says(400, "too long", 0.)[1]
     assert says(429, "insufficient_quota", 0.)[0] == says(409 + 1, "", 0.)[0] == says(503, "", 121.)[0] == "stop" and says(503, "", 119.)[0] == says(429, "", 0.)[0] == says(599, "", 0.)[0] == "wait"
+    spent = json.dumps(dict(error=dict(message="You exceeded your current quota, please check your plan and billing details. For more information on this error, read the docs: https://platform.openai.com/docs/guides/error-codes/api-errors. " * 2, type="insufficient_quota", param=None, code="insufficient_quota")))
+    assert says(429, spent, 0.)[0] == "stop" and len(says(429, spent, 0.)[1]) < 300, "the reason stands far behind in the real answer"
 
 
 def test_a_useless_answer_is_asked_again_and_then_named_and_the_others_are_kept(tmp_path):
@@ -404,9 +411,11 @@ def test_a_useless_answer_is_asked_again_and_then_named_and_the_others_are_kept(
         api.faults = []
         assert len(explainer.simulate(MANY)) == 6 and len(api.asked) == 9
     for text, says in [("x\t1", "expected 2 lines, got 1: 'x 1'"), ("x\t1\ny\t11", "got 'y 11'"), ("x\t1\ny\t-1", "got"), ("", "expected 2 lines, got 0"), ("1\n2\n3", "got 3"), ("x" * 999, "xxx ...")]:
-        with pytest.raises(ValueError) as e: explainers._read_numbers(dict(text=text, tokens=None), 2)
+        with pytest.raises(ValueError) as e: endpoint._read_numbers(dict(text=text, tokens=None), ["x", "y"])
         assert says in str(e.value) and len(str(e.value)) < 300
-    for text in ("x\t1\ny\t2.5\n", "```\nx\t1\ny\t2.5\n```", "<think>\n3\n</think>\n1\n\n2.5\r\n", "```\t1\ny\t2.5"): assert explainers._read_numbers(dict(text=text, tokens=None), 2) == ([1., 2.5], None)
+    for text in ("x\t1\ny\t2.5\n", "```\nx\t1\ny\t2.5\n```", "<think>\n3\n</think>\n1\n\n2.5\r\n"): assert endpoint._read_numbers(dict(text=text, tokens=None), ["x", " y"]) == ([1., 2.5], None)
+    assert endpoint._read_numbers(dict(text="```\t1\n\\n\t2.5", tokens=None), ["```", "\n"])[0] == [1., 2.5]
+    with pytest.raises(ValueError, match="expected a line for 'b', got one for 'c'"): endpoint._read_numbers(dict(text="a\t0\nc\t9\nd\t0\nd\t0", tokens=None), ["a", "b", "c", "d"])
 
 
 @pytest.mark.parametrize("workers", [1, 4])
@@ -478,7 +487,7 @@ def test_interrupted_by_hand_keeps_what_was_under_way(tmp_path):
 def test_no_key_says_where_it_belongs(tmp_path):
     with pytest.raises(ValueError, match="no key for api.openai.com; expected it in the environment, as OPENAI_API_KEY"): APIExplainer("m", cache=tmp_path).explain(FEATURES)
     for url, here in [("http://127.0.0.1:8000/v1", True), ("http://localhost/v1", True), ("http://[::1]:9/v1", True), ("http://127.0.0.1.example.com/v1", False), ("https://example.com/v1", False), ("http://10.0.0.1/v1", False)]:
-        assert explainers._loopback(explainers.urlsplit(url).hostname) == here
+        assert endpoint._loopback(endpoint.urlsplit(url).hostname) == here
         if not here:
             with pytest.raises(ValueError, match="no key for"): APIExplainer("m", url, tmp_path)._client()
     with Endpoint() as api: at(api, tmp_path).explain(FEATURES[:1]); assert api.keys == ["Bearer none"]
@@ -487,6 +496,30 @@ def test_no_key_says_where_it_belongs(tmp_path):
 def test_what_an_explainer_refuses():
     for wrong in (dict(max_concurrency=0), dict(retries=-1), dict(extra_headers={}), dict(stream=True)):
         with pytest.raises(ValueError, match="APIExplainer: .*; expected"): APIExplainer("m", **wrong)
+    for url in ("localhost:8000/v1", "example.com", "ftp://x/v1", "http://"):
+        with pytest.raises(ValueError, match="expected an address such as http"): APIExplainer("m", url)
+    with pytest.raises(ValueError, match="parameters that JSON can hold"): APIExplainer("m", stop={1})
+
+
+def test_parameters_that_json_writes_otherwise_are_found_in_the_cache(tmp_path):
+    more = dict(logit_bias={5: 1}, stop=("\n",))
+    with Endpoint() as api: at(api, tmp_path, **more).explain(FEATURES[:1])
+    assert at(api, tmp_path, **more).estimate(FEATURES[:1])["cached"] == 1 and at(api, tmp_path, **more).explain(FEATURES[:1]) == ["w0"]
+
+
+@pytest.mark.parametrize("trouble", [dict(base_url="https://example.com:port/v1"), dict(HTTPS_PROXY="127.0.0.1:abc"), dict(SSL_CERT_FILE="/nonexistent")], ids=lambda t: next(iter(t)))
+def test_the_key_is_in_no_frame_when_no_client_can_be_made(trouble, tmp_path, monkeypatch):
+    monkeypatch.setenv("OPENAI_API_KEY", KEY)
+    for name, value in trouble.items():
+        if name != "base_url": monkeypatch.setenv(name, value)
+    explainer = at(trouble.get("base_url", "https://example.com/v1"), tmp_path, retries=0, timeout=.5)
+    with pytest.raises((ValueError, ConnectionError), match="APIExplainer") as e: explainer.explain(FEATURES[:1])
+    seen, error = [], e.value
+    while error:
+        frame = error.__traceback__
+        while frame: seen += [repr(v) for k, v in frame.tb_frame.f_locals.items() if isinstance(v, str | bytes)]; frame = frame.tb_next
+        error = None if error.__suppress_context__ else error.__cause__ or error.__context__
+    assert seen and not [v for v in seen if KEY[:12] in v]
 
 
 @pytest.mark.parametrize("fault", [401, 403, 400, 500, (429, {"Retry-After": "999"}), "hang", "cut", "garbage", "down", "newline", "other", "wrong argument"])
@@ -523,3 +556,42 @@ def test_the_estimate_is_printed_before_the_first_call(tmp_path, capsys):
     one = explainer.estimate([[Fragment(["new"], [1])]])
     assert "explain: 6 calls to 127.0.0.1:" in shown[0] and "(0 more are in the cache), about " in shown[0] and ", about $0.0" in shown[0]
     assert explainer.estimate(FEATURES, MANY)["cached"] == 6 and one["calls"] == 1
+
+
+# ---- yes or no
+JUDGED = [("words for weather", [" a", " storm"], None), ("words for weather", [" a", " cat"], None), ("words for weather", [" a", " storm"], [1]), ("words for weather", [" a", " storm"], [0])]
+
+def test_what_a_judge_is_asked():
+    plain, marked = (judge_messages(why, tokens, some) for why, tokens, some in JUDGED[1:3])
+    assert plain[-1]["content"] == "Explanation: words for weather\n\nText:  a cat" and marked[-1]["content"].endswith("Text:  a« storm»")
+    for messages in (plain, marked): assert [m["content"] for m in messages[1::2]] == ["yes", "no"] and all(("«" in m["content"].split("Text:")[-1]) == (messages is marked) for m in messages[0::2])
+    assert "two lines" in judge_messages("two\nlines", ["a\tb"])[-1]["content"] and "a\\tb" in judge_messages("x", ["a\tb"])[-1]["content"]
+
+
+@pytest.mark.parametrize("kind, chat", [("bytes", True), ("bytes", False), ("letters", True)])
+def test_a_local_judge_weighs_yes_against_no(kind, chat):
+    model, tok = local(kind, chat=chat)
+    explainer = LocalLMExplainer(model, tok, batch=3)
+    got = explainer.judge(JUDGED)
+    yes, no = explainer._yes_no()
+    assert not set(yes) & set(no) and len(got) == 4 and all(0 <= p <= 1 for p in got) and len(set(got)) > 1
+    for p, ask in zip(got, JUDGED):
+        with torch.no_grad(): q = model(torch.tensor([explainer._ids(explainer._text(judge_messages(*ask)))])).logits[0, -1].softmax(-1)
+        assert p == pytest.approx((q[yes].sum() / (q[yes].sum() + q[no].sum())).item(), abs=1e-5)
+    with pytest.raises(ValueError, match="at least one string"): explainer.judge([("x", [], None)])
+
+
+def test_a_tokenizer_that_cannot_tell_yes_from_no():
+    explainer = LocalLMExplainer(*local("words"))
+    with pytest.raises(ValueError, match="begins yes and no with the same token"): explainer.judge(JUDGED)
+
+
+def test_a_judge_behind_an_address(tmp_path):
+    with Endpoint() as api: assert at(api, tmp_path).judge(JUDGED) == pytest.approx([.7 / .9, .1 / .9, .7 / .9, .7 / .9])
+    assert api.asked[0]["max_tokens"] == 5 and len(api.asked) == 4
+    assert at("http://127.0.0.1:9/v1", tmp_path).judge(JUDGED)[1] == pytest.approx(.1 / .9) and at(api, tmp_path).estimate(judgements=JUDGED)["cached"] == 4
+    with Endpoint(logprobs=False) as api: assert at(api, tmp_path / "b").judge(JUDGED) == [1., 0., 1., 1.]
+    quoted = dict(text='"Yes"', tokens=[[1, {"no": .001}], [3, {"yes": .99, "no": .01}], [1, {}]])
+    assert endpoint._read_yes(quoted) == pytest.approx(.99) and endpoint._read_yes(dict(text="<think>no</think>\n\nYes.", tokens=None)) == 1.
+    with Endpoint(*[json.dumps(body(["perhaps"])).encode()] * 9) as api:
+        with pytest.raises(ValueError, match="expected yes or no, got 'perhaps'"): at(api, tmp_path / "c").judge(JUDGED[:1])
