@@ -474,7 +474,9 @@ def test_never_more_at_once_than_allowed(bound, tmp_path):
     assert len(api.asked) == 12 and (api.most == 1 if bound == 1 else 1 < api.most <= bound)
 
 
-def test_interrupted_by_hand_keeps_what_was_under_way(tmp_path):
+def test_interrupted_by_hand_keeps_what_was_under_way(tmp_path, request):
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)                # a job in the background inherits that it is ignored
+    request.addfinalizer(lambda: signal.signal(signal.SIGINT, before))
     with Endpoint(None, None, lambda request: os.kill(os.getpid(), signal.SIGINT), hold=.05) as api:
         with pytest.raises(KeyboardInterrupt): at(api, tmp_path).explain(FEATURES)
         assert 2 <= len(files(tmp_path)) <= 3 == len(api.asked)
