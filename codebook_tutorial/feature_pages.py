@@ -15,7 +15,7 @@ def _strips(case, row, n):                            # n: fragments of either k
     found, top = [], max(max(f.acts) for f in case.score) / 10
     for kind, some in (("top", list(zip(case.top, row["simulated"]))[:n]), ("random", list(zip(case.random, row["simulated"][len(case.top):]))[:n])):
         for fragment, simulated in some:
-            found += [strip(fragment.tokens, [a / top for a in fragment.acts], f"{kind} fragment, as the feature reacts (10: its largest in fragments that score)"), strip(fragment.tokens, [float(s) for s in simulated], "as simulated from the explanation")]
+            found += [strip(fragment.tokens, [a / top for a in fragment.acts], f"{kind} fragment, as the feature reacts (10: its largest in fragments that score)", 10), strip(fragment.tokens, [float(s) for s in simulated], "as simulated from the explanation", 10)]
     return found
 
 def explained(case: Case, row: dict, n: int = 2) -> Html:      # n: fragments of either kind

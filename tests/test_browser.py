@@ -228,6 +228,30 @@ def test_values_are_shown_strongest_first_in_light_and_dark(built, browser, tmp_
     assert len(ground) == 2
 
 
+def test_the_page_of_explained_features_opens_without_scripts_or_network(page, browser, tmp_path):
+    "Tokens and explanations full of markup are text; a feature opens by a click; light and dark."
+    from codebook_tutorial.autointerp import interpret, make_cases
+    from codebook_tutorial.feature_pages import export_features
+    from codebook_tutorial.predicates import PredicateExplainer
+    words = [[EVIL[:40], "</details>", f"w{i}", "<img src=x onerror=window.hacked=1>"] for i in range(40)]
+    f = np.zeros((160, 3)); f[0::4, 0] = np.arange(40) + 1; f[3::4, 1] = 5.; f[0:40:4, 2] = 1.
+    cases = make_cases(f, words)
+    explainer = PredicateExplainer()
+    path = export_features(cases, interpret(cases, explainer), tmp_path / "f.html", "Features <i>here</i>")
+    page.goto(path.as_uri())
+    assert page.locator("details").count() == 2 and "1 more are active too seldom" in page.inner_text("body") and page.locator("h1").inner_text() == "Features <i>here</i>"
+    strip = page.locator("details").first.locator("div").first
+    assert not strip.is_visible()
+    page.locator("summary").first.click()
+    assert strip.is_visible() and "<img src=x onerror=window.hacked=1>" in strip.inner_text() and "as the feature reacts" in strip.inner_text()
+    assert page.evaluate("window.hacked") is None and page.asked == [path.as_uri()] and page.complaints == []
+    colours = set()
+    for scheme in ("light", "dark"):
+        other = browser.new_page(color_scheme=scheme)
+        other.goto(path.as_uri()); colours.add(other.evaluate("getComputedStyle(document.querySelector('h1')).color")); other.close()
+    assert len(colours) == 2
+
+
 # ---------------------------------------------------------------- JupyterLab
 @pytest.fixture
 def lab(tmp_path, built):

@@ -1,5 +1,5 @@
 """Claims, data, and the one place that draws."""
-import json
+import json, re
 import numpy as np, pytest, torch
 from codebook_tutorial import core, show
 from codebook_tutorial.core import ClaimError, claim, data_path, full_claims, jsd, seeded, set_seed
@@ -97,6 +97,11 @@ def test_table_rounds_and_marks_missing_values():
 
 def test_strip_wants_one_value_a_token():
     with pytest.raises(ValueError, match="2 tokens and 3 values"): show.strip(["a", "b"], [1, 2, 3])
+
+
+def test_strips_may_share_a_scale():
+    alpha = lambda html: re.findall(r"rgba\([\d,]+,([\d.]+)\)", html.source)
+    assert alpha(show.strip(["a", "b"], [1, 2])) == ["0.375", "0.750"] and alpha(show.strip(["a", "b"], [1, -20], top=10)) == ["0.075", "0.750"]
 
 
 def test_every_picture_needs_alt_text():
