@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from itertools import accumulate
 from pathlib import Path
 from urllib.parse import urlsplit
+from fastcore.basics import patch
 from tqdm.auto import tqdm
 from .autointerp import Explainer, _check_asks, _check_features
 from .explainers import _escape, _lines, _phrase, explain_messages, judge_messages, simulate_messages
@@ -86,109 +87,123 @@ class APIExplainer(Explainer):
         tokens = sum(len(m["content"].encode()) for ask in todo for m in ask.request["messages"]) // 3, sum(ask.out for ask in todo)       # 3 bytes a token
         return dict(calls=len(todo), cached=len(every) - len(todo), tokens_in=tokens[0], tokens_out=tokens[1], dollars=self.price and sum(n * p / 1e6 for n, p in zip(tokens, self.price)))
 
-    # requests
-    def _explain_asks(self, features):
-        _check_features("APIExplainer.explain", features)
-        return [_Ask(f"feature {i}", self._request(explain_messages(fragments), 100), _read_phrase, 20) for i, fragments in enumerate(features)]
+# %% ../nbs/09_autointerp.ipynb #c09-155
+@patch
+def _explain_asks(self: APIExplainer, features):
+    _check_features("APIExplainer.explain", features)
+    return [_Ask(f"feature {i}", self._request(explain_messages(fragments), 100), _read_phrase, 20) for i, fragments in enumerate(features)]
 
-    def _simulate_asks(self, asks):
-        _check_asks("APIExplainer.simulate", asks)
-        return [_Ask(why, self._request(simulate_messages(why, tokens), len(_lines(tokens).encode()) + 20, **self._logprobs()), lambda answer, tokens=tokens: _read_numbers(answer, tokens), 4 * len(tokens)) for why, tokens in asks]
+@patch
+def _simulate_asks(self: APIExplainer, asks):
+    _check_asks("APIExplainer.simulate", asks)
+    return [_Ask(why, self._request(simulate_messages(why, tokens), len(_lines(tokens).encode()) + 20, **self._logprobs()), lambda answer, tokens=tokens: _read_numbers(answer, tokens), 4 * len(tokens)) for why, tokens in asks]
 
-    def _judge_asks(self, asks):
-        _check_asks("APIExplainer.judge", [ask[:2] for ask in asks])
-        return [_Ask(why, self._request(judge_messages(why, tokens, marked), 5, **self._logprobs()), _read_yes, 2) for why, tokens, marked in asks]
+@patch
+def _judge_asks(self: APIExplainer, asks):
+    _check_asks("APIExplainer.judge", [ask[:2] for ask in asks])
+    return [_Ask(why, self._request(judge_messages(why, tokens, marked), 5, **self._logprobs()), _read_yes, 2) for why, tokens, marked in asks]
 
-    def _logprobs(self): return dict(logprobs=True, top_logprobs=self.top_logprobs) if self.top_logprobs else {}
+@patch
+def _logprobs(self: APIExplainer): return dict(logprobs=True, top_logprobs=self.top_logprobs) if self.top_logprobs else {}
 
-    def _request(self, messages, most, **more):
-        request = dict(model=self.model, messages=messages, temperature=0, max_tokens=most) | more | self.params
-        return {k: v for k, v in request.items() if v is not None}
+@patch
+def _request(self: APIExplainer, messages, most, **more):
+    request = dict(model=self.model, messages=messages, temperature=0, max_tokens=most) | more | self.params
+    return {k: v for k, v in request.items() if v is not None}
 
-    # the cache
-    def _kept(self, ask):                                 # -> the answer's meaning, or None where there is none that can be used
-        try: kept = json.loads((self.cache / ask.name).read_text())
-        except (OSError, ValueError): return None
-        try: return ask.read(kept["answer"]) if kept["request"] == ask.request else None
-        except (ValueError, KeyError, TypeError, IndexError, AttributeError): return None
+# %% ../nbs/09_autointerp.ipynb #c09-157
+@patch
+def _kept(self: APIExplainer, ask):                                 # -> the answer's meaning, or None where there is none that can be used
+    try: kept = json.loads((self.cache / ask.name).read_text())
+    except (OSError, ValueError): return None
+    try: return ask.read(kept["answer"]) if kept["request"] == ask.request else None
+    except (ValueError, KeyError, TypeError, IndexError, AttributeError): return None
 
-    def _keep(self, ask, answer):
-        self.cache.mkdir(parents=True, exist_ok=True)
-        part = self.cache / f"{ask.name}.{os.getpid()}.{threading.get_ident()}.part"
-        part.write_text(json.dumps(dict(request=ask.request, answer=answer)))
-        part.replace(self.cache / ask.name)
+@patch
+def _keep(self: APIExplainer, ask, answer):
+    self.cache.mkdir(parents=True, exist_ok=True)
+    part = self.cache / f"{ask.name}.{os.getpid()}.{threading.get_ident()}.part"
+    part.write_text(json.dumps(dict(request=ask.request, answer=answer)))
+    part.replace(self.cache / ask.name)
 
-    # the wire
-    def _answers(self, what, asks):                       # -> what each answer means
-        todo = {ask.name: ask for ask in asks}
-        done = {name: kept for name, ask in todo.items() if (kept := self._kept(ask)) is not None}
-        n, todo = len(todo), {name: ask for name, ask in todo.items() if name not in done}
-        troubles = self._fetch(what, todo, done) if todo else {}
-        if not troubles: return [done[ask.name] for ask in asks]
-        kind = next((kind for kind in ("stop", "wait") if any(t.kind == kind for t in troubles.values())), "answer")
-        says = [f"{todo[name].label[:80]!r}: {t.says}" for name, t in troubles.items() if t.kind == kind]
-        raise (ConnectionError if kind == "wait" else ValueError)(f"APIExplainer.{what}: {'; '.join(says[:3])}" + (f"; and {len(says) - 3} more" if len(says) > 3 else "") +
-            f". {len(done)} of {n} answers are done and kept in {self.cache}: calling again asks only for the other {n - len(done)}")
+# %% ../nbs/09_autointerp.ipynb #c09-159
+@patch
+def _answers(self: APIExplainer, what, asks):                       # -> what each answer means
+    todo = {ask.name: ask for ask in asks}
+    done = {name: kept for name, ask in todo.items() if (kept := self._kept(ask)) is not None}
+    n, todo = len(todo), {name: ask for name, ask in todo.items() if name not in done}
+    troubles = self._fetch(what, todo, done) if todo else {}
+    if not troubles: return [done[ask.name] for ask in asks]
+    kind = next((kind for kind in ("stop", "wait") if any(t.kind == kind for t in troubles.values())), "answer")
+    says = [f"{todo[name].label[:80]!r}: {t.says}" for name, t in troubles.items() if t.kind == kind]
+    raise (ConnectionError if kind == "wait" else ValueError)(f"APIExplainer.{what}: {'; '.join(says[:3])}" + (f"; and {len(says) - 3} more" if len(says) > 3 else "") +
+        f". {len(done)} of {n} answers are done and kept in {self.cache}: calling again asks only for the other {n - len(done)}")
 
-    def _fetch(self, what, todo, done):                   # {name: ask}; adds to done -> {name: its trouble}
-        stop, troubles, client, cost = threading.Event(), {}, self._client(), self._estimate(todo.values())
-        dollars = "" if cost["dollars"] is None else f", about ${cost['dollars']:.2f}"
-        print(f"{what}: {cost['calls']} calls to {self.host} ({len(done)} more are in the cache), about {cost['tokens_in']:,} tokens in and {cost['tokens_out']:,} out{dollars}", flush=True)
-        with client, tqdm(total=len(todo), desc=what) as bar, ThreadPoolExecutor(self.max_concurrency) as pool:
-            try:
-                jobs = {pool.submit(self._ask, client, stop, ask): name for name, ask in todo.items()}
-                for job in as_completed(jobs):
-                    answer, trouble = job.result()
-                    if trouble: troubles[jobs[job]] = trouble
-                    elif answer is not None: done[jobs[job]] = answer; bar.update()
-            finally: stop.set()                           # also for Ctrl-C: what is under way ends and is kept, the rest does not begin
-        return troubles
+@patch
+def _fetch(self: APIExplainer, what, todo, done):                   # {name: ask}; adds to done -> {name: its trouble}
+    stop, troubles, client, cost = threading.Event(), {}, self._client(), self._estimate(todo.values())
+    dollars = "" if cost["dollars"] is None else f", about ${cost['dollars']:.2f}"
+    print(f"{what}: {cost['calls']} calls to {self.host} ({len(done)} more are in the cache), about {cost['tokens_in']:,} tokens in and {cost['tokens_out']:,} out{dollars}", flush=True)
+    with client, tqdm(total=len(todo), desc=what) as bar, ThreadPoolExecutor(self.max_concurrency) as pool:
+        try:
+            jobs = {pool.submit(self._ask, client, stop, ask): name for name, ask in todo.items()}
+            for job in as_completed(jobs):
+                answer, trouble = job.result()
+                if trouble: troubles[jobs[job]] = trouble
+                elif answer is not None: done[jobs[job]] = answer; bar.update()
+        finally: stop.set()                           # also for Ctrl-C: what is under way ends and is kept, the rest does not begin
+    return troubles
 
-    def _ask(self, client, stop, ask):                    # -> what the answer means, trouble; None, None for one not asked any more
-        tried, bounds = Counter(), dict(wait=self.retries, answer=self.BAD_ANSWERS, stop=0)
-        while not stop.is_set():
-            answer, trouble = self._once(client, ask)
-            if not trouble:
-                self._keep(ask, answer)
-                return ask.read(answer), None
-            tried[trouble.kind] += 1
-            if tried[trouble.kind] > bounds[trouble.kind]:
-                if trouble.kind != "answer": stop.set()
-                return None, trouble
-            stop.wait(self._delay(tried[trouble.kind], trouble.after))
-        return None, None
+@patch
+def _ask(self: APIExplainer, client, stop, ask):                    # -> what the answer means, trouble; None, None for one not asked any more
+    tried, bounds = Counter(), dict(wait=self.retries, answer=self.BAD_ANSWERS, stop=0)
+    while not stop.is_set():
+        answer, trouble = self._once(client, ask)
+        if not trouble:
+            self._keep(ask, answer)
+            return ask.read(answer), None
+        tried[trouble.kind] += 1
+        if tried[trouble.kind] > bounds[trouble.kind]:
+            if trouble.kind != "answer": stop.set()
+            return None, trouble
+        stop.wait(self._delay(tried[trouble.kind], trouble.after))
+    return None, None
 
-    def _delay(self, n, after=0.):                        # before the n-th retry: backoff * 2^(n-1), give or take half, and no less than asked for
-        return max(after, min(self.LONGEST, self.backoff * 2**(n - 1) * random.Random().uniform(.5, 1.5)))
+@patch
+def _delay(self: APIExplainer, n, after=0.):                        # before the n-th retry: backoff * 2^(n-1), give or take half, and no less than asked for
+    return max(after, min(self.LONGEST, self.backoff * 2**(n - 1) * random.Random().uniform(.5, 1.5)))
 
-    def _once(self, client, ask):                         # -> what to keep of the answer, trouble
-        "One request. Its errors end here: theirs hold the request, and with it the key."
-        import openai
-        try: text = _without_key(client.chat.completions.with_raw_response.create(**ask.request).http_response.text)
-        except openai.APIStatusError as e: return None, self._refusal(e.status_code, _without_key(e.response.text), _seconds(e.response.headers.get("retry-after")))
-        except openai.APITimeoutError: return None, _Trouble("wait", f"no answer from {self.host} in {self.timeout} s")
-        except openai.APIConnectionError: return None, _Trouble("wait", f"no connection to {self.host}, or it was cut")
-        except Exception as e: return None, _Trouble("stop", f"{type(e).__name__}: {_short(str(e))}")
-        try: answer = _slim(text); ask.read(answer)
-        except ValueError as e: return None, _Trouble("answer", str(e))
-        return answer, None
+@patch
+def _once(self: APIExplainer, client, ask):                         # -> what to keep of the answer, trouble
+    "One request. Its errors end here: theirs hold the request, and with it the key."
+    import openai
+    try: text = _without_key(client.chat.completions.with_raw_response.create(**ask.request).http_response.text)
+    except openai.APIStatusError as e: return None, self._refusal(e.status_code, _without_key(e.response.text), _seconds(e.response.headers.get("retry-after")))
+    except openai.APITimeoutError: return None, _Trouble("wait", f"no answer from {self.host} in {self.timeout} s")
+    except openai.APIConnectionError: return None, _Trouble("wait", f"no connection to {self.host}, or it was cut")
+    except Exception as e: return None, _Trouble("stop", f"{type(e).__name__}: {_short(str(e))}")
+    try: answer = _slim(text); ask.read(answer)
+    except ValueError as e: return None, _Trouble("answer", str(e))
+    return answer, None
 
-    def _refusal(self, status, text, after):
-        says = _short(text)
-        if (status in (408, 409, 429) or status >= 500) and "insufficient_quota" not in text:
-            if after <= self.LONGEST: return _Trouble("wait", f"{self.host} answers {status}: {says}", after)
-            return _Trouble("stop", f"{self.host} answers {status} and wants us to wait {after:.0f} s: {says}")
-        why = {400: "the endpoint does not take the request" + (" (top_logprobs=0 asks for no log-probabilities)" if "logprob" in text else ""), 401: "the endpoint does not take the key in OPENAI_API_KEY",
-               403: f"the key in OPENAI_API_KEY may not use {self.model!r}", 404: f"no model {self.model!r}, or not the address of an API (which often ends in /v1)"}
-        return _Trouble("stop", f"{self.host} answers {status}: {why.get(status, 'it refuses')}" + ("" if status == 401 else f": {says}"))
+@patch
+def _refusal(self: APIExplainer, status, text, after):
+    says = _short(text)
+    if (status in (408, 409, 429) or status >= 500) and "insufficient_quota" not in text:
+        if after <= self.LONGEST: return _Trouble("wait", f"{self.host} answers {status}: {says}", after)
+        return _Trouble("stop", f"{self.host} answers {status} and wants us to wait {after:.0f} s: {says}")
+    why = {400: "the endpoint does not take the request" + (" (top_logprobs=0 asks for no log-probabilities)" if "logprob" in text else ""), 401: "the endpoint does not take the key in OPENAI_API_KEY",
+           403: f"the key in OPENAI_API_KEY may not use {self.model!r}", 404: f"no model {self.model!r}, or not the address of an API (which often ends in /v1)"}
+    return _Trouble("stop", f"{self.host} answers {status}: {why.get(status, 'it refuses')}" + ("" if status == 401 else f": {says}"))
 
-    def _client(self):
-        import openai
-        if not _key() and not _loopback(urlsplit(self.base_url).hostname): raise ValueError(f"APIExplainer: no key for {self.host}; expected it in the environment, as OPENAI_API_KEY (never in a notebook)")
-        if not re.fullmatch(r"[!-~]*", _key()): raise ValueError("APIExplainer: OPENAI_API_KEY holds spaces or letters that no key has; expected the key alone")
-        try: return openai.OpenAI(api_key=_key() or "none", base_url=self.base_url, timeout=self.timeout, max_retries=0)
-        except Exception as e: says = f"{type(e).__name__}: {_short(str(e))}"
-        raise ValueError(f"APIExplainer: no client for {self.host}: {says}")          # outside: the caught error's frames hold the key
+@patch
+def _client(self: APIExplainer):
+    import openai
+    if not _key() and not _loopback(urlsplit(self.base_url).hostname): raise ValueError(f"APIExplainer: no key for {self.host}; expected it in the environment, as OPENAI_API_KEY (never in a notebook)")
+    if not re.fullmatch(r"[!-~]*", _key()): raise ValueError("APIExplainer: OPENAI_API_KEY holds spaces or letters that no key has; expected the key alone")
+    try: return openai.OpenAI(api_key=_key() or "none", base_url=self.base_url, timeout=self.timeout, max_retries=0)
+    except Exception as e: says = f"{type(e).__name__}: {_short(str(e))}"
+    raise ValueError(f"APIExplainer: no client for {self.host}: {says}")          # outside: the caught error's frames hold the key
 
 # %% ../nbs/09_autointerp.ipynb #c09-23
 def _key(): return os.environ.get("OPENAI_API_KEY", "").strip()        # never bound to a name: some tracebacks show those
