@@ -166,7 +166,7 @@ def test_the_autointerpretation_chapter_runs_on_the_real_model(tmp_path):
 
 
 def test_features_of_the_real_model_have_explanations_and_pages(tmp_path):
-    "Words of real text: an autoencoder's features are explained better than random directions; the local language model itself explains and simulates."
+    "Words of real text: an autoencoder's features are explained better than random directions. As an explainer the model itself is too short-sighted, and is told so."
     from codebook_tutorial.activations import harvest
     from codebook_tutorial.autointerp import difference, fragments, interpret, make_cases, pieces, some_features, summary
     from codebook_tutorial.dictionary import random_directions
@@ -188,7 +188,5 @@ def test_features_of_the_real_model_have_explanations_and_pages(tmp_path):
         if name == "sae": page = export_features(cases, rows, tmp_path / "features.html"); case = next(c for c in cases if c)
     print(f"\nreal model: explained by predicates, r {summary(scores['sae'])['mean']:.2f} (random directions {summary(scores['random'])['mean']:.2f})")
     assert difference(scores["sae"], scores["random"])["low"] > 0 and page.stat().st_size > 10_000
-    lm = LocalLMExplainer(model, tok)
-    short = [type(fr)(fr.tokens[:12], fr.acts[:12]) for fr in case.explain[:1]]
-    if getattr(model.config, "max_position_embeddings", 0) < 2000:
-        with pytest.raises(ValueError, match="expected fewer or shorter fragments"): lm.explain([short])
+    short = [type(case.explain[0])(case.explain[0].tokens[:12], case.explain[0].acts[:12])]
+    with pytest.raises(ValueError, match="the model reads 512; expected fewer or shorter fragments, or a model that reads more"): LocalLMExplainer(load_lm(MODEL)[0], tok).explain([short * 3])
