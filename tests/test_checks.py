@@ -29,6 +29,25 @@ def words_after(fragments, before, better=lambda a, b: a > b):
     mean = lambda w, there: sum(some) / len(some) if (some := [a for v, a, at in pairs if v == w and at == there]) else 0.
     return [w for w in sorted({w for w, _, at in pairs if at}) if better(mean(w, True), mean(w, False))]
 
+def _acdc_right(kl_of, features, threshold):
+    left = set(features)
+    for f in features:
+        if kl_of(left - {f}) - kl_of(left) < threshold: left = left - {f}
+    return [f for f in features if f in left]
+
+def _acdc_stale(kl_of, features, threshold): return [f for f in features if kl_of(set(features) - {f}) - kl_of(set(features)) >= threshold]
+
+def _acdc_size(kl_of, features, threshold):
+    left = set(features)
+    for f in features:
+        if abs(kl_of(left - {f}) - kl_of(left)) < threshold: left = left - {f}
+    return [f for f in features if f in left]
+
+def _months(a, b):
+    text = "It was {}, and the rain fell all day long. It was still"
+    return [text.format(m) for m in a], [text.format(m) for m in b], list(a), list(b)
+
+
 # exercise: (another right answer, [wrong answers], words that a named mistake's message must hold)
 CASES = {
     "zero_last": (lambda x: torch.cat([x[:, :-1], x[:, -1:] * 0], 1), [lambda x: x * 0, lambda x: torch.cat([x[:, :1] * 0, x[:, 1:]], 1), lambda x: x[:, :-1], lambda x: x.__setitem__((slice(None), -1), 0) or x], "every position"),
@@ -99,6 +118,13 @@ CASES = {
     "answer_09_5": (raw("a"), [raw("b"), raw("c"), raw(None)], "compared with what"),
     "after_word": (words_after, [lambda f, b: words_after(f, b, lambda x, y: True), lambda f, b: words_after(f, b, lambda x, y: x >= y), lambda f, b: words_after([(t[::-1], a[::-1]) for t, a in f], b), lambda f, b: words_after(f, b, lambda x, y: x < y)], "at least as high"),
     "held_out_f1": (f1_held_out, [lambda v, t: f1_held_out(v, t, slice(None)), lambda v, t: f1_held_out(v, t, slice(40, None)), lambda v, t: f1_held_out(v.flip(0), t.flip(0)), lambda v, t: f1_held_out(torch.cat([v[:40], v[:40]]), torch.cat([t[:40], t[:40]]))], "where the threshold was chosen"),
+    "patch_features": (lambda x, c, t, D, s: x + sum((t[:, [j]] - c[:, [j]]) * D[j] for j in s), [lambda x, c, t, D, s: x - (t - c)[:, s] @ D[s], lambda x, c, t, D, s: x + (t - c) @ D, lambda x, c, t, D, s: (t - c)[:, s] @ D[s], lambda x, c, t, D, s: x + t[:, s] @ D[s], lambda x, c, t, D, s: x + (t - c)[:, s].sum(0) @ D[s]], "not the reverse"),
+    "kl_nats": (lambda a, b: F.kl_div(b.log_softmax(-1), a.log_softmax(-1), reduction="none", log_target=True).sum(-1), [lambda a, b: (b.softmax(-1) * (b.log_softmax(-1) - a.log_softmax(-1))).sum(-1), lambda a, b: (a.softmax(-1) * (a - b)).sum(-1), lambda a, b: (a.softmax(-1) * (a.log_softmax(-1) - b.log_softmax(-1))).sum(-1).mean(), lambda a, b: (a - b).pow(2).sum(-1)], "the other way round"),
+    "first_order": (lambda g, c, t, D: -torch.einsum("lf,fd,ld->f", t - c, D, g), [lambda g, c, t, D: ((t - c) * (g @ D.T)).sum(0), lambda g, c, t, D: -(t - c) * (g @ D.T), lambda g, c, t, D: -(t * (g @ D.T)).sum(0), lambda g, c, t, D: -((t - c).sum(0) * (g @ D.T).sum(0))], "fall, not rise"),
+    "features_needed": (lambda kl, share: next((i for i, v in enumerate(kl) if v <= kl[0] - share * kl[0]), None), [lambda kl, share: next((i for i, v in enumerate(kl) if v <= share * kl[0]), None), lambda kl, share: next((i + 1 for i, v in enumerate(kl) if v <= (1 - share) * kl[0]), None), lambda kl, share: int((kl > (1 - share) * kl[0]).sum()), lambda kl, share: next((i for i, v in enumerate(kl) if v <= 1 - share), None)], "not share"),
+    "acdc_pass": (_acdc_right, [_acdc_stale, _acdc_size, lambda kl_of, features, threshold: list(features), lambda kl_of, features, threshold: [f for f in features if f not in _acdc_right(kl_of, features, threshold)]], "by then"),
+    "answer_10_6": (raw("a"), [raw("b"), raw("c"), raw(None)], "control"),
+    "month_prompts": (lambda months: tuple(zip(*[(f"It was {m}, and the rain fell all day long. It was still", f"It was {n}, and the rain fell all day long. It was still", m, n) for m, n in zip(months, [*months[1:], months[0]])])), [lambda months: _months(months, months[-1:] + months[:-1]), lambda months: _months(months[:-1], months[1:]), lambda months: (_months(months, months[1:] + months[:1])[:2] + _months(months, months[1:] + months[:1])[:1:-1])], "not before"),
 }
 
 

@@ -165,6 +165,14 @@ def test_the_autointerpretation_chapter_runs_on_the_real_model(tmp_path):
     assert set(found) == {"autointerp.perfect_simulator"} and "Differences of means" in printed and "what has none" in printed
 
 
+def test_the_patching_chapter_runs_on_the_real_model(tmp_path):
+    "Who gets the gift is more than it can do: the chapter says so, and goes on with a task that it can."
+    found, printed = run_chapter("10_ioi", tmp_path)
+    passes = found["ioi.forward_passes"]
+    print(f"\nreal model: 32 features ordered in {passes['value']:.0f} passes; greedy leaves KL {passes['context']['16 tried, KL with 6 (fixed names)']:.2f} with 6")
+    assert set(found) == {"ioi.forward_passes"} and "task 'copying'" in printed and "there is no behaviour here" in printed
+
+
 def test_features_of_the_real_model_have_explanations_and_pages(tmp_path):
     "Words of real text: an autoencoder's features are explained better than random directions. As an explainer the model itself is too short-sighted, and is told so."
     from codebook_tutorial.activations import harvest

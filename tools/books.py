@@ -286,6 +286,14 @@ REPRODUCES = [
     ("The same: random directions, cut off at zero", "09", "autointerp.score.random.layer1", "the same", "its Fig. 2: last, with the basis"),
     ("Does the score agree with the truth? Rank correlation with the F1 of the best concept", "09", "autointerp.agreement_with_truth", "over an autoencoder's features, without predicates that coincide with concepts; control: shuffled", "nobody could ask"),
     ("The same, when the truth knows every word as well", "09", "autointerp.agreement_with_truth_and_words", "the same", "nobody could ask"),
+    ("One code of the first MLP, written at the receiver's name, gives the gift to somebody else", "10", "ioi.one_code", "share of 40 prompts, one code at every head and MLP; control: a random code there", "none"),
+    ("KL to the counterfactual with 5 features patched, fixed names: tied autoencoder", "10", "ioi.kl_at_5.sae_tied.fixed", "one set for all prompts, nats; control: random directions", "its Fig. 3: falls fastest"),
+    ("The same: PCA", "10", "ioi.kl_at_5.pca.fixed", "the same", "its Fig. 3: slower"),
+    ("The same: an autoencoder without penalty", "10", "ioi.kl_at_5.sae_alpha0.fixed", "the same", "its Fig. 3: slower"),
+    ("The same: ICA", "10", "ioi.kl_at_5.ica.fixed", "the same", "not asked: here as good as autoencoders"),
+    ("A low error is no low floor: KL left with all features of the tied autoencoder patched, last layer", "10", "ioi.floor_last_layer", "random names, nats; control: TopK autoencoder", "not asked"),
+    ("Length of the edit that takes away 90 % of KL, random names: tied autoencoder", "10", "ioi.edit_at_90pct.sae_tied.per_prompt", "a set for each prompt; of the whole difference", "its Fig. 3: less than PCA; here as much"),
+    ("The same: PCA", "10", "ioi.edit_at_90pct.pca.per_prompt", "the same", "its Fig. 3: more"),
     ("Writing another sentence's codes at the heads makes the model name its receiver", "05", "finetune.written_receiver", "control: codes of the same sentence with another giver", "none"),
 ]
 
