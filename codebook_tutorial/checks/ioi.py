@@ -75,7 +75,7 @@ def check_acdc_pass(acdc_pass):
 
 def check_answer_10_6(answer):
     "Exercise 10.6."
-    return check_choice(answer, "a", "right: then the choice among many did it, not what the features are", {"b": "That is a reason to ask for a control with as many features, not yet an answer: it may help or not. If random directions could be chosen as well, the choice would explain everything.", "c": "The floor says that something of the answer passes by the dictionary, a little here. It does not say that the features patched do nothing."})
+    return check_choice(answer, "a", "right: what does the same in another language of features cannot be said to be the model's own (here, ICA does)", {"b": "That is a reason to ask for a control with as many features, not yet an answer: it may help or not. Coordinates and random directions may choose as well, and need more.", "c": "The floor says that something of the answer passes by the dictionary, a little here. It does not say that the features patched do nothing."})
 
 def check_month_prompts(month_prompts):
     "Exercise 10.7."
