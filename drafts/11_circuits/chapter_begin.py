@@ -19,7 +19,7 @@
 # %% [markdown]
 # ## Why care?
 #
-# *She ate bread (and a little custard* ... and the model closes the parenthesis. It has to remember, word after word, that one is open. Chapter 10 found *which* features carry an answer at one place. Here is what happens to the closing parenthesis when the features are taken out that one single feature of the last layer rests on, in the two layers before; and when as many others are, that are active at the same words:
+# *She ate bread (and a little custard* ... and the model closes the parenthesis. It has to remember, word after word, that one is open. Below is what happens to the closing parenthesis when a handful of features are taken out in the two layers before the last: those that one feature of the last layer rests on, or as many others that are active at the same words, with edits of the same length.
 
 # %% [markdown]
 # ## Setup
@@ -49,7 +49,28 @@ from codebook_tutorial.stories import ID, needs_stories
 set_seed(); show.style()
 model, tok = load_lm()
 STORIES = needs_stories(tok)
-SITES = [f"resid.{i}" for i in range(model.config.num_hidden_layers)][:3]
+SITES = [f"resid.{i}" for i in range(model.config.num_hidden_layers)][-3:]
 
 # %% [markdown]
-# A dictionary for every layer: the shipped autoencoder for the middle one, two trained here, in a few seconds each.
+# A dictionary for every layer: the shipped autoencoder for the middle one, two trained here, in a few seconds each. The text is cut in two: features and contexts are chosen on the first half, and what is claimed is measured on the second.
+
+# %%
+text = load_text(tok, n_tokens=120_000 if FAST else 2_000_000, length=256, split="train" if STORIES else None, seed=3)
+first, second = text.split(.5)
+with tempfile.TemporaryDirectory() as folder:
+    store = harvest(model, text, SITES, Path(folder) / "acts", verbose=False)
+    def trained(site): return refit(train_sae(store.load(site), 4 * store.load(site).shape[1], "tied", alpha=.75, steps=800), store.load(site)).to(model.device)
+    DICTS = {site: load_sae(data_path("sae/tied")).to(model.device) if STORIES and site == "resid.1" else trained(site) for site in SITES}
+
+# %% [markdown]
+# Which feature of the last layer? The one that best says that `)` comes next (F1 on the first half of the text, when it counts as on above half of its maximum):
+
+# %%
+def best_feature(site, truth):
+    "Of one site, the feature whose strong half fits a truth [rows, length] best on the first half of the text; its F1 there and on the second half."
+    acts = feature_acts(model, site, DICTS[site], text, range(len(DICTS[site].directions)))
+    n, scores = len(first), []
+    strong = (acts >= .5 * acts[:n].flatten(0, 1).amax(0)) & (acts > 0)
+    f1 = lambda some, true: 2 * (some & true[..., None]).sum((0, 1)) / (some.sum((0, 1)) + true.sum()).clamp(min=1)
+    j = int(f1(strong[:n], truth[:n]).argmax())
+    return j, f1(strong[:n], truth[:n])[j].item(), f1(strong[n:], truth[n:])[j].item(), acts[..., j]
