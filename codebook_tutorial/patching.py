@@ -33,6 +33,10 @@ def _replaced(blocks, make):                   # make(forward) -> what runs in i
             else: block.forward = forward
 
 # %% ../nbs/10_ioi.ipynb #c10-13
+def _stands(site):                             # "mlp.1" -> a key to sort sites by, from early to late
+    kind, layer = site.split(".")
+    return int(layer), ("heads", "attn", "neurons", "mlp", "resid").index(kind)
+
 class Tail:
     "The layers behind a site: tail(x [m, n, length, d]) -> log-probabilities [m, n, vocabulary] behind n prompts whose states at the site are x."
     def __init__(self, model, site: str, ids, last):      # ids [n, length], last [n]: where each prompt ends
@@ -55,12 +59,23 @@ class Tail:
         at = torch.searchsorted(keep, self.last).repeat(m)
         return logits[torch.arange(len(ids), device=at.device), at].float().log_softmax(-1).view(m, len(self.ids), -1)
 
-    def __call__(self, x):
-        m = len(x)
-        states = {self.site: x.flatten(0, 1)} | {name: entry.repeat(m, 1, 1) for name, entry in self.entry.items()}
+    @contextmanager
+    def _given(self, x, rows, skipped):        # [m, length, d], [m] which of the prompts each is
+        "While the block runs, blocks that hand on what they get, and at the site these states."
+        states = {self.site: x} | {name: entry[rows] for name, entry in self.entry.items()}
         def handing_on(forward): return lambda x, *args, **kw: (x,) if self.in_tuple else x
-        with _replaced(self.skipped, handing_on), intervene(self.model, {name: lambda _, new=new: new for name, new in states.items()}):
-            return self._ends(self.ids.repeat(m, 1))
+        with _replaced(skipped, handing_on), intervene(self.model, {name: lambda _, new=new: new for name, new in states.items()}): yield self.ids[rows]
+
+    def __call__(self, x):
+        rows = torch.arange(len(self.ids), device=x.device).repeat(len(x))
+        with self._given(x.flatten(0, 1), rows, self.skipped) as ids: return self._ends(ids)
+
+    def states(self, site: str, x, rows):      # [m, length, d], [m] which of the prompts each is -> [m, length, d']
+        "What stands at a later site when the states here are x: only the blocks in between run."
+        if _stands(site) <= _stands(self.site): raise ValueError(f"Tail: expected a site behind {self.site}, got {site!r}")
+        later = list(_structure(self.model)[1])[int(site.split(".")[1]) + 1:]
+        with self._given(x, rows, self.skipped + later) as ids, capture(self.model, site, grad=torch.is_grad_enabled()) as acts: getattr(self.model, "base_model", self.model)(input_ids=ids, use_cache=False)
+        return acts[site].float()
 
 # %% ../nbs/10_ioi.ipynb #c10-14
 class _Vectors:

@@ -24,7 +24,8 @@ CLAIMS = {"01": ["fsm.bayes_loss", "fsm.trigrams", "fsm.state_accuracy", "fsm.le
                 + [f"autointerp.difference.sae_tied_{b}" for b in ("ica", "ica_relu", "pca", "pca_relu", "random", "sae_alpha0", "neurons")] + ["autointerp.difference.ica_pca", "autointerp.difference.pca_relu_random", "autointerp.difference.random_basis"]
                 + [f"autointerp.{n}" for n in ("agreement_with_truth", "agreement_with_truth_and_words", "puzzles_solved", "perfect_simulator", "rows_again")],
           "10": [f"ioi.{what}.{m}.{names}" for what in ("kl_at_5", "features_for_90pct", "edit_at_90pct") for m in ("sae_tied", "sae_topk", "sae_alpha0", "pca", "ica", "basis", "codebook", "random") for names in ("fixed", "random", "per_prompt")]
-                + [f"ioi.{n}" for n in ("forward_passes", "one_code", "chosen_features", "rows_again", "floor_last_layer", "kl_at_5_difference.sae_tied_pca.fixed")]}
+                + [f"ioi.{n}" for n in ("forward_passes", "one_code", "chosen_features", "rows_again", "floor_last_layer", "kl_at_5_difference.sae_tied_pca.fixed")],
+          "11": [f"circuits.{n}" for n in ("preactivation_after_ablation", "kept_by_gradient", "tree_effect", "random_effect", "root_alone", "tree_kl", "tree_kl.possessive", "tree_kl.at_apostrophe", "kl_elsewhere", "rows_again", "code_tree_effect", "written_parenthesis", "nearest_is_strongest")]}
 
 def tracked():
     "Files of the project: those git knows, or would know."
@@ -145,7 +146,7 @@ def test_the_library_is_exported_not_written():
 
 
 def test_modules_import_only_from_earlier_rows():
-    order = ["core", "show", "sites", "fsm", "dictionary", "kmeans", "codebook", "states", "stories", "models", "concepts", "finetune", "index", "codes", "units", "browser", "activations", "metrics", "sae", "formats", "baselines", "autointerp", "explainers", "endpoint", "predicates", "puzzles", "feature_pages", "pairs", "patching"]
+    order = ["core", "show", "sites", "fsm", "dictionary", "kmeans", "codebook", "states", "stories", "models", "concepts", "finetune", "index", "codes", "units", "browser", "activations", "metrics", "sae", "formats", "baselines", "autointerp", "explainers", "endpoint", "predicates", "puzzles", "feature_pages", "pairs", "patching", "circuits"]
     for i, name in enumerate(order):
         used = re.findall(r"^from \.(\w+)|^from codebook_tutorial\.(\w+)", (ROOT / "codebook_tutorial" / f"{name}.py").read_text(), re.M)
         assert {a or b for a, b in used} <= set(order[:i]), f"{name} imports {used}"
@@ -154,7 +155,7 @@ def test_modules_import_only_from_earlier_rows():
 def test_the_shipped_autoencoder_is_the_one_described():
     folder = ROOT / "data/sae/tied"
     assert hashlib.sha256((folder / "sae_state.safetensors").read_bytes()).hexdigest() in (ROOT / "data/README.md").read_text()
-    for number, name in (("07", "stories/model.safetensors"), ("08", "stories/model.safetensors"), ("08", "sae/tied/sae_state.safetensors"), ("09", "sae/tied/sae_state.safetensors"), ("09", "codes/single/model.safetensors"), ("10", "stories/model.safetensors"), ("10", "codes/residual/model.safetensors")):
+    for number, name in (("07", "stories/model.safetensors"), ("08", "stories/model.safetensors"), ("08", "sae/tied/sae_state.safetensors"), ("09", "sae/tied/sae_state.safetensors"), ("09", "codes/single/model.safetensors"), ("10", "stories/model.safetensors"), ("10", "codes/residual/model.safetensors"), ("11", "stories/model.safetensors"), ("11", "sae/tied/sae_state.safetensors")):
         full = json.loads((ROOT / f"claims/{number}.full.json").read_text())
         assert full["inputs_sha256"][f"data/{name}"] == hashlib.sha256((ROOT / "data" / name).read_bytes()).hexdigest() and full["commit"] and full["rows"]
 

@@ -173,6 +173,14 @@ def test_the_patching_chapter_runs_on_the_real_model(tmp_path):
     assert set(found) == {"ioi.forward_passes"} and "task 'copying'" in printed and "there is no behaviour here" in printed
 
 
+def test_the_circuits_chapter_runs_on_the_real_model(tmp_path):
+    "Two frequent tokens that it is surest of, the trees of their features, and the check; what needs the stories is left out."
+    found, printed = run_chapter("11_circuits", tmp_path)
+    tree = found["circuits.tree_effect"]
+    print(f"\nreal model: share of the right token's probability lost without what a feature rests on {tree['value']:.2f}, as many others {tree['control']:.2f}")
+    assert set(found) == {"circuits.preactivation_after_ablation", "circuits.tree_effect"} and tree["value"] > tree["control"] and "Nearest by direction" in printed and "What resid.4 /" in printed
+
+
 def test_features_of_the_real_model_have_explanations_and_pages(tmp_path):
     "Words of real text: an autoencoder's features are explained better than random directions. As an explainer the model itself is too short-sighted, and is told so."
     from codebook_tutorial.activations import harvest
