@@ -178,7 +178,7 @@ def test_the_circuits_chapter_runs_on_the_real_model(tmp_path):
     found, printed = run_chapter("11_circuits", tmp_path)
     tree = found["circuits.tree_effect"]
     print(f"\nreal model: share of the right token's probability lost without what a feature rests on {tree['value']:.2f}, as many others {tree['control']:.2f}")
-    assert set(found) == {"circuits.preactivation_after_ablation", "circuits.tree_effect"} and tree["value"] > tree["control"] and "Nearest by direction" in printed and "What resid.4 /" in printed
+    assert set(found) == {"circuits.preactivation_after_ablation", "circuits.tree_effect"} and tree["value"] > tree["control"] and "Nearest by direction" in printed and "resid.4 / " in printed
 
 
 def test_features_of_the_real_model_have_explanations_and_pages(tmp_path):
