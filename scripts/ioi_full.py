@@ -26,7 +26,8 @@ N, MOST, STEPS, SEEDS, N_FEATS, K = 32, 40, 2000, 3, 384, 12
 ALPHAS, POOLS = (.25, .75, 1.5), (4, 8, 16, 32, 64, 128)
 MAIN = ["sae_tied_0.75", "sae_topk", "sae_alpha0", "codebook", "pca", "ica", "basis", "random"]
 CODED = ["codebook_single", "codebook_top8", "codebook_residual"]           # finetuned networks of chapter 05
-SITES = {"resid.1": MAIN + ["sae_tied_0.25", "sae_tied_1.5", "sae_tied_raw"], "mlp.0": MAIN + CODED, "resid.0": MAIN, "resid.2": MAIN, **{f"neurons.{i}": ["neurons"] for i in range(3)}}
+TIED = ["sae_tied_0.25", "sae_tied_1.5", "sae_tied_raw"]
+SITES = {"resid.1": MAIN + TIED, "mlp.0": MAIN + TIED + CODED, "resid.0": MAIN + TIED, "resid.2": MAIN + TIED, **{f"neurons.{i}": ["neurons"] for i in range(3)}}
 
 KEY = hashlib.sha256(json.dumps([2, N, MOST, STEPS, N_FEATS, K, POOLS]).encode()).hexdigest()[:8]      # rows made with other settings are not taken up; raise the first number when what a row means changes
 
