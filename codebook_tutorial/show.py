@@ -6,6 +6,7 @@ __all__ = ['PALETTE', 'style', 'Picture', 'picture', 'bars', 'curves', 'heatmap'
 # %% ../nbs/00_sites.ipynb #c00-7
 import html, io
 import matplotlib.pyplot as plt, numpy as np, torch
+from PIL import Image
 
 # %% ../nbs/00_sites.ipynb #c00-114
 PALETTE = dict(blue="#0072B2", orange="#E69F00", green="#009E73", red="#D55E00", purple="#CC79A7", sky="#56B4E9", grey="#7F7F7F", black="#000000")
@@ -22,9 +23,10 @@ class Picture:
     def __init__(self, fig, alt): self.fig, self.alt = fig, alt
     def __repr__(self): return self.alt
     def _repr_png_(self):
-        buffer = io.BytesIO()
-        self.fig.savefig(buffer, format="png", metadata={"Software": None})
-        return buffer.getvalue()
+        drawn, small = io.BytesIO(), io.BytesIO()
+        self.fig.savefig(drawn, format="png")
+        Image.open(drawn).convert("RGB").quantize(256, dither=Image.Dither.NONE).save(small, "png", optimize=True)       # 256 colours: a third of the bytes
+        return small.getvalue()
 
 def picture(fig,             # a matplotlib figure
             alt: str,        # what the picture shows, for those who cannot see it

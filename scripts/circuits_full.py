@@ -9,7 +9,8 @@ from pathlib import Path
 import torch
 from tqdm.auto import tqdm
 from codebook_tutorial.activations import harvest
-from codebook_tutorial.circuits import best_features, causal_tree, check_tree, strong_contexts
+from codebook_tutorial.circuits import causal_tree, check_tree
+from codebook_tutorial.reading import best_features, strong_contexts
 from codebook_tutorial.core import data_path
 from codebook_tutorial.formats import load_sae
 from codebook_tutorial.models import load_lm, load_text

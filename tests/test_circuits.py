@@ -2,8 +2,8 @@
 import pytest, torch
 from transformers import AutoModelForCausalLM
 from codebook_tutorial.baselines import Affine
-from codebook_tutorial.circuits import (Ablation, Contexts, FeatureTree, ablate_nodes, best_features, causal_tree, check_tree, direct_effects, draw_histogram, draw_tree, feature_acts, feature_effects,
-                                        edit_lengths, logit_effects, nearest_across, others_active, strong_contexts, token_histogram)
+from codebook_tutorial.circuits import Ablation, FeatureTree, ablate_nodes, causal_tree, check_tree, direct_effects, draw_tree, feature_effects, edit_lengths, logit_effects, nearest_across, others_active
+from codebook_tutorial.reading import Contexts, best_features, draw_histogram, feature_acts, strong_contexts, token_histogram
 from codebook_tutorial.codebook import Codebook, add_codebooks
 from codebook_tutorial.core import seeded
 from codebook_tutorial.dictionary import basis, random_directions
@@ -181,6 +181,7 @@ def test_a_code_gives_way_to_the_mean_of_its_book(combine, k, neox):
     want *= (ids[:, g] == own).any(-1)[:, None]
     assert want.any() and torch.allclose(new, want, atol=1e-6)
 
+@pytest.mark.filterwarnings("ignore:Maximum number of iterations")
 def test_an_nmf_states_of_another_pass_and_numbers_that_are_not_there_are_refused(neox):
     from codebook_tutorial.baselines import NMF
     with pytest.raises(ValueError, match="features of an NMF are read all together"): Ablation(neox, "neurons.0", NMF(torch.rand(50, 4, generator=seeded(0)) @ torch.eye(4, 8), 4, steps=400))
