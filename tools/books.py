@@ -295,9 +295,9 @@ REPRODUCES = [
     ("Length of the edit that takes away 90 % of KL, random names: tied autoencoder", "10", "ioi.edit_at_90pct.sae_tied.per_prompt", "a set for each prompt; of the whole difference", "its Fig. 3: less than PCA; here as much"),
     ("The same: PCA", "10", "ioi.edit_at_90pct.pca.per_prompt", "the same", "its Fig. 3: more"),
     ("Features that the last layer's best ) feature rests on, ablated: share of the right )'s probability lost", "11", "circuits.tree_effect", "held-out places; control: as many others, edits as long", "shown without a control"),
-    ("The same: that feature itself", "11", "circuits.root_alone", "control: the features below it", "not asked: a read-out"),
-    ("The same, by codes: three codes of the first MLP", "11", "circuits.code_tree_effect", "one code at every head and MLP; control: as many others", "none"),
-    ("One code of the first MLP, written where nobody opens a parenthesis: probability of a closing one", "11", "circuits.written_parenthesis", "largest within six words; control: random codes", "none"),
+    ("The same: that feature itself", "11", "circuits.root_alone", "control: the features below it", "not asked"),
+    ("The same, by codes of the first MLP", "11", "circuits.code_tree_effect", "one code at every head and MLP; control: as many others", "none"),
+    ("A code of (, written in the first MLP where nobody opens a parenthesis: probability of a closing one", "11", "circuits.written_parenthesis", "largest within six words; control: random codes", "none"),
     ("The strongest child is the feature with the most similar direction", "11", "circuits.nearest_is_strongest", "share of the parents of three trees", "not asked"),
     ("Writing another sentence's codes at the heads makes the model name its receiver", "05", "finetune.written_receiver", "control: codes of the same sentence with another giver", "none"),
 ]
