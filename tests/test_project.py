@@ -25,7 +25,9 @@ CLAIMS = {"01": ["fsm.bayes_loss", "fsm.trigrams", "fsm.state_accuracy", "fsm.le
                 + [f"autointerp.{n}" for n in ("agreement_with_truth", "agreement_with_truth_and_words", "puzzles_solved", "perfect_simulator", "rows_again")],
           "10": [f"ioi.{what}.{m}.{names}" for what in ("kl_at_5", "features_for_90pct", "edit_at_90pct") for m in ("sae_tied", "sae_topk", "sae_alpha0", "pca", "ica", "basis", "codebook", "random") for names in ("fixed", "random", "per_prompt")]
                 + [f"ioi.{n}" for n in ("forward_passes", "one_code", "chosen_features", "rows_again", "floor_last_layer", "kl_at_5_difference.sae_tied_pca.fixed")],
-          "11": [f"circuits.{n}" for n in ("preactivation_after_ablation", "kept_by_gradient", "tree_effect", "random_effect", "root_alone", "tree_kl", "tree_kl.possessive", "tree_kl.at_apostrophe", "kl_elsewhere", "rows_again", "tree_at_its_own_places", "code_tree_effect", "written_parenthesis", "nearest_is_strongest")]}
+          "11": [f"circuits.{n}" for n in ("preactivation_after_ablation", "kept_by_gradient", "tree_effect", "random_effect", "root_alone", "tree_kl", "tree_kl.possessive", "tree_kl.at_apostrophe", "kl_elsewhere", "rows_again", "tree_at_its_own_places", "code_tree_effect", "written_parenthesis", "nearest_is_strongest")],
+          "12": [f"steering.topic_rate_at_budget.{m}" for m in ("codebook", "sae_tied", "codebook_start", "sae_tied_start", "codebook_swap", "sae_tied_swap", "codebook_forced", "sae_tied_added", "mean_difference", "mean_difference_at_places", "random_codes", "random")]
+                + [f"steering.{n}" for n in ("baseline_rate", "off_target", "recogniser", "forced_mentions", "suppressed", "month_rate", "mood_rate", "talk_rate", "two_at_once", "row_again")]}
 
 def tracked():
     "Files of the project: those git knows, or would know."
@@ -146,24 +148,23 @@ def test_the_library_is_exported_not_written():
 
 
 def test_modules_import_only_from_earlier_rows():
-    order = ["core", "show", "sites", "fsm", "dictionary", "kmeans", "codebook", "states", "stories", "models", "concepts", "finetune", "index", "codes", "units", "browser", "activations", "metrics", "sae", "formats", "baselines", "autointerp", "explainers", "endpoint", "predicates", "puzzles", "feature_pages", "pairs", "patching", "reading", "circuits"]
+    order = ["core", "show", "sites", "fsm", "dictionary", "kmeans", "codebook", "states", "stories", "models", "concepts", "finetune", "index", "codes", "units", "browser", "activations", "metrics", "sae", "formats", "baselines", "autointerp", "explainers", "endpoint", "predicates", "puzzles", "feature_pages", "pairs", "patching", "reading", "circuits", "steering", "steering_pages"]
     for i, name in enumerate(order):
         used = re.findall(r"^from \.(\w+)|^from codebook_tutorial\.(\w+)", (ROOT / "codebook_tutorial" / f"{name}.py").read_text(), re.M)
         assert {a or b for a, b in used} <= set(order[:i]), f"{name} imports {used}"
 
 
 def test_the_shipped_autoencoder_is_the_one_described():
-    folder = ROOT / "data/sae/tied"
-    assert hashlib.sha256((folder / "sae_state.safetensors").read_bytes()).hexdigest() in (ROOT / "data/README.md").read_text()
-    for number, name in (("07", "stories/model.safetensors"), ("08", "stories/model.safetensors"), ("08", "sae/tied/sae_state.safetensors"), ("09", "sae/tied/sae_state.safetensors"), ("09", "codes/single/model.safetensors"), ("10", "stories/model.safetensors"), ("10", "codes/residual/model.safetensors"), ("11", "stories/model.safetensors"), ("11", "sae/tied/sae_state.safetensors")):
+    for name in ("tied", "last"): assert hashlib.sha256((ROOT / "data/sae" / name / "sae_state.safetensors").read_bytes()).hexdigest() in (ROOT / "data/README.md").read_text()
+    for number, name in (("07", "stories/model.safetensors"), ("08", "stories/model.safetensors"), ("08", "sae/tied/sae_state.safetensors"), ("09", "sae/tied/sae_state.safetensors"), ("09", "codes/single/model.safetensors"), ("10", "stories/model.safetensors"), ("10", "codes/residual/model.safetensors"), ("11", "stories/model.safetensors"), ("11", "sae/tied/sae_state.safetensors"), ("12", "stories/model.safetensors"), ("12", "sae/last/sae_state.safetensors"), ("12", "codes/single/codebooks.safetensors")):
         full = json.loads((ROOT / f"claims/{number}.full.json").read_text())
         assert full["inputs_sha256"][f"data/{name}"] == hashlib.sha256((ROOT / "data" / name).read_bytes()).hexdigest() and full["commit"] and full["rows"]
 
 
 def test_only_show_writes_html():
-    "Besides browser.py, which holds one fixed page that shows what it is given as text (feature_pages.py holds one without such elements, and puts show's pieces in it)."
+    "Besides browser.py and steering_pages.py, which hold one fixed page each that shows what it is given as text (feature_pages.py holds one without such elements, and puts show's pieces in it)."
     for path in (ROOT / "codebook_tutorial").glob("*.py"):
-        if path.name not in ("show.py", "browser.py", "_modidx.py"): assert not re.search(r"<(div|span|table|td)\b", path.read_text()), path
+        if path.name not in ("show.py", "browser.py", "steering_pages.py", "_modidx.py"): assert not re.search(r"<(div|span|table|td)\b", path.read_text()), path
 
 
 def test_public_names_have_a_docstring():

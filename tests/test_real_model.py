@@ -181,6 +181,12 @@ def test_the_circuits_chapter_runs_on_the_real_model(tmp_path):
     assert set(found) == {"circuits.preactivation_after_ablation", "circuits.tree_effect"} and tree["value"] > tree["control"] and "Nearest by direction" in printed and "resid.4 / " in printed
 
 
+def test_the_steering_chapter_runs_on_the_real_model(tmp_path):
+    "Groups of frequent words stand in for topics: the functions run, the figures mean little; what needs the stories is left out."
+    found, printed = run_chapter("12_steering", tmp_path)
+    assert not found and "A vector at every position" in printed and "The same places, other edits" in printed and "group 0" in printed
+
+
 def test_features_of_the_real_model_have_explanations_and_pages(tmp_path):
     "Words of real text: an autoencoder's features are explained better than random directions. As an explainer the model itself is too short-sighted, and is told so."
     from codebook_tutorial.activations import harvest
