@@ -10,8 +10,8 @@ __all__ = ['SHARES', 'split_words', 'Choices', 'find_choices', 'precision_covera
            'text_nats', 'count_words', 'recognise', 'distinct', 'Effect', 'effect_and_price', 'best_within']
 
 # %% ../nbs/12_steering.ipynb #c12-99
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
-from contextlib import nullcontext
 import numpy as np, torch, torch.nn.functional as F
 from tqdm.auto import tqdm
 from .codebook import Codebook
@@ -28,6 +28,7 @@ def split_words(words: dict,               # {name: [token id, or (ids of a word
     rng, first, second = np.random.default_rng(seed), {}, {}
     for name, some in words.items():
         forms = [w if isinstance(w, (tuple, list)) else (w,) for w in some]
+        if len(every := [t for w in forms for t in w]) > len(set(every)): raise ValueError(f"split_words: {name!r} names the token {max(every, key=every.count)} twice; give all forms of a word as one tuple, each token once")
         cut = round(share * len(forms))
         if not 0 < cut < len(forms): raise ValueError(f"split_words: {share:.2f} of the {len(forms)} words of {name!r} leaves one part empty; expected more words, or another share")
         order = rng.permutation(len(forms))
@@ -54,16 +55,18 @@ def find_choices(text: Text,
                  undecided=None) -> Choices:    # [rows, length] bool; None: before a document's first word of any alternative
     "The places of a text where the next word belongs to one of the alternatives."
     if empty := [name for name, some in words.items() if not len(some)]: raise ValueError(f"find_choices: no words for {', '.join(map(repr, empty))}")
+    where = [(t, name) for lists in (words, hidden or {}) for name, some in lists.items() for t in set(some)]
+    if len(where) > len({t for t, _ in where}): raise ValueError(f"find_choices: token {max((t for t, _ in where), key=[t for t, _ in where].count)} stands in two lists; expected each word in one, of words or hidden")
     at, held = _owner(text.ids, words), _owner(text.ids, hidden or {"": []})
     ahead = lambda x: F.pad(x[:, 1:], (0, 1), value=-1)
     document = torch.cumsum((text.ids == text.bos).flatten(), 0).view_as(text.ids)
     votes = torch.zeros(int(document.max()) + 1, len(words), dtype=torch.long).index_put_((document[at >= 0], at[at >= 0]), torch.ones(1, dtype=torch.long), accumulate=True)
     top = votes.topk(min(2, votes.shape[1]), 1)
     clear = (top.values[:, 0] > 0) & ((top.values[:, 0] > top.values[:, 1]) if votes.shape[1] > 1 else True)
-    said = ((at >= 0) | (held >= 0)).long().cumsum(1)
-    before = torch.where(text.ids == text.bos, said, 0).cummax(1).values                    # what other documents of the row have said
+    said = ((at >= 0) | (held >= 0)).flatten().long().cumsum(0)                             # a row may go on with the document of the row before
+    before = torch.where(text.ids.flatten() == text.bos, said, 0).cummax(0).values          # what other documents have said
     next = ahead(at)
-    undecided = (next >= 0) & (said == before) if undecided is None else undecided
+    undecided = (next >= 0) & (said == before).view_as(next) if undecided is None else undecided
     return Choices(list(words), next, undecided & text.mask, torch.where(clear, top.indices[:, 0], -1)[document], text.mask & (held < 0) & (ahead(held) < 0))
 
 # %% ../nbs/12_steering.ipynb #c12-103
@@ -79,6 +82,9 @@ def _active(model, dictionaries, text, look, batch=32):      # -> {site: (places
             for site, d in dictionaries.items():
                 if isinstance(d, Codebook): ids = _code_ids(model, site, d, acts[site])[here]; values = torch.ones_like(ids, dtype=torch.float)
                 else: ids, values = d.encode_sparse(acts[site][here].to(d.directions.dtype))
+                if isinstance(d, Codebook):                                            # under select="residual" a code may be chosen twice: it counts once
+                    ids = ids.sort(-1).values
+                    values[:, 1:][ids[:, 1:] == ids[:, :-1]] = 0.
                 on = values > 0
                 found[site].append([t.cpu() for t in (on.nonzero()[:, 0] + n, ids[on], values[on].float())])
             n += int(here.sum())
@@ -104,24 +110,28 @@ def topic_features(model, dictionaries: dict, text: Text, choices: Choices, n: i
     "For every alternative the n features, at any site, that tell documents about it from others: precision (by tokens) x coverage (share of its documents where it fires), best first."
     active, look = _active(model, dictionaries, text, choices.look), choices.look
     document, about = torch.cumsum((text.ids == text.bos).flatten(), 0).view_as(text.ids)[look], choices.about[look]
-    size = torch.stack([document[about == t].unique().numel() * torch.ones(()) for t in range(len(choices.names))])
+    size = [document[about == t].unique().numel() for t in range(len(choices.names))]
     found = {name: [] for name in choices.names}
     for site, (places, features, _) in active.items():
-        F_ = len(dictionaries[site].directions)
-        fired = features.bincount(minlength=F_)
-        pairs = torch.unique(document[places] * F_ + features)
+        n_feats = len(dictionaries[site].directions)
+        fired = features.bincount(minlength=n_feats)
+        pairs = torch.unique(document[places] * n_feats + features)
         of_document = torch.full((int(document.max()) + 1,), -1).scatter_(0, document, about)
         for t, name in enumerate(choices.names):
-            p = features[about[places] == t].bincount(minlength=F_) / fired.clamp(min=1)
-            c = (pairs % F_)[of_document[pairs // F_] == t].bincount(minlength=F_) / size[t].clamp(min=1)
-            found[name] += [dict(site=site, feature=i, precision=p[i].item(), coverage=c[i].item()) for i in (p * c).topk(min(n, F_)).indices.tolist()]
+            p = features[about[places] == t].bincount(minlength=n_feats) / fired.clamp(min=1)
+            c = (pairs % n_feats)[of_document[pairs // n_feats] == t].bincount(minlength=n_feats) / max(size[t], 1)
+            found[name] += [dict(site=site, feature=i, precision=p[i].item(), coverage=c[i].item()) for i in (p * c).topk(min(n, n_feats)).indices.tolist()]
     return {name: sorted(some, key=lambda r: -r["precision"] * r["coverage"])[:n] for name, some in found.items()}
 
 # %% ../nbs/12_steering.ipynb #c12-105
-def _rows(target, n):                      # an index, or one a row; -> [1] or [batch]
-    target = torch.as_tensor(target).reshape(-1)
+def _rows(target, n):                      # an index, or one a row; -> [1] or [batch], on the CPU
+    target = torch.as_tensor(target).reshape(-1).cpu()
+    if not len(target): raise ValueError("steering: expected a target, or one a row, got none")
     if not 0 <= int(target.min()) <= int(target.max()) < n: raise ValueError(f"steering: expected targets from 0 to {n - 1}, got {int(target.min())} to {int(target.max())}")
     return target
+
+def _check_rows(target, batch):
+    if len(target) not in (1, batch): raise ValueError(f"steering: {len(target)} targets for a batch of {batch}; expected one, or one a row")
 
 @dataclass(eq=False)
 class FeatureSwitch:
@@ -132,52 +142,59 @@ class FeatureSwitch:
     threshold: torch.Tensor        # [F] above which it does
     gates: torch.Tensor            # features that fire where nothing is decided
     gate_threshold: torch.Tensor   # as many
-    write: torch.Tensor            # [n] the best feature of each alternative
-    value: torch.Tensor            # [n] its mean activation where it is right
-    precision: torch.Tensor        # [n] of the best features
+    usual: torch.Tensor            # [n, F] mean activation of an alternative's own features before its words, 0 of all others
+    best: torch.Tensor             # [n] the feature with the highest precision x coverage, on the text that chose it
+    precision: torch.Tensor        # [n] of that, there
     coverage: torch.Tensor         # [n]
+
+    def _read(self, x): return self.dictionary.encode(x.to(self.dictionary.directions.dtype))
+    def _at(self, f, target, start, swap):
+        own = self.owner >= 0
+        others = (f[..., own] > self.threshold[own]) & (self.owner[own] != target[:, None, None].to(f.device))
+        return (others.any(-1) & swap) | ((f[..., self.gates] > self.gate_threshold).any(-1) & start)
 
     def fires(self, x, target, start: bool = True, swap: bool = True):      # [batch, seq, d] -> [batch, seq] bool
         "Where another alternative speaks (swap), or nothing is decided (start)."
-        f, own, target = self.dictionary.encode(x), self.owner >= 0, _rows(target, len(self.names)).to(x.device)
-        others = (f[..., own] > self.threshold[own]) & (self.owner[own] != target[:, None, None])
-        return (others.any(-1) & swap) | ((f[..., self.gates] > self.gate_threshold).any(-1) & start)
+        return self._at(self._read(x), _rows(target, len(self.names)), start, swap)
 
     def fn(self, target,                 # index of an alternative, or one a row
-           strength: float = 2.,         # the target's feature is raised to this many times its usual value
+           strength: float = 2.,         # the target's features are raised to this many times their usual values
            start: bool = True, swap: bool = True):
-        "x -> x' for `intervene`: where the switch fires, the others' features are taken out and the target's is written."
+        "x -> x' for `intervene`: where the switch fires, the others' features are taken out and the target's are written."
         target, own = _rows(target, len(self.names)), self.owner >= 0
-        D, mine = self.dictionary.directions.detach(), self.owner[own] != target[:, None, None].to(self.owner.device)
+        D, mine, wanted = self.dictionary.directions.detach()[own], (self.owner[own] == target[:, None, None].to(own.device)), strength * self.usual[target.to(own.device)][:, None, own]
         def edit(x):
-            f, j = self.dictionary.encode(x), self.write[target].to(x.device)
-            rise = (strength * self.value[target][:, None].to(x.device) - f.gather(-1, j[:, None, None].expand(*x.shape[:2], 1))[..., 0]).clamp(min=0)
-            return torch.where(self.fires(x, target, start, swap)[..., None], x - (f[..., own] * mine) @ D[own] + rise[..., None] * D[j][:, None], x)
+            _check_rows(target, len(x))
+            f = self._read(x)
+            change = (torch.where(mine, torch.maximum(f[..., own], wanted), 0.) - f[..., own]) @ D
+            return torch.where(self._at(f, target, start, swap)[..., None], x + change, x)
         return edit
 
     def off(self, target):               # index of an alternative, or one a row
         "x -> x' for `intervene`: the target's own features taken out wherever they speak."
         target, own = _rows(target, len(self.names)), self.owner >= 0
-        D, mine = self.dictionary.directions.detach()[own], self.owner[own] == target[:, None, None].to(self.owner.device)
+        D, mine = self.dictionary.directions.detach()[own], self.owner[own] == target[:, None, None].to(own.device)
         def edit(x):
-            f = self.dictionary.encode(x)[..., own]
+            _check_rows(target, len(x))
+            f = self._read(x)[..., own]
             return x - (f * ((f > self.threshold[own]) & mine)) @ D
         return edit
 
 # %% ../nbs/12_steering.ipynb #c12-106
 @dataclass(eq=False)
 class CodeSwitch:
-    "Codes that choose among alternatives at one site; an edit is a table from codes to codes."
+    "Codes that choose among alternatives at one site; an edit is a table from codes to codes (of k codes in a group, each goes through it)."
     book: Codebook
     names: list
     owner: torch.Tensor      # [groups, n_codes] whom a code speaks for, -1 nobody
     gates: torch.Tensor      # [groups, n_codes] bool: codes for places where nothing is decided
     write: torch.Tensor      # [groups, n] the best code of each alternative, -1 none
-    open: torch.Tensor       # [groups] the most frequent code where nothing is decided, -1 none
+    open: torch.Tensor       # [groups] the most frequent of the gates, -1 none
     coverage: torch.Tensor   # [groups, n] share of an alternative's words before which one of its codes stands
 
     def _through(self, tables):                # [T, groups, n_codes], T 1 or batch -> fn(ids)
         def edit(ids):
+            _check_rows(tables, len(ids))
             flat, table = ids.transpose(1, 2).flatten(2), tables.to(ids.device).expand(len(ids), -1, -1)      # [batch, groups, seq * k]
             return table.gather(2, flat).view(len(ids), ids.shape[2], ids.shape[1], ids.shape[3]).transpose(1, 2)
         return edit
@@ -211,22 +228,28 @@ def find_switches(model,                       # a model with dictionaries, or a
     switches = {}
     for site, active in _active(model, dictionaries, text, choices.look).items():
         s = precision_coverage(*active, marks, len(dictionaries[site].directions))
-        sure = (s["precision"] >= precision) & (s["coverage"] * marks.sum(0) >= at_least)
+        sure = (s["precision"] >= precision) & (s["coverage"] * marks.sum(0) > at_least - .5)
         best = torch.where(sure[:, :n], s["precision"][:, :n], 0.).max(1)
         owner = torch.where(best.values > 0, best.indices, -1)
         make = _code_switch if isinstance(dictionaries[site], Codebook) else _feature_switch
         switches[site] = make(dictionaries[site], choices.names, s, owner, sure[:, n], active, nxt)
+    codes = [switch for switch in switches.values() if isinstance(switch, CodeSwitch)]
+    if codes and len(codes) == len(switches) and (dumb := [name for t, name in enumerate(choices.names) if not any((switch.write[:, t] >= 0).any() for switch in codes)]):
+        raise ValueError(f"find_switches: no code of {', '.join(switches)} speaks for {', '.join(map(repr, dumb))}; give more text, other sites, or a lower precision")
     return switches
 
 def _feature_switch(dictionary, names, s, owner, gates, active, nxt):
     n, (places, features, values) = len(names), active
-    write = (s["precision"] * s["coverage"])[:, :n].argmax(0)
-    right = [(features == j) & (nxt[places] == t) & (values > s["threshold"][j, t]) for t, j in enumerate(write)]
-    if dumb := [name for name, some in zip(names, right) if not some.any()]: raise ValueError(f"find_switches: no feature fires before words of {', '.join(map(repr, dumb))}; give more text, or another dictionary")
-    at = lambda key: s[key][write, torch.arange(n)]
-    where, threshold = dictionary.directions.device, s["threshold"].gather(1, owner.clamp(min=0)[:, None])[:, 0]
-    found = dict(owner=owner, threshold=threshold, gates=gates.nonzero()[:, 0], gate_threshold=s["threshold"][gates, n], write=write, value=torch.stack([values[some].mean() for some in right]), precision=at("precision"), coverage=at("coverage"))
-    return FeatureSwitch(dictionary, names, **{key: t.to(where) for key, t in found.items()})
+    best, every = (s["precision"] * s["coverage"])[:, :n].argmax(0), torch.arange(n)
+    if dumb := [name for name, j, t in zip(names, best, every) if not s["coverage"][j, t]]: raise ValueError(f"find_switches: no feature fires before words of {', '.join(map(repr, dumb))}; give more text, or another dictionary")
+    owner = owner.clone()
+    for t in range(n):                                                               # whoever has none that is right often enough speaks through the best that nobody has
+        if not (owner == t).any(): owner[torch.where(owner < 0, s["precision"][:, t] * s["coverage"][:, t], -1.).argmax()] = t
+    total = torch.zeros(n * len(owner)).index_add_(0, (nxt[places] * len(owner) + features)[nxt[places] >= 0], values[nxt[places] >= 0]).view(n, -1)
+    usual = total / torch.stack([(nxt == t).sum() for t in every])[:, None] * (owner == every[:, None])
+    threshold = s["threshold"].gather(1, owner.clamp(min=0)[:, None])[:, 0]
+    found = dict(owner=owner, threshold=threshold, gates=gates.nonzero()[:, 0], gate_threshold=s["threshold"][gates, n], usual=usual, best=best, precision=s["precision"][best, every], coverage=s["coverage"][best, every])
+    return FeatureSwitch(dictionary, names, **{key: t.to(dictionary.directions.device) for key, t in found.items()})
 
 def _code_switch(book, names, s, owner, gates, active, nxt):
     groups, n_codes, n = *book.weight.shape[:2], len(names)
@@ -234,14 +257,23 @@ def _code_switch(book, names, s, owner, gates, active, nxt):
     own = owner[:, None] == torch.arange(n)
     best = grouped(torch.where(own, (s["precision"] * s["coverage"])[:, :n], 0.)).max(1)
     opens = grouped(torch.where(gates, s["coverage"][:, n], 0.)).max(1)
-    return CodeSwitch(book, names, grouped(owner), grouped(gates), torch.where(best.values > 0, best.indices, -1), torch.where(opens.values > 0, opens.indices, -1), grouped(s["coverage"][:, :n] * own).sum(1))
+    (places, features, _), coverage = active, torch.zeros(groups, n)
+    right = (owner[features] == nxt[places]) & (nxt[places] >= 0)
+    met = torch.unique(torch.stack([features[right] // n_codes, nxt[places[right]], places[right]]), dim=1)      # several codes of a group may be right at one place
+    coverage.index_put_((met[0], met[1]), torch.ones(met.shape[1]), accumulate=True)
+    return CodeSwitch(book, names, grouped(owner), grouped(gates), torch.where(best.values > 0, best.indices, -1), torch.where(opens.values > 0, opens.indices, -1), coverage / torch.stack([(nxt == t).sum() for t in range(n)]))
 
 # %% ../nbs/12_steering.ipynb #c12-108
+@contextmanager
 def steer(model, switches: dict, target, **kw):      # {site: switch}, index or one a row, kw as in their `fn`
     "While the block runs, every switch points to the target; works under `generate`."
     if not switches: raise ValueError("steer: no switch came; expected {site: switch} from find_switches")
-    edits = {site: switch.fn(target, **kw) for site, switch in switches.items()}
-    return model.edit_codes(edits) if isinstance(next(iter(switches.values())), CodeSwitch) else intervene(model, edits)
+    edits = {kind: {site: s.fn(target, **kw) for site, s in switches.items() if isinstance(s, kind)} for kind in (CodeSwitch, FeatureSwitch)}
+    if edits[CodeSwitch] and not hasattr(model, "edit_codes"): raise ValueError(f"steer: switches of codes need the CodebookModel they were found in, got {type(model).__name__}")
+    with ExitStack() as stack:
+        if edits[CodeSwitch]: stack.enter_context(model.edit_codes(edits[CodeSwitch]))
+        if edits[FeatureSwitch]: stack.enter_context(intervene(model, edits[FeatureSwitch]))
+        yield
 
 def add_vector(v):                                   # [d], or [batch, d] one a row
     "x -> x + v at every position: the control that everybody uses."
@@ -251,17 +283,21 @@ def force_codes(book: Codebook,
                 features: list,                      # for every alternative, feature numbers g * n_codes + id
                 target,                              # index, or one a row
                 slots: str = "last"):                # a group's codes take the places of its "last" (weakest) ones, of its "first", or of "all"
-    "ids -> ids: the same codes at every position, whatever stood there (arXiv 2310.17230, section 4.3)."
+    "ids -> ids: the same codes at every position, whatever stood there (arXiv 2310.17230, section 4.3); no more than k in a group, or one for `all`."
     if slots not in ("last", "first", "all"): raise ValueError(f"force_codes: slots={slots!r}, expected 'last', 'first' or 'all'")
-    target, n_codes = _rows(target, len(features)), book.weight.shape[1]
+    (groups, n_codes, _), target = book.weight.shape, _rows(target, len(features))
+    if any(not 0 <= f < groups * n_codes for some in features for f in some): raise ValueError(f"force_codes: expected features from 0 to {groups * n_codes - 1}")
+    places = [[] for _ in features]                                                   # (group, slot, code): the first k of a group, or the first alone
+    for own, some in zip(places, features):
+        for f in some:
+            group, code = divmod(f, n_codes)
+            n = sum(g == group for g, *_ in own)
+            if n < (1 if slots == "all" else book.k): own.append((group, slice(None) if slots == "all" else n if slots == "first" else -1 - n, code))
     def edit(ids):
+        _check_rows(target, len(ids))
         for t in target.unique().tolist():
-            rows, used = (target == t).expand(len(ids)).nonzero()[:, 0].to(ids.device), {}
-            for f in features[t]:
-                group, code = divmod(f, n_codes)
-                slot = slice(None) if slots == "all" else (j := used.get(group, 0)) if slots == "first" else -1 - used.get(group, 0)
-                used[group] = used.get(group, 0) + 1
-                if used[group] <= ids.shape[3]: ids[rows, :, group, slot] = code if slots != "all" else torch.full_like(ids[rows, :, group, slot], code)
+            rows = (target == t).expand(len(ids)).nonzero()[:, 0].to(ids.device)
+            for group, slot, code in places[t]: ids[rows, :, group, slot] = code
         return ids
     return edit
 
@@ -275,8 +311,8 @@ def mean_difference(model, site: str, text: Text, choices: Choices,
     with _evaluating(model), capture(model, site) as acts:
         for i in range(0, len(text), batch):
             getattr(model, "base_model", model)(input_ids=text.ids[i:i + batch].to(where), use_cache=False)
-            own = F.one_hot(label[i:i + batch].to(where) + 1, len(choices.names) + 1)[..., 1:].flatten(0, 1).to(acts[site])
-            total, count = total + own.T @ acts[site].flatten(0, 1), count + own.sum(0)
+            own = F.one_hot(label[i:i + batch].to(where) + 1, len(choices.names) + 1)[..., 1:].flatten(0, 1).float()
+            total, count = total + own.T @ acts[site].flatten(0, 1).float(), count + own.sum(0)
     if (count == 0).any(): raise ValueError(f"mean_difference: no state of {', '.join(n for n, c in zip(choices.names, count) if not c)}; give more text")
     mean = total / count[:, None]
     return mean - mean.mean(0)
@@ -286,13 +322,16 @@ def mean_difference(model, site: str, text: Text, choices: Choices,
 def generate(model, tok, prompts: list,        # n lists of token ids, BOS first
              n_tokens: int = 96, temperature: float = 1.,
              steer=None,                       # rows [m] of prompts -> a context, e.g. lambda rows: steer(model, switches, target[rows])
-             batch: int = 256, seed: int = 0, progress: bool = True) -> list:      # n lists of the tokens that were added
+             batch: int = 256,                 # the same seed gives other texts in other batches
+             seed: int = 0, progress: bool = True) -> list:      # n lists of the tokens that were added
     "Sample a continuation of every prompt, many at a time, with the KV cache; steered by what `steer` opens around each batch."
-    from transformers import StoppingCriteria, StoppingCriteriaList
+    from transformers import GenerationConfig, StoppingCriteria, StoppingCriteriaList
     if not prompts or not all(len(p) for p in prompts): raise ValueError("generate: expected prompts with at least one token each")
     if n_tokens < 1 or temperature <= 0: raise ValueError(f"generate: expected n_tokens of at least 1 and a temperature above 0, got {n_tokens} and {temperature}")
     _check_length(model, max(map(len, prompts)) + n_tokens, "generate")
     bar, out, where = tqdm(total=-(-len(prompts) // batch) * n_tokens, desc="generate", unit="token", delay=5, **({} if progress else dict(disable=True))), [], next(model.parameters()).device
+    ends = sorted({tok.bos_token_id, getattr(tok, "eos_token_id", None) or tok.bos_token_id})      # what ends a document
+    plain = GenerationConfig(max_new_tokens=n_tokens, do_sample=True, temperature=temperature, top_k=0, top_p=1., pad_token_id=tok.pad_token_id, eos_token_id=ends)      # none of the model's own habits
     class Tick(StoppingCriteria):
         def __call__(self, ids, scores, **kw): bar.update(1); return torch.zeros(len(ids), dtype=torch.bool, device=ids.device)
     for i in range(0, len(prompts), batch):
@@ -300,10 +339,10 @@ def generate(model, tok, prompts: list,        # n lists of token ids, BOS first
         length = max(map(len, some))
         ids = torch.tensor([[tok.pad_token_id] * (length - len(p)) + list(p) for p in some], device=where)
         mask = torch.tensor([[0] * (length - len(p)) + [1] * len(p) for p in some], device=where)
-        torch.manual_seed(seed * 1_000_003 + i)
-        with _evaluating(model), steer(torch.arange(i, i + len(some))) if steer else nullcontext():
-            new = model.generate(input_ids=ids, attention_mask=mask, max_new_tokens=n_tokens, do_sample=True, temperature=temperature, top_k=0, top_p=1., pad_token_id=tok.pad_token_id, eos_token_id=tok.bos_token_id, stopping_criteria=StoppingCriteriaList([Tick()]))[:, length:].tolist()
-        out += [row[:row.index(tok.bos_token_id) + 1] if tok.bos_token_id in row else row for row in new]
+        with torch.random.fork_rng(), _evaluating(model), steer(torch.arange(i, i + len(some))) if steer else nullcontext():
+            torch.manual_seed(seed * 1_000_003 + i)
+            new = model.generate(input_ids=ids, attention_mask=mask, generation_config=plain, stopping_criteria=StoppingCriteriaList([Tick()]))[:, length:].tolist()
+        out += [row[:min([row.index(e) + 1 for e in ends if e in row], default=len(row))] for row in new]
     bar.close()
     return out
 
@@ -323,7 +362,7 @@ def text_nats(model, prompts: list, samples: list, batch: int = 64):      # -> [
 def count_words(samples: list, words: dict):      # n lists of ids, {name: ids} -> [n, names]
     "How many words of each list stand in each text."
     sets = [set(w) for w in words.values()]
-    return torch.tensor([[sum(t in some for t in sample) for some in sets] for sample in samples])
+    return torch.tensor([[sum(t in some for t in sample) for some in sets] for sample in samples], dtype=torch.long).view(len(samples), len(sets))
 
 def recognise(samples: list, words: dict):        # -> [n] index of the name, -1: none, or two equal
     "What most words of a text belong to."
@@ -335,7 +374,7 @@ def recognise(samples: list, words: dict):        # -> [n] index of the name, -1
 def distinct(samples: list, n: int = 2) -> float:
     "Share of a text's n-grams that are not repeats, mean over texts."
     grams = [[tuple(s[i:i + n]) for i in range(len(s) - n + 1)] for s in samples]
-    return float(np.mean([len(set(g)) / len(g) for g in grams if g]))
+    return float(np.mean([len(set(g)) / len(g) for g in grams if g] or [1.]))
 
 @dataclass(eq=False)
 class Effect:
@@ -349,7 +388,9 @@ class Effect:
     mentions = property(lambda self: self.mention.float().mean().item(), doc="Share of samples that mention it.")
     loss = property(lambda self: (self.nats.sum() / self.tokens.sum()).item(), doc="Nats a token under the untouched model.")
     distinct = property(lambda self: distinct(self.samples), doc="Share of bigrams that are no repeats within a text.")
-    def __getitem__(self, rows): return Effect([self.samples[i] for i in rows.tolist()], self.right[rows], self.mention[rows], self.nats[rows], self.tokens[rows])
+    def __getitem__(self, rows):
+        rows = torch.arange(len(self.samples))[rows]
+        return Effect([self.samples[i] for i in rows.tolist()], self.right[rows], self.mention[rows], self.nats[rows], self.tokens[rows])
     def __repr__(self): return f"{len(self.samples)} samples: rate {self.rate:.3f}, mentions {self.mentions:.3f}, loss {self.loss:.3f}, distinct {self.distinct:.3f}"
 
 def effect_and_price(model, tok, prompts: list, target,      # [n] index of the alternative each prompt is steered to
@@ -357,13 +398,15 @@ def effect_and_price(model, tok, prompts: list, target,      # [n] index of the 
                      judge,                                  # the untouched model
                      steer=None, **kw) -> Effect:            # as in generate
     "Sample, steered, and measure how often the target appears and what the text costs under the untouched model."
-    samples, target = generate(model, tok, prompts, steer=steer, **kw), torch.as_tensor(target)
+    target = torch.as_tensor(target).cpu()
+    if len(target) != len(prompts): raise ValueError(f"effect_and_price: {len(prompts)} prompts and {len(target)} targets; expected as many")
+    samples = generate(model, tok, prompts, steer=steer, **kw)
     counts = count_words(samples, words)
     return Effect(samples, recognise(samples, words) == target, counts.gather(1, target[:, None])[:, 0] > 0, text_nats(judge, prompts, samples), torch.tensor([float(len(s)) for s in samples]))
 
 def best_within(effects: dict,                 # {strength: Effect}
                 limit: float):                 # nats a token; -> (strength, Effect on the other half)
-    "The strength with the highest rate whose loss is within the limit, chosen on every other sample and measured on the rest; the cheapest if none is."
+    "The strength with the highest rate whose loss is within the limit, chosen on every other sample and measured on the rest (order the samples so that every target is in both); the cheapest if none is."
     n = torch.arange(len(next(iter(effects.values())).samples))
     chosen = {s: e[n[::2]] for s, e in effects.items()}
     within = {s: e for s, e in chosen.items() if e.loss <= limit}

@@ -46,8 +46,9 @@ def export_steering(path,
     "The panel as one HTML file with samples computed beforehand; needs no network."
     path, plain = Path(path), {s["prompt"]: s["text"] for s in samples if s["way"] is None}
     if missing := {s["prompt"] for s in samples} - set(plain): raise ValueError(f"export_steering: no text with way None for the prompt {sorted(missing)[0]!r}")
-    rows = [dict(prompt=s["prompt"], way=s["way"], towards=s["towards"], strength=f"{s['strength']:g}", note=s.get("note", ""), words=marked(plain[s["prompt"]].split(), s["text"].split())[1]) for s in samples if s["way"] is not None]
+    rows = [dict(prompt=s["prompt"], way=s["way"], towards=s["towards"], strength=f"{s['strength']:g}" if isinstance(s["strength"], (int, float)) else str(s["strength"]), note=s.get("note", ""), words=marked(plain[s["prompt"]].split(), s["text"].split())[1]) for s in samples if s["way"] is not None]
     if not rows: raise ValueError("export_steering: no steered sample came; expected dicts with prompt, way, towards, strength, text")
+    if len({(r["prompt"], r["way"], r["towards"], r["strength"]) for r in rows}) < len(rows): raise ValueError("export_steering: two samples have the same prompt, way, towards and strength; expected one")
     part, (head, body, end) = path.with_name(path.name + ".part"), _PAGE.split("@@")
     part.write_text(head + escape(title) + body + _json(dict(title=title, plain=plain, rows=rows)) + end, encoding="utf-8")
     part.replace(path)
@@ -68,7 +69,7 @@ select { font: inherit; max-width: 100% } label { margin-right: .8rem; display: 
 <p><label>Prompt <select id="prompt"></select></label></p>
 <p><label>Way <select id="way"></select></label><label>Towards <select id="towards"></select></label><label>Strength <select id="strength"></select></label></p>
 <div class="texts"><div><h2>As it is</h2><p id="plain"></p></div><div><h2>Steered</h2><p id="steered" aria-live="polite"></p><p id="note" class="small"></p></div></div>
-<p class="small">Both texts go on from the prompt with the same random numbers; words that differ are marked. One sample shows how it reads, not how often it works: the chapter counts.</p>
+<p class="small">Both texts go on from the prompt; words that the left one does not have there are marked. One sample shows how it reads, not how often it works: the chapter counts.</p>
 <script type="application/json" id="data">@@</script>
 <script>
 "use strict";

@@ -252,6 +252,24 @@ def test_the_page_of_explained_features_opens_without_scripts_or_network(page, b
     assert len(colours) == 2
 
 
+def test_the_page_of_steered_texts_offers_what_there_is_and_marks_what_changed(page, browser, tmp_path):
+    "Four choices, each offering what the ones before leave; markup in texts is text; no network."
+    from codebook_tutorial.steering_pages import export_steering
+    samples = [dict(prompt=p, way=None, text=f"{p} a b </script><img src=x onerror=window.hacked=1>") for p in ("one", "two")]
+    samples += [dict(prompt=p, way=w, towards=t, strength=s, text=f"{p} a {t}{s} <b>", note="loss 1.2") for p in ("one", "two") for w, t in (("switch", "dragon"), ("switch", "space"), ("vector", "dragon")) for s in ((1., 2.) if w == "switch" else (4.,))]
+    path = export_steering(tmp_path / "s.html", samples, "Steering <i>here</i>")
+    page.goto(path.as_uri())
+    assert page.locator("h1").inner_text() == "Steering <i>here</i>" and "</script><img" in page.inner_text("#plain") and page.inner_text("#note") == "loss 1.2"
+    assert page.locator("#steered mark").all_inner_texts()[0] == "dragon1.0" and page.locator("#steered span").all_inner_texts()[:2] == ["one", "a"]
+    page.select_option("#towards", "space"); page.select_option("#strength", "2")
+    assert page.locator("#steered mark").all_inner_texts()[0] == "space2.0"
+    page.select_option("#way", "vector")
+    assert page.locator("#towards option").all_inner_texts() == ["dragon"] and page.locator("#strength option").all_inner_texts() == ["4"] and "dragon4.0" in page.inner_text("#steered")
+    page.select_option("#prompt", "two")
+    assert page.input_value("#way") == "vector" and page.inner_text("#steered").startswith("two a") and page.inner_text("#plain").startswith("two a b")
+    assert page.evaluate("window.hacked") is None and page.asked == [path.as_uri()] and page.complaints == []
+
+
 # ---------------------------------------------------------------- JupyterLab
 @pytest.fixture
 def lab(tmp_path, built):

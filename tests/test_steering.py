@@ -46,6 +46,7 @@ def test_words_are_split_with_their_forms_together():
         assert all((w[0] in first[name]) == (w[1] in first[name]) for w in some if isinstance(w, tuple))
     assert split_words(words, 1 / 3, 4)[0] == first and any(split_words(words, 1 / 3, s)[0] != first for s in range(5))
     with pytest.raises(ValueError, match="leaves one part empty"): split_words({"x": [1]})
+    with pytest.raises(ValueError, match="'x' names the token 5 twice"): split_words({"x": [5, (4, 5), 6]})
 
 def test_choices_are_what_a_plain_loop_says():
     text = some_text()
@@ -62,8 +63,15 @@ def test_choices_are_what_a_plain_loop_says():
                 said = any(t in named or t in held for t in row[begin:c + 1])
                 assert found.open[r, c] == (ahead in named and not said and bool(text.mask[r, c]))
                 assert found.look[r, c] == (bool(text.mask[r, c]) and row[c] not in held and ahead not in held)
-    assert found.open.any() and (found.about >= 0).any() and not find_choices(text, GROUPS, undecided=text.ids == 3).open[text.ids != 3].any()
+    assert found.open.any() and (found.about >= 0).any() and torch.equal(find_choices(text, GROUPS, undecided=text.ids == 3).open, (text.ids == 3) & text.mask)
+    for bad in (dict(words={"a": [5], "b": [5]}), dict(words={"a": [5]}, hidden={"a": [5]})):
+        with pytest.raises(ValueError, match="token 5 stands in two lists"): find_choices(text, **bad)
     with pytest.raises(ValueError, match="no words for 'z'"): find_choices(text, GROUPS | {"z": []})
+
+def test_a_document_that_goes_on_in_the_next_row_is_decided_there():
+    text = Text(torch.tensor([[BOS, 5, 3, 6], [3, 3, 5, 3], [BOS, 3, 8, 3]]), BOS, PAD)
+    found = find_choices(text, GROUPS)
+    assert found.open.tolist() == [[False] * 4, [False] * 4, [False, True, False, False]] and found.about.tolist() == [[0] * 4, [0] * 4, [1] * 4]
 
 def test_precision_and_coverage_are_counts():
     g = seeded(2)
@@ -88,7 +96,8 @@ def test_precision_and_coverage_are_counts():
 def feature_switch(n=20):
     d = random_directions(n, D, seed=100, relu=True)
     owner = torch.full((n,), -1); owner[[0, 1]], owner[[2, 3]], owner[4] = 0, 1, 2
-    return FeatureSwitch(d, ["a", "b", "c"], owner, torch.full((n,), .4), torch.tensor([7, 8]), torch.tensor([.5, .9]), torch.tensor([1, 2, 4]), torch.tensor([2., 3., 4.]), torch.ones(3), torch.ones(3))
+    usual = torch.rand(3, n, generator=seeded(1)) * 3 * (owner == torch.arange(3)[:, None])
+    return FeatureSwitch(d, ["a", "b", "c"], owner, torch.full((n,), .4), torch.tensor([7, 8]), torch.tensor([.5, .9]), usual, torch.tensor([1, 2, 4]), torch.ones(3), torch.ones(3))
 
 def plain_switch(s, x, t, strength, start=True, swap=True):
     out = x.clone()
@@ -98,9 +107,8 @@ def plain_switch(s, x, t, strength, start=True, swap=True):
             others = [j for j in range(len(f)) if s.owner[j] >= 0 and s.owner[j] != t]
             fires = swap and any(f[j] > s.threshold[j] for j in others) or start and any(f[j] > v for j, v in zip(s.gates.tolist(), s.gate_threshold))
             if not fires: continue
-            D_, w = s.dictionary.directions, int(s.write[t])
-            for j in others: out[b, i] -= f[j] * D_[j]
-            out[b, i] += max(0., float(strength * s.value[t] - f[w])) * D_[w]
+            for j in others: out[b, i] -= f[j] * s.dictionary.directions[j]
+            for j in (s.owner == t).nonzero()[:, 0].tolist(): out[b, i] += max(0., float(strength * s.usual[t, j] - f[j])) * s.dictionary.directions[j]
     return out
 
 @pytest.mark.parametrize("kw", [{}, dict(start=False), dict(swap=False)])
@@ -156,7 +164,8 @@ def test_forced_codes_take_the_places_asked_for():
     assert (last[1, :, 0, -1] == 1).all() and torch.equal(last[1, :, 1], ids[1, :, 1]) and torch.equal(last[1, :, 0, :2], ids[1, :, 0, :2])
     first = force_codes(book, features, 0, "first")(ids.clone())
     assert (first[:, :, 0, 0] == 3).all() and (first[:, :, 0, 1] == 5).all() and torch.equal(first[:, :, 0, 2], ids[:, :, 0, 2])
-    assert (force_codes(book, features, 1, "all")(ids.clone())[:, :, 0] == 1).all()
+    assert (force_codes(book, features, 1, "all")(ids.clone())[:, :, 0] == 1).all() and (force_codes(book, features, 0, "all")(ids.clone())[:, :, 0] == 3).all()      # the first of a group
+    with pytest.raises(ValueError, match="features from 0 to 23"): force_codes(book, [[24]], 0)
     with pytest.raises(ValueError, match="slots='middle'"): force_codes(book, features, 0, "middle")
 
 
@@ -172,17 +181,22 @@ def test_switches_are_found_on_every_family_and_point_where_they_should(tiny):
     marks = torch.stack([choices.next[choices.look] == 0, choices.next[choices.look] == 1, choices.open[choices.look]], 1)
     found = precision_coverage(places, features, f[places, features], marks, 30)
     s = find_switches(tiny, {"resid.0": d}, text, choices, precision=.05, at_least=2)["resid.0"]
-    product, enough = found["precision"] * found["coverage"], (found["precision"] >= .05) & (found["coverage"] * marks.sum(0) >= 2)
+    product, enough = found["precision"] * found["coverage"], (found["precision"] >= .05) & (((f[:, :, None] > found["threshold"]) & marks[:, None]).sum(0) >= 2)
     best = torch.where(enough[:, :2], found["precision"][:, :2], 0.).max(1)
-    assert torch.equal(s.write, product[:, :2].argmax(0)) and torch.equal(s.owner, torch.where(best.values > 0, best.indices, -1)) and s.gates.tolist() == enough[:, 2].nonzero()[:, 0].tolist()
-    for t, j in enumerate(s.write.tolist()):
-        right = (f[:, j] > found["threshold"][j, t]) & marks[:, t]
-        assert s.value[t] == pytest.approx(f[right, j].mean().item(), rel=1e-4)
+    owner, top = torch.where(best.values > 0, best.indices, -1), product[:, :2].argmax(0)
+    for t in range(2):
+        if not (owner == t).any(): owner[torch.where(owner < 0, product[:, t], -1.).argmax()] = t
+    assert torch.equal(s.best, top) and torch.equal(s.owner, owner) and s.gates.tolist() == enough[:, 2].nonzero()[:, 0].tolist() and (s.owner >= 0).any()
+    for t in range(2): assert torch.allclose(s.usual[t], f[marks[:, t]].mean(0) * (owner == t), atol=1e-5)
     before = hooks(tiny)
-    with steer(tiny, {"resid.0": s}, 0): assert hooks(tiny) != before
+    with steer(tiny, {"resid.0": s}, 0, strength=5.), capture(tiny, "resid.0") as acts, torch.no_grad():
+        assert hooks(tiny) != before
+        tiny(input_ids=text.ids)
+    assert hooks(tiny) == before and torch.allclose(acts["resid.0"], s.fn(0, 5.)(x), atol=1e-4) and not torch.allclose(acts["resid.0"], x)
+    with pytest.raises(ValueError, match="2 targets for a batch of 60"), steer(tiny, {"resid.0": s}, torch.tensor([0, 1])), torch.no_grad(): tiny(input_ids=text.ids)
     assert hooks(tiny) == before
-    with pytest.raises(ValueError, match="fewer than 4 places before words of 'c'"): find_switches(tiny, {"resid.0": d}, text, find_choices(text, GROUPS | {"c": [V - 1]}, HELD | {"x": [V - 1]}))
-    with pytest.raises(ValueError, match="no switch came"): steer(tiny, {}, 0)
+    with pytest.raises(ValueError, match="fewer than 4 places before words of 'c'"): find_switches(tiny, {"resid.0": d}, text, find_choices(text, GROUPS | {"c": [V + 9]}, HELD))
+    with pytest.raises(ValueError, match="no switch came"), steer(tiny, {}, 0): pass
 def test_codes_are_found_by_what_stands_there(neox):
     text = some_text(60)
     cb = add_codebooks(neox, ["mlp.0", "heads.0"], 16, select="euclidean").init_from_data(text.ids, generator=seeded(0)).eval()
@@ -196,6 +210,12 @@ def test_codes_are_found_by_what_stands_there(neox):
         p = right / (ids == c).sum().clamp(min=1)
         want = [t for t in range(2) if right[t] >= 2 and p[t] >= .05]
         assert int(s.owner[0, c]) == (max(want, key=lambda t: p[t]) if want else -1)
+    for t in range(2):
+        own = [c for c in range(16) if s.owner[0, c] == t]
+        rank = {c: ((ids == c) & (nxt == t)).sum().item()**2 / max(1, (ids == c).sum().item()) for c in own}
+        assert int(s.write[0, t]) == (max(own, key=rank.get) if own else -1) and s.coverage[0, t] == pytest.approx(sum(((ids == c) & (nxt == t)).sum().item() for c in own) / (nxt == t).sum().item(), abs=1e-6)
+    gates = [c for c in range(16) if (right := ((ids == c) & choices.open[choices.look]).sum()) >= 2 and right / (ids == c).sum() >= .05]
+    assert s.gates[0].nonzero()[:, 0].tolist() == gates and int(s.open[0]) == (max(gates, key=lambda c: ((ids == c) & choices.open[choices.look]).sum()) if gates else -1)
     assert s.owner.shape == (1, 16) and found["heads.0"].owner.shape[0] == neox.config.num_attention_heads
     ranked = topic_features(cb, cb.codebooks, text, choices, 5)
     best = ranked["a"][0]
@@ -207,6 +227,25 @@ def test_codes_are_found_by_what_stands_there(neox):
     topical = document[choices.look & (choices.about == 0)].unique()
     assert best["precision"] == pytest.approx((fires & (choices.about == 0)).sum().item() / fires.sum().item()) and best["coverage"] == pytest.approx(torch.isin(topical, document[fires]).float().mean().item())
 
+def test_with_several_codes_a_state_a_share_stays_a_share(neox):
+    "Codes that are chosen twice, or several that are right at one place, count once."
+    text = some_text(60)
+    cb = add_codebooks(neox, ["mlp.0"], 12, k=4, select="residual").init_from_data(text.ids, generator=seeded(0)).eval()
+    choices = find_choices(text, GROUPS, HELD)
+    s = find_switches(cb, cb.codebooks, text, choices, precision=.05, at_least=2)["mlp.0"]
+    cb(input_ids=text.ids)
+    ids, nxt = cb.ids["mlp.0"][..., 0, :][choices.look], choices.next[choices.look]
+    for t in range(2): assert s.coverage[0, t] == pytest.approx((s.owner[0][ids] == t).any(-1)[nxt == t].float().mean().item(), abs=1e-6)
+    assert (s.coverage <= 1).all() and (s.coverage > 0).any()
+    with pytest.raises(ValueError, match="no code of mlp.0 speaks for"): find_switches(cb, cb.codebooks, text, choices, precision=.999)
+    with pytest.raises(ValueError, match="need the CodebookModel they were found in"), steer(neox, {"mlp.0": s}, 0): pass
+
+def test_edits_keep_half_precision(neox):
+    s, x = feature_switch(), torch.randn(3, 5, D, generator=seeded(4)).bfloat16()
+    neox = neox.bfloat16()
+    with steer(neox, {"resid.0": s}, 1), torch.no_grad(): assert neox(input_ids=some_text().ids).logits.dtype == torch.bfloat16
+    assert s.off(1)(x).shape == x.shape and s.fires(x, 0).dtype == torch.bool
+
 def test_mean_differences_are_means(neox):
     text = some_text(40)
     choices = find_choices(text, GROUPS, HELD)
@@ -215,7 +254,7 @@ def test_mean_differences_are_means(neox):
         mean = torch.stack([acts["resid.1"][choices.look & (getattr(choices, at) == t)].mean(0) for t in range(2)])
         assert torch.allclose(mean_difference(neox, "resid.1", text, choices, at, batch=7), mean - mean.mean(0), atol=1e-5)
     with pytest.raises(ValueError, match="at='here'"): mean_difference(neox, "resid.1", text, choices, "here")
-    with pytest.raises(ValueError, match="no state of c"): mean_difference(neox, "resid.1", text, find_choices(text, GROUPS | {"c": [V - 1]}, {"x": [V - 1]}))
+    with pytest.raises(ValueError, match="no state of c"): mean_difference(neox, "resid.1", text, find_choices(text, GROUPS | {"c": [V + 9]}))
 
 
 # ---------------------------------------------------------------- writing
@@ -245,6 +284,9 @@ def test_generation_refuses_what_cannot_be_and_leaves_nothing_behind(neox):
     neox.train()
     generate(neox, Tok, [[BOS]], 2)
     assert neox.training
+    torch.manual_seed(5); x = torch.rand(1)
+    torch.manual_seed(5); generate(neox, Tok, [[BOS]], 2)
+    assert torch.rand(1) == x                                                           # the caller's random numbers are left alone
     a, b, c = (generate(neox, Tok, [[BOS]] * 4, 8, seed=s) for s in (0, 0, 1))
     assert a == b != c
 
@@ -262,6 +304,7 @@ def test_words_are_counted_and_ties_are_nobodys():
     words, samples = {"a": [1, 2], "b": [3]}, [[1, 2, 3], [9], [3, 1], [3, 3, 2]]
     assert count_words(samples, words).tolist() == [[2, 1], [0, 0], [1, 1], [1, 2]] and recognise(samples, words).tolist() == [0, -1, -1, 1]
     assert recognise(samples, {"b": [3]}).tolist() == [0, -1, 0, 0]
+    assert count_words([], words).shape == (0, 2) and distinct([[3]]) == 1.
     assert distinct([[1, 1, 1, 1], [1, 2, 3, 4]]) == pytest.approx((1 / 3 + 1) / 2) and distinct([[1, 2], [5]]) == 1.
 
 def test_the_strength_is_chosen_on_one_half_and_measured_on_the_other():
@@ -273,6 +316,8 @@ def test_the_strength_is_chosen_on_one_half_and_measured_on_the_other():
     some = {1.: effect(.2, .9, 1., 1.), 2.: effect(.8, .3, 1.4, 9.), 3.: effect(1., 1., 5., 1.)}
     s, best = best_within(some, 1.5)
     assert s == 2. and best.rate == pytest.approx(.3) and best.loss == pytest.approx(9.) and len(best.samples) == 10
+    part = some[1.][some[1.].right]
+    assert len(part.samples) == int(some[1.].right.sum()) and part.rate == 1. and len(some[1.][:3].samples) == 3
     assert best_within(some, .5)[0] == 1. and "rate 0.550" in repr(some[1.])
 
 
@@ -291,13 +336,13 @@ def test_shipped_features_and_codes_steer_and_random_ones_do_not(setting):
     rate = lambda way=None, of=model: effect_and_price(of, tok, [[tok.bos_token_id, *prompt]] * 50, target, count, model, way, n_tokens=70, progress=False)
     sw = find_switches(model, {"resid.2": load_sae(data_path("sae/last"))}, text, choices)
     on, none = rate(lambda r: steer(model, sw, target[r], strength=3.)), rate()
-    assert on.rate > none.rate + .4 and on.loss < 1.7 * none.loss
+    assert on.rate > none.rate + .4 and on.loss < 1.5 * none.loss
     cb = CodebookModel.from_pretrained(data_path("codes/single"))
     codes = find_switches(cb, {"mlp.2": cb.codebooks["mlp.2"], "heads.2": cb.codebooks["heads.2"]}, text, choices)
     shuffled = {site: torch.randint(0, 2048, s.write.shape, generator=seeded(100)) for site, s in codes.items()}
     written = rate(lambda r: steer(cb, codes, target[r]), cb)
     control = rate(lambda r: cb.edit_codes({site: s.fn(target[r], write=shuffled[site]) for site, s in codes.items()}), cb)
-    assert written.rate > control.rate + .4 and written.rate > none.rate + .4
+    assert written.rate > control.rate + .4 and written.rate > none.rate + .4 and written.loss < 1.5 * none.loss
 
 
 # ---------------------------------------------------------------- panel and page
@@ -324,6 +369,7 @@ def test_a_page_needs_the_plain_text_beside_the_steered(tmp_path):
     row = dict(prompt="p", way="w", towards="t", strength=2., text="a b")
     with pytest.raises(ValueError, match="no text with way None for the prompt 'p'"): export_steering(tmp_path / "x.html", [row])
     with pytest.raises(ValueError, match="no steered sample"): export_steering(tmp_path / "x.html", [row | dict(way=None)])
+    with pytest.raises(ValueError, match="two samples have the same"): export_steering(tmp_path / "x.html", [row | dict(way=None), row, row])
     assert not list(tmp_path.iterdir())
     path = export_steering(tmp_path / "x.html", [row | dict(way=None, text="a c </script><b>"), row], "T <i>")
     data = json.loads(path.read_text().split('id="data">')[1].split("</script>")[0])
