@@ -21,12 +21,12 @@ from codebook_tutorial.stories import ID, LISTS, TOPICS, plural
 
 ROOT = Path(__file__).resolve().parents[1]
 ROWS, CLAIMS = ROOT / "out" / "steering_rows", ROOT / "claims" / "12.full.json"
-LAST, TOKENS, N, SEEDS, PRECISION, STEPS, TUNE = "resid.2", 120_000, 40, 3, .3, 8000, 600
+LAST, TOKENS, N, SEEDS, PRECISION, STEPS, TUNE = "resid.2", 300_000, 40, 3, .3, 8000, 600
 # method -> strengths; what is pushed everywhere is tried on both sides of the budget
 GRID = {"unsteered": [0], "codebook_unsteered": [0], "sae_tied": [1., 2., 3., 4.], "sae_tied_start": [2., 3., 4.], "sae_tied_swap": [1., 2., 3.], "sae_tied_added": [.2, .3, .4, .5, .6, .8], "random": [1., 2., 3., 4.],
         "codebook": ["mlp.2", "heads.2", "both"], "codebook_start": ["mlp.2", "both"], "codebook_swap": ["mlp.2", "both"], "random_codes": ["mlp.2", "heads.2", "both"], "codebook_forced": [1, 2, 4],
-        "mean_difference": [f"next x {x}" for x in (.4, .45, .5, .55, .6, .7, .8, 1.)] + [f"about x {x}" for x in (8., 10., 12., 14.)] + [f"about, resid.1 x {x}" for x in (12., 16.)] + [f"about, resid.0 x {x}" for x in (8., 12.)],
-        "mean_difference_at_places": [1., 1.5, 2., 3., 4., 6.]}
+        "mean_difference": [f"next x {x}" for x in (.4, .5, .55, .6, .7, .8, 1.)] + [f"about x {x}" for x in (10., 12., 14.)] + [f"about, resid.1 x {x}" for x in (12., 16.)] + [f"about, resid.0 x {x}" for x in (8., 12.)],
+        "mean_difference_at_places": [1., 2., 3., 4., 6.], "mean_difference_at_words": [1., 2., 3., 4., 6.]}
 DATA = ("stories/model.safetensors", "sae/last/sae_state.safetensors", "codes/single/codebooks.safetensors", "codes/single/model.safetensors", "codes/top8/codebooks.safetensors", "codes/top8/model.safetensors")
 SHA = {f"data/{name}": hashlib.sha256((data_path(name.rpartition("/")[0]) / name.rpartition("/")[2]).read_bytes()).hexdigest() for name in DATA}
 KEY = hashlib.sha256(json.dumps([3, TOKENS, N, PRECISION, STEPS, TUNE, GRID, SHA]).encode()).hexdigest()[:8]      # raise the first number when what a row means changes
@@ -93,6 +93,11 @@ class Setting:
         site, v = self.vectors[name]
         return site, lambda t: add_vector(float(x) * v[t])
     def mean_difference_at_places(self, strength, kw): return LAST, lambda t: lambda x: x + self.features[LAST].fires(x, t)[..., None] * strength * self.vectors["next"][1][t, None]
+    def mean_difference_at_words(self, strength, kw):
+        "No feature: where the model itself gives the words that choose, of all topics together, more than 0.2."
+        chosen, read = torch.tensor([t for some in self.choose.values() for t in some]), torch.nn.Sequential(self.model.base_model.final_layer_norm, self.model.get_output_embeddings())
+        def edit(t): return lambda x: x + (read(x).softmax(-1)[..., chosen].sum(-1, keepdim=True) > .2) * strength * self.vectors["next"][1][t, None]
+        return LAST, edit
     def random(self, strength, kw):
         "Edits as long as the switch's of that strength, at the same places."
         def edit(t, own=self.features[LAST]): own = own.fn(t, strength); return lambda x: x + (own(x) - x).norm(dim=-1, keepdim=True) * self.noise[t, None]
@@ -100,8 +105,8 @@ class Setting:
 
     def again(self, tok):
         "One row that the chapter makes again live: its words and prompts, 8 texts a topic; only the sampling differs by seed."
-        choose, count = split_words(topic_words())
-        v, target, some = mean_difference(self.model, LAST, self.text, find_choices(self.text, choose, count)), torch.arange(len(TOPICS)).repeat_interleave(8), asked(0)
+        (choose, count), text = split_words(topic_words()), load_text(tok, n_tokens=120_000, length=256, split="train", seed=3)
+        v, target, some = mean_difference(self.model, LAST, text, find_choices(text, choose, count)), torch.arange(len(TOPICS)).repeat_interleave(8), asked(0)
         e = effect_and_price(self.model, tok, [some[i].ids for _ in TOPICS for i in range(8)], target, count, self.model, lambda rows: intervene(self.model, {LAST: add_vector(.6 * v[target[rows]])}), seed=self.seed, progress=False)
         return dict(method="again", strength="next x 0.6, 8 texts a topic", seed=self.seed, rate=e.rate, loss=e.loss)
 
@@ -113,11 +118,13 @@ class Setting:
                     other_topics=((count_words(e.samples, self.count) > 0).float().sum(1) - e.mention.float() > 0).float().mean().item(), recogniser=self.recogniser)
 
     def table_3(self, tok):
-        "The paper's Table 3: 4 prompts x 10 samples, no code forced, one, eight, of the model with eight codes a state."
+        "The paper's Table 3: 4 prompts x 10 samples, no code forced, one, eight, eight random ones of the same groups; of the model with eight codes a state."
         cb, text = CodebookModel.from_pretrained(data_path("codes/top8")).to(self.model.device), self.text[:200]
         ranked, four = topic_features(cb, cb.codebooks, text, find_choices(text, self.choose, self.count), 8), [self.prompts[i] for _ in TOPICS for i in range(4) for _ in range(10)]
-        for n in (0, 1, 8):
-            e = effect_and_price(cb, tok, four, self.target, self.count, self.model, forced(cb, ranked, n, self.target) if n else None, seed=self.seed, progress=False)
+        g = np.random.default_rng(100 + self.seed)
+        drawn = {name: [r | dict(feature=int(g.integers(1024)) + r["feature"] // 1024 * 1024) for r in some] for name, some in ranked.items()}
+        for n in (0, 1, 8, "8 random"):
+            e = effect_and_price(cb, tok, four, self.target, self.count, self.model, forced(cb, drawn if n == "8 random" else ranked, 8 if n == "8 random" else n, self.target) if n else None, seed=self.seed, progress=False)
             yield dict(method="table_3", strength=n, seed=self.seed, mentions=e.mentions, mentions_by_target=e.mention.view(len(TOPICS), N).float().mean(1).tolist(), rate=e.rate, loss=e.loss, distinct=e.distinct)
 
 
@@ -149,7 +156,7 @@ def main():
     model, tok = load_lm("stories")
     for seed in seeds: run(seed, model, tok)
     done = [json.loads(line) for seed in range(SEEDS) if (ROWS / KEY / f"{seed}.jsonl").exists() for line in (ROWS / KEY / f"{seed}.jsonl").read_text().splitlines()]
-    if any((m, s, seed) not in {(r["method"], r["strength"], r["seed"]) for r in done} for m, some in (GRID | {"again": ["next x 0.6, 8 texts a topic"], "table_3": [0, 1, 8]}).items() for s in some for seed in range(SEEDS)): return
+    if any((m, s, seed) not in {(r["method"], r["strength"], r["seed"]) for r in done} for m, some in (GRID | {"again": ["next x 0.6, 8 texts a topic"], "table_3": [0, 1, 8, "8 random"]}).items() for s in some for seed in range(SEEDS)): return
     hours = sum(r.pop("cpu_seconds", 0.) for r in done) / 3600
     commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, cwd=ROOT).stdout.strip()
     out = dict(command="python scripts/steering_full.py", commit=commit, hardware="one CPU core", machine=platform.machine(), hours=hours, inputs_sha256=SHA, tokens=TOKENS, texts_a_topic=N, precision=PRECISION, seeds="words that choose and count, prompts, autoencoder (0: shipped), sampling, random controls; one codebook model")

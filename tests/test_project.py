@@ -26,7 +26,7 @@ CLAIMS = {"01": ["fsm.bayes_loss", "fsm.trigrams", "fsm.state_accuracy", "fsm.le
           "10": [f"ioi.{what}.{m}.{names}" for what in ("kl_at_5", "features_for_90pct", "edit_at_90pct") for m in ("sae_tied", "sae_topk", "sae_alpha0", "pca", "ica", "basis", "codebook", "random") for names in ("fixed", "random", "per_prompt")]
                 + [f"ioi.{n}" for n in ("forward_passes", "one_code", "chosen_features", "rows_again", "floor_last_layer", "kl_at_5_difference.sae_tied_pca.fixed")],
           "11": [f"circuits.{n}" for n in ("preactivation_after_ablation", "kept_by_gradient", "tree_effect", "random_effect", "root_alone", "tree_kl", "tree_kl.possessive", "tree_kl.at_apostrophe", "kl_elsewhere", "rows_again", "tree_at_its_own_places", "code_tree_effect", "written_parenthesis", "nearest_is_strongest")],
-          "12": [f"steering.topic_rate_at_budget.{m}" for m in ("codebook", "sae_tied", "codebook_start", "sae_tied_start", "codebook_swap", "sae_tied_swap", "codebook_forced", "sae_tied_added", "mean_difference", "mean_difference_at_places", "random_codes", "random")]
+          "12": [f"steering.topic_rate_at_budget.{m}" for m in ("codebook", "sae_tied", "codebook_start", "sae_tied_start", "codebook_swap", "sae_tied_swap", "codebook_forced", "sae_tied_added", "mean_difference", "mean_difference_at_places", "mean_difference_at_words", "random_codes", "random")]
                 + [f"steering.{n}" for n in ("baseline_rate", "off_target", "recogniser", "forced_mentions", "suppressed", "month_rate", "mood_rate", "talk_rate", "two_at_once", "row_again")]}
 
 def tracked():

@@ -29,10 +29,10 @@ def check_best_feature(best_feature):
 
 def check_switch_table(switch_table):
     "12.3"
-    owner, gates, write, target = torch.tensor([-1, 0, 1, 2, -1, 1, 0, 2]), torch.tensor([False] * 4 + [True] + [False] * 3), torch.tensor([6, 5, 3]), 1
+    owner, gates, write, target = torch.tensor([-1, 0, 1, 2, -1, 1, 0, 2]), torch.tensor([False] * 4 + [True, True] + [False] * 2), torch.tensor([6, 2, 3]), 1
     def table(change): t = torch.arange(8); t[change] = write[target]; return t.float()
     return check(lambda: switch_table(owner.clone(), gates.clone(), write.clone(), target).float(), table((owner >= 0) & (owner != target) | gates), {
-        "the codes of open places change as well, or no topic is ever started": table((owner >= 0) & (owner != target)), "codes that speak for nobody must stay (except at open places)": table((owner != target) | gates), "the target's own codes stay what they are": table((owner >= 0) | gates), "that only starts: other alternatives' codes change as well": table(gates), "the code write[target], not the number target": torch.where((owner >= 0) & (owner != target) | gates, target, torch.arange(8)).float()})
+        "the codes of open places change as well, or no topic is ever started": table((owner >= 0) & (owner != target)), "codes that speak for nobody must stay (except at open places)": table((owner != target) | gates), "the target's own codes stay what they are (but for those of open places)": table((owner >= 0) | gates), "all codes of open places change, also one that speaks for the target": table((owner != target) & ((owner >= 0) | gates)), "that only starts: other alternatives' codes change as well": table(gates), "the code write[target], not the number target": torch.where((owner >= 0) & (owner != target) | gates, target, torch.arange(8)).float()})
 
 # %% ../../nbs/12_steering.ipynb #c12-96
 def check_recognised_topic(recognised_topic):
@@ -52,7 +52,7 @@ def check_rate_at_budget(rate_at_budget):
 
 def check_answer_12_6(answer):
     "12.6"
-    return check_choice(answer, "b", "right: the same vector is bad everywhere and good where the features say", {"a": "Then the switch would stand well above the vector at the same places. It hardly does.", "c": "The vector alone, everywhere, does not keep to the budget. It needs to be told where, and features told it."})
+    return check_choice(answer, "b", "right: direction and place, and the place can be known in more than one way", {"a": "The vector where the model is about to say a topic word uses no feature, and works.", "c": "Edits as long in a random direction were made at the same places, and brought no topic."})
 
 def check_word_lists(word_lists):
     "12.7"
