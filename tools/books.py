@@ -300,7 +300,7 @@ REPRODUCES = [
     ("A code of (, written in the first MLP where nobody opens a parenthesis: probability of a closing one", "11", "circuits.written_parenthesis", "largest within six words; control: random codes", "none"),
     ("The strongest child is the feature with the most similar direction", "11", "circuits.nearest_is_strongest", "share of the parents of three trees", "not asked"),
     ("Stories about the topic asked for, within 1.5 x the unsteered loss: codes, written where the topic is chosen", "12", "steering.topic_rate_at_budget.codebook", "ten topics, held-out words; control: random codes there", "its Table 3: 65 to 100 % (mentions, no price given)"),
-    ("The same: the paper's way, codes forced everywhere", "12", "steering.topic_rate_at_budget.codebook_forced", "the same, one code a state; control: unsteered", "its Table 3"),
+    ("The same: the paper's way, codes forced everywhere, the cheapest setting (over the budget)", "12", "steering.topic_rate_at_budget.codebook_forced", "the same, one code a state; control: unsteered", "its Table 3"),
     ("Eight of the codes of a model with eight a state, forced everywhere: stories that mention the topic", "12", "steering.forced_mentions", "at several times the unsteered loss; control: eight random codes", "its Table 3: 65 to 100 %"),
     ("The same within the budget: features of an autoencoder, where the topic is chosen", "12", "steering.topic_rate_at_budget.sae_tied", "control: as long edits in random directions there", "not asked"),
     ("The same: a mean-difference vector, everywhere", "12", "steering.topic_rate_at_budget.mean_difference", "control: unsteered", "not asked"),
