@@ -304,7 +304,7 @@ REPRODUCES = [
     ("Eight of the codes of a model with eight a state, forced everywhere: stories that mention the topic", "12", "steering.forced_mentions", "at several times the unsteered loss; control: eight random codes", "its Table 3: 65 to 100 %"),
     ("The same within the budget: features of an autoencoder, where the topic is chosen", "12", "steering.topic_rate_at_budget.sae_tied", "control: as long edits in random directions there", "not asked"),
     ("The same: a mean-difference vector, everywhere", "12", "steering.topic_rate_at_budget.mean_difference", "control: unsteered", "not asked"),
-    ("The same: that vector, where the features say", "12", "steering.topic_rate_at_budget.mean_difference_at_places", "control: as long edits in random directions there", "not asked"),
+    ("The same: that vector, where the features say", "12", "steering.topic_rate_at_budget.mean_difference_at_places", "control: edits in random directions there", "not asked"),
     ("The same: that vector, where the model would say a topic word (no features)", "12", "steering.topic_rate_at_budget.mean_difference_at_words", "control: unsteered", "not asked"),
     ("Writing another sentence's codes at the heads makes the model name its receiver", "05", "finetune.written_receiver", "control: codes of the same sentence with another giver", "none"),
 ]
