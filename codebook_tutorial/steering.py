@@ -6,11 +6,11 @@ Docs: https://codebook-tutorial.github.io/codebook_tutorial/steering.html.md"""
 
 # %% auto #0
 __all__ = ['SHARES', 'split_words', 'Choices', 'find_choices', 'active_features', 'precision_coverage', 'topic_features',
-           'FeatureSwitch', 'CodeSwitch', 'find_switches', 'steer', 'add_vector', 'force_codes', 'mean_difference',
-           'generate', 'text_nats', 'count_words', 'recognise', 'distinct', 'Effect', 'effect_and_price', 'best_within']
+           'FeatureSwitch', 'CodeSwitch', 'find_switches', 'steer', 'add_vector', 'force_codes', 'token_codes',
+           'write_codes', 'mean_difference']
 
 # %% ../nbs/12_steering.ipynb #c12-99
-from contextlib import ExitStack, contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 import numpy as np, torch, torch.nn.functional as F
 from tqdm.auto import tqdm
@@ -304,6 +304,25 @@ def force_codes(book: Codebook,
     return edit
 
 @torch.no_grad()
+def token_codes(coded, ids: list,                    # a CodebookModel; a text's token ids
+                at: int = -1) -> dict:               # {site: [groups, k]}
+    "All codes that stand at one token of a text, at every site."
+    if not -len(ids) <= at < len(ids): raise ValueError(f"token_codes: a text of {len(ids)} tokens has no token {at}")
+    with _evaluating(coded): coded(input_ids=torch.tensor([ids], device=coded.device), use_cache=False)
+    return {site: found[0, at] for site, found in coded.ids.items()}
+
+def write_codes(codes: dict,                         # {site: [groups, k]}, of token_codes
+                first: bool = False) -> dict:        # only at the end of a prompt, not while the model goes on
+    "{site: ids -> ids} for `edit_codes`: another token's codes, all of them, in place of those at every position."
+    def writes(new):
+        def edit(ids):
+            if first and ids.shape[1] > 1: ids[:, -1] = new                            # the first call under `generate` holds the whole prompt
+            elif not first: ids[:] = new
+            return ids
+        return edit
+    return {site: writes(new) for site, new in codes.items()}
+
+@torch.no_grad()
 def mean_difference(model, site: str, text: Text, choices: Choices,
                     at: str = "next",                # "next": states before an alternative's words; "about": all states of documents about it
                     batch: int = 32):                # -> [n, d]
@@ -318,99 +337,3 @@ def mean_difference(model, site: str, text: Text, choices: Choices,
     if (count == 0).any(): raise ValueError(f"mean_difference: no state of {', '.join(n for n, c in zip(choices.names, count) if not c)}; give more text")
     mean = total / count[:, None]
     return mean - mean.mean(0)
-
-# %% ../nbs/12_steering.ipynb #c12-110
-@torch.no_grad()
-def generate(model, tok, prompts: list,        # n lists of token ids, BOS first
-             n_tokens: int = 96, temperature: float = 1.,
-             steer=None,                       # rows [m] of prompts -> a context, e.g. lambda rows: steer(model, switches, target[rows])
-             batch: int = 256,                 # the same seed gives other texts in other batches
-             seed: int = 0, progress: bool = True) -> list:      # n lists of the tokens that were added
-    "Sample a continuation of every prompt, many at a time, with the KV cache; steered by what `steer` opens around each batch."
-    from transformers import GenerationConfig, StoppingCriteria, StoppingCriteriaList
-    if not prompts or not all(len(p) for p in prompts): raise ValueError("generate: expected prompts with at least one token each")
-    if n_tokens < 1 or temperature <= 0: raise ValueError(f"generate: expected n_tokens of at least 1 and a temperature above 0, got {n_tokens} and {temperature}")
-    _check_length(model, max(map(len, prompts)) + n_tokens, "generate")
-    bar, out, where = tqdm(total=-(-len(prompts) // batch) * n_tokens, desc="generate", unit="token", delay=5, **({} if progress else dict(disable=True))), [], next(model.parameters()).device
-    ends = sorted({tok.bos_token_id, getattr(tok, "eos_token_id", None) or tok.bos_token_id})      # what ends a document
-    plain = GenerationConfig(max_new_tokens=n_tokens, do_sample=True, temperature=temperature, top_k=0, top_p=1., pad_token_id=tok.pad_token_id, eos_token_id=ends)      # none of the model's own habits
-    class Tick(StoppingCriteria):
-        def __call__(self, ids, scores, **kw): bar.update(1); return torch.zeros(len(ids), dtype=torch.bool, device=ids.device)
-    for i in range(0, len(prompts), batch):
-        some = prompts[i:i + batch]
-        length = max(map(len, some))
-        ids = torch.tensor([[tok.pad_token_id] * (length - len(p)) + list(p) for p in some], device=where)
-        mask = torch.tensor([[0] * (length - len(p)) + [1] * len(p) for p in some], device=where)
-        with torch.random.fork_rng(), _evaluating(model), steer(torch.arange(i, i + len(some))) if steer else nullcontext():
-            torch.manual_seed(seed * 1_000_003 + i)
-            new = model.generate(input_ids=ids, attention_mask=mask, generation_config=plain, stopping_criteria=StoppingCriteriaList([Tick()]))[:, length:].tolist()
-        out += [row[:min([row.index(e) + 1 for e in ends if e in row], default=len(row))] for row in new]
-    bar.close()
-    return out
-
-@torch.no_grad()
-def text_nats(model, prompts: list, samples: list, batch: int = 64):      # -> [n] nats of each sample's tokens, given its prompt
-    "How surprising texts are to a model."
-    found, where = [], next(model.parameters()).device
-    for i in range(0, len(prompts), batch):
-        rows = [torch.tensor([*p, *s]) for p, s in zip(prompts[i:i + batch], samples[i:i + batch])]
-        ids = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True).to(where)
-        with _evaluating(model): logits = model(input_ids=ids, use_cache=False).logits[:, :-1].float()
-        nats = F.cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten(), reduction="none").view(len(rows), -1).cpu()
-        found += [nats[j, len(p) - 1:len(r) - 1].sum() for j, (p, r) in enumerate(zip(prompts[i:i + batch], rows))]
-    return torch.stack(found)
-
-# %% ../nbs/12_steering.ipynb #c12-111
-def count_words(samples: list, words: dict):      # n lists of ids, {name: ids} -> [n, names]
-    "How many words of each list stand in each text."
-    sets = [set(w) for w in words.values()]
-    return torch.tensor([[sum(t in some for t in sample) for some in sets] for sample in samples], dtype=torch.long).view(len(samples), len(sets))
-
-def recognise(samples: list, words: dict):        # -> [n] index of the name, -1: none, or two equal
-    "What most words of a text belong to."
-    counts = count_words(samples, words)
-    top = counts.topk(min(2, counts.shape[1]), 1)
-    clear = (top.values[:, 0] > 0) & ((top.values[:, 0] > top.values[:, 1]) if counts.shape[1] > 1 else True)
-    return torch.where(clear, top.indices[:, 0], -1)
-
-def distinct(samples: list, n: int = 2) -> float:
-    "Share of a text's n-grams that are not repeats, mean over texts."
-    grams = [[tuple(s[i:i + n]) for i in range(len(s) - n + 1)] for s in samples]
-    return float(np.mean([len(set(g)) / len(g) for g in grams if g] or [1.]))
-
-@dataclass(eq=False)
-class Effect:
-    "What steering did to every sample, and what it cost; effect[rows] for some of them."
-    samples: list            # n lists of token ids
-    right: torch.Tensor      # [n] bool: most counted words are the target's
-    mention: torch.Tensor    # [n] bool: some counted word is the target's
-    nats: torch.Tensor       # [n] under the untouched model
-    tokens: torch.Tensor     # [n]
-    rate = property(lambda self: self.right.float().mean().item(), doc="Share of samples that are about the target.")
-    mentions = property(lambda self: self.mention.float().mean().item(), doc="Share of samples that mention it.")
-    loss = property(lambda self: (self.nats.sum() / self.tokens.sum()).item(), doc="Nats a token under the untouched model.")
-    distinct = property(lambda self: distinct(self.samples), doc="Share of bigrams that are no repeats within a text.")
-    def __getitem__(self, rows):
-        rows = torch.arange(len(self.samples))[rows]
-        return Effect([self.samples[i] for i in rows.tolist()], self.right[rows], self.mention[rows], self.nats[rows], self.tokens[rows])
-    def __repr__(self): return f"{len(self.samples)} samples: rate {self.rate:.3f}, mentions {self.mentions:.3f}, loss {self.loss:.3f}, distinct {self.distinct:.3f}"
-
-def effect_and_price(model, tok, prompts: list, target,      # [n] index of the alternative each prompt is steered to
-                     words: dict,                            # {name: ids} that are counted
-                     judge,                                  # the untouched model
-                     steer=None, **kw) -> Effect:            # as in generate
-    "Sample, steered, and measure how often the target appears and what the text costs under the untouched model."
-    target = torch.as_tensor(target).cpu()
-    if len(target) != len(prompts): raise ValueError(f"effect_and_price: {len(prompts)} prompts and {len(target)} targets; expected as many")
-    samples = generate(model, tok, prompts, steer=steer, **kw)
-    counts = count_words(samples, words)
-    return Effect(samples, recognise(samples, words) == target, counts.gather(1, target[:, None])[:, 0] > 0, text_nats(judge, prompts, samples), torch.tensor([float(len(s)) for s in samples]))
-
-def best_within(effects: dict,                 # {strength: Effect}
-                limit: float):                 # nats a token; -> (strength, Effect on the other half)
-    "The strength with the highest rate whose loss is within the limit, chosen on every other sample and measured on the rest (order the samples so that every target is in both); the cheapest if none is."
-    n = torch.arange(len(next(iter(effects.values())).samples))
-    chosen = {s: e[n[::2]] for s, e in effects.items()}
-    within = {s: e for s, e in chosen.items() if e.loss <= limit}
-    best = max(within, key=lambda s: within[s].rate) if within else min(chosen, key=lambda s: chosen[s].loss)
-    return best, effects[best][n[1::2]]

@@ -6,8 +6,8 @@ __all__ = ['steering_panel', 'export_steering']
 # %% ../nbs/12_steering.ipynb #c12-113
 from pathlib import Path
 from .browser import _json
+from .effects import generate
 from .show import beside, escape, marked
-from .steering import generate
 
 # %% ../nbs/12_steering.ipynb #c12-114
 def steering_panel(tok, prompts: dict,     # {name: list of token ids}

@@ -10,14 +10,15 @@ import numpy as np, torch, torch.nn.functional as F
 from tqdm.auto import tqdm
 from codebook_tutorial.activations import harvest
 from codebook_tutorial.codebook import CodebookModel
-from codebook_tutorial.concepts import WORD_TABLES, prompts
+from codebook_tutorial.concepts import prompts
 from codebook_tutorial.core import data_path, seeded
+from codebook_tutorial.effects import count_words, effect_and_price, recognise, topic_words
 from codebook_tutorial.formats import load_sae
 from codebook_tutorial.models import load_lm, load_text
 from codebook_tutorial.sae import refit, train_sae, tune_decoder
 from codebook_tutorial.sites import intervene
-from codebook_tutorial.steering import add_vector, count_words, effect_and_price, find_choices, find_switches, force_codes, mean_difference, recognise, split_words, steer, topic_features
-from codebook_tutorial.stories import ID, LISTS, TOPICS, plural
+from codebook_tutorial.steering import add_vector, find_choices, find_switches, force_codes, mean_difference, split_words, steer, topic_features
+from codebook_tutorial.stories import TOPICS
 
 ROOT = Path(__file__).resolve().parents[1]
 ROWS, CLAIMS = ROOT / "out" / "steering_rows", ROOT / "claims" / "12.full.json"
@@ -30,12 +31,6 @@ GRID = {"unsteered": [0], "codebook_unsteered": [0], "sae_tied": [1., 2., 3., 4.
 DATA = ("stories/model.safetensors", "sae/last/sae_state.safetensors", "codes/single/codebooks.safetensors", "codes/single/model.safetensors", "codes/top8/codebooks.safetensors", "codes/top8/model.safetensors")
 SHA = {f"data/{name}": hashlib.sha256((data_path(name.rpartition("/")[0]) / name.rpartition("/")[2]).read_bytes()).hexdigest() for name in DATA}
 KEY = hashlib.sha256(json.dumps([3, TOKENS, N, PRECISION, STEPS, TUNE, GRID, SHA]).encode()).hexdigest()[:8]      # raise the first number when what a row means changes
-
-
-def topic_words():
-    own = lambda w, i: WORD_TABLES["topic_word"][ID[w]] == i
-    forms = lambda w, part, i: tuple(ID[v] for v in dict.fromkeys((w, plural(w)) if part == "noun" else (w,)) if own(v, i))
-    return {topic: [f for part in ("noun", "verb", "adj", "place") for w in LISTS[f"topic_{part}"][topic] if (f := forms(w, part, i))] for i, topic in enumerate(TOPICS)}
 
 
 def autoencoder(seed, model, tok):

@@ -148,7 +148,7 @@ def test_the_library_is_exported_not_written():
 
 
 def test_modules_import_only_from_earlier_rows():
-    order = ["core", "show", "sites", "fsm", "dictionary", "kmeans", "codebook", "states", "stories", "models", "concepts", "finetune", "index", "codes", "units", "browser", "activations", "metrics", "sae", "formats", "baselines", "autointerp", "explainers", "endpoint", "predicates", "puzzles", "feature_pages", "pairs", "patching", "reading", "circuits", "steering", "steering_pages"]
+    order = ["core", "show", "sites", "fsm", "dictionary", "kmeans", "codebook", "states", "stories", "models", "concepts", "finetune", "index", "codes", "units", "browser", "activations", "metrics", "sae", "formats", "baselines", "autointerp", "explainers", "endpoint", "predicates", "puzzles", "feature_pages", "pairs", "patching", "reading", "circuits", "steering", "effects", "steering_pages"]
     for i, name in enumerate(order):
         used = re.findall(r"^from \.(\w+)|^from codebook_tutorial\.(\w+)", (ROOT / "codebook_tutorial" / f"{name}.py").read_text(), re.M)
         assert {a or b for a, b in used} <= set(order[:i]), f"{name} imports {used}"

@@ -3,13 +3,15 @@ import json
 import pytest, torch
 from transformers import AutoModelForCausalLM
 from codebook_tutorial.codebook import Codebook, CodebookModel, add_codebooks
+from codebook_tutorial.concepts import WORD_TABLES
 from codebook_tutorial.core import data_path, seeded
 from codebook_tutorial.dictionary import random_directions
 from codebook_tutorial.formats import load_sae
 from codebook_tutorial.models import Text, load_lm, load_text, token_losses
 from codebook_tutorial.sites import capture, intervene
-from codebook_tutorial.steering import (Choices, CodeSwitch, Effect, FeatureSwitch, add_vector, best_within, count_words, distinct, effect_and_price, find_choices, find_switches,
-                                        force_codes, generate, mean_difference, precision_coverage, recognise, split_words, steer, text_nats, topic_features)
+from codebook_tutorial.effects import Effect, best_within, count_words, distinct, effect_and_price, generate, recognise, text_nats, topic_words
+from codebook_tutorial.steering import (Choices, CodeSwitch, FeatureSwitch, add_vector, find_choices, find_switches, force_codes, mean_difference, precision_coverage, split_words, steer,
+                                        token_codes, topic_features, write_codes)
 from codebook_tutorial.stories import ID, LISTS, TOPICS
 from test_sites import CONFIGS, D, V, hooks
 
@@ -167,6 +169,33 @@ def test_forced_codes_take_the_places_asked_for():
     assert (force_codes(book, features, 1, "all")(ids.clone())[:, :, 0] == 1).all() and (force_codes(book, features, 0, "all")(ids.clone())[:, :, 0] == 3).all()      # the first of a group
     with pytest.raises(ValueError, match="features from 0 to 23"): force_codes(book, [[24]], 0)
     with pytest.raises(ValueError, match="slots='middle'"): force_codes(book, features, 0, "middle")
+
+
+def test_all_codes_of_a_token_are_written_everywhere_or_once(tiny):
+    cb = add_codebooks(tiny, ["mlp.*", "heads.0"], n_codes=8, k=2).eval()
+    ids = torch.randint(3, V, (1, 6), generator=seeded(1))
+    codes = token_codes(cb, ids[0].tolist(), 3)
+    cb(input_ids=ids)
+    assert set(codes) == set(cb.codebooks) and all((codes[s] == cb.ids[s][0, 3]).all() for s in codes)
+    other = torch.randint(3, V, (2, 5), generator=seeded(2))
+    with cb.edit_codes(write_codes(codes)): cb(input_ids=other)
+    assert all((cb.ids[s] == codes[s]).all() for s in codes)
+    cb(input_ids=other); plain = cb.ids["heads.0"].clone()
+    with cb.edit_codes(write_codes(codes, first=True)):
+        cb(input_ids=other)
+        assert (cb.ids["heads.0"][:, -1] == codes["heads.0"]).all() and (cb.ids["heads.0"][:, :-1] == plain[:, :-1]).all()      # the first site: nothing before it has changed
+        cb(input_ids=other[:, :1])
+        assert (cb.ids["heads.0"] == plain[:, :1]).all()                                   # later calls under generate hold one position
+    with pytest.raises(ValueError, match="a text of 6 tokens has no token 6"): token_codes(cb, ids[0].tolist(), 6)
+
+
+def test_topic_words_are_the_topics_own_and_keep_forms_together():
+    words = topic_words()
+    assert list(words) == list(TOPICS)
+    for i, (topic, some) in enumerate(words.items()):
+        flat = [t for forms in some for t in forms]
+        assert len(flat) == len(set(flat)) > 50 and all(WORD_TABLES["topic_word"][t] == i for t in flat)
+        assert sum(len(forms) == 2 for forms in some) > 10                                 # a noun and its plural
 
 
 # ---------------------------------------------------------------- finding them
