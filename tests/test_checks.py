@@ -7,6 +7,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / "tools"))
 import books  # noqa: E402
 from codebook_tutorial.core import jsd  # noqa: E402
+from codebook_tutorial.dictionary import random_directions  # noqa: E402
 
 def raw(v): return lambda *a: v
 def cdist_ids(x, codes, k): return torch.cdist(x, codes).topk(k, largest=False).indices
@@ -46,6 +47,19 @@ def _acdc_size(kl_of, features, threshold):
 def _months(a, b):
     text = "It was {}, and the rain fell all day long. It was still"
     return [text.format(m) for m in a], [text.format(m) for m in b], list(a), list(b)
+
+def _next_by_hand(z, y, chosen):
+    q, _ = torch.linalg.qr(z[:, chosen])
+    size = ((y - q @ (q.T @ y)) @ z).abs()
+    return max((j for j in range(z.shape[1]) if j not in chosen), key=lambda j: size[j])
+
+def _batchtopk(x, n, k):
+    from codebook_tutorial.sae import train_sae
+    return train_sae(x, n, "batchtopk", k=k, steps=400, batch=512)
+
+def _sparse_random(n, d, k):
+    from codebook_tutorial.baselines import Affine
+    return Affine(random_directions(n, d, seed=9).directions, k=k)
 
 
 # exercise: (another right answer, [wrong answers], words that a named mistake's message must hold)
@@ -131,6 +145,12 @@ CASES = {
     "recognised_topic": (lambda counts: torch.tensor([row.index(max(row)) if max(row) > 0 and row.count(max(row)) == 1 else -1 for row in counts.tolist()]), [lambda counts: counts.argmax(1), lambda counts: torch.where(counts.max(1).values > 0, counts.argmax(1), -1), lambda counts: counts.max(1).values], "two equal"),
     "rate_at_budget": (lambda loss, rate, limit: max((r[::2].mean().item(), r[1::2].mean().item()) for l, r in zip(loss, rate) if l[::2].mean() <= limit)[1], [lambda loss, rate, limit: rate[3, 1::2].mean(), lambda loss, rate, limit: rate[2, ::2].mean(), lambda loss, rate, limit: rate[2].mean()], "scored on the texts that chose"),
     "answer_12_6": (lambda: "b", [lambda: "a", lambda: "c", lambda: ""], "uses no feature"),
+    "set_f1": (lambda f, t: f1_by_parts(f.sum(1) > 0, t), [lambda f, t: f1_by_parts(f.all(1), t), lambda f, t: torch.stack([f1_by_parts(c, t) for c in f.T]).mean(), lambda f, t: (f.any(1) & t).sum() / f.any(1).sum(), lambda f, t: (f.any(1) == t).float().mean()], "better than each of its members"),
+    "next_feature": (_next_by_hand, [lambda z, y, chosen: (z.T @ y).abs().index_fill(0, torch.tensor(chosen), -1.).argmax(), lambda z, y, chosen: (z.T @ y).abs().argmax(), lambda z, y, chosen: (z.T @ (y - z[:, chosen] @ (z[:, chosen].T @ y))).index_fill(0, torch.tensor(chosen), -9.).argmax(), lambda z, y, chosen: 4], "has said all of that already"),
+    "is_absorbed": (lambda f, p, c: (f & c).sum() * 2 * (p & ~c).sum() < (f & p & ~c).sum() * c.sum(), [lambda f, p, c: f[c].float().mean() < f[p].float().mean() / 2, lambda f, p, c: f[c].float().mean() < f[~p].float().mean() / 2, lambda f, p, c: f[c].float().mean() < f[p & ~c].float().mean(), lambda f, p, c: True], "hide part of the hole"),
+    "paired_interval": (lambda a, b, t=4.303: ((a - b).mean() - t * ((a - b).var() / len(a)).sqrt(), (a - b).mean() + t * ((a - b).var() / len(a)).sqrt()), [lambda a, b, t=4.303: ((a.mean() - b.mean()) - t * ((a.var() + b.var()) / 3).sqrt(), (a.mean() - b.mean()) + t * ((a.var() + b.var()) / 3).sqrt()), lambda a, b, t=4.303: ((a - b).mean() - t * (a - b).std(), (a - b).mean() + t * (a - b).std()), lambda a, b, t=4.303: ((a - b).min(), (a - b).max())], "take the differences first"),
+    "answer_13_5": (raw("b"), [raw("a"), raw("c"), raw("")], "Random directions would report nearly the same"),
+    "my_dictionary": (_batchtopk, [lambda x, n, k: random_directions(n, x.shape[1], seed=9), lambda x, n, k: _sparse_random(n, x.shape[1], k), lambda x, n, k: random_directions(2 * n, x.shape[1]), lambda x, n, k: x], "a dense dictionary"),
     "word_lists": (lambda groups, ids: {n: [ids[w] for w in ws if w in ids and sum(w in o for o in groups.values()) == 1] for n, ws in groups.items()}, [lambda groups, ids: {n: [ids[w] for w in ws if w in ids] for n, ws in groups.items()}, lambda groups, ids: {}, lambda groups, ids: {"wet": [3, 4, 5], "dry": [6, 7]}], "leave it out"),
     "ablate_feature": (lambda x, e, b, d: x - (e @ d > 0) * ((x @ e + b).clamp(min=0) / (e @ d))[:, None] * d[None], [lambda x, e, b, d: x - (x @ e + b).relu()[:, None] * d, lambda x, e, b, d: x - ((x @ e + b) / (e @ d))[:, None] * d, lambda x, e, b, d: x - ((x @ e + b).relu() / (e @ d))[:, None] * d, lambda x, e, b, d: x - ((x @ e) / (e @ d))[:, None] * d], "divide by it"),
     "child_effect": (lambda a, b: (a - b).sum() / a.sum(), [lambda a, b: (1 - b / a).mean(), lambda a, b: b.sum() / a.sum(), lambda a, b: (a - b).sum(), lambda a, b: ((a - b).sum() / a.sum()).abs()], "not the mean of shares"),

@@ -12,6 +12,7 @@ SETTINGS = books.settings()
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 FULL_FORM = ["By the end you can", "Why care?", "Setup", "Exercises", "Limits", "Recap"]
 SLUGS = [f"sae_{k}" for k in ("tied", "untied", "topk", "batchtopk", "jumprelu", "gated", "matryoshka", "alpha0")] + ["codebook", "kmeans", "ica", "ica_relu", "pca", "pca_relu", "basis", "neurons", "random"]
+BOARD = ["sae_tied", "sae_topk", "sae_batchtopk", "sae_alpha0", "codebook_tuned", "codebook", "kmeans", "ica", "pca", "neurons", "basis", "random", "random_d"]
 CLAIMS = {"01": ["fsm.bayes_loss", "fsm.trigrams", "fsm.state_accuracy", "fsm.legal_mass", "fsm.neuron_f1"], "02": ["codebook.gradient_error"],
           "03": [f"states.{n}" for n in ("state_accuracy", "legal_mass", "code_precision", "neuron_precision", "codeset_f1", "neuron_f1", "dead_share", "jsd_mlp", "jsd_all", "jsd_none", "jsd_random")],
           "04": [f"stories.{n}" for n in ("loss", "entropy_floor", "ioi_accuracy", "ioi_probability", "close_parenthesis", "topic_persistence", "month_persistence", "forgotten_facts")],
@@ -27,7 +28,9 @@ CLAIMS = {"01": ["fsm.bayes_loss", "fsm.trigrams", "fsm.state_accuracy", "fsm.le
                 + [f"ioi.{n}" for n in ("forward_passes", "one_code", "chosen_features", "rows_again", "floor_last_layer", "kl_at_5_difference.sae_tied_pca.fixed")],
           "11": [f"circuits.{n}" for n in ("preactivation_after_ablation", "kept_by_gradient", "tree_effect", "random_effect", "root_alone", "tree_kl", "tree_kl.possessive", "tree_kl.at_apostrophe", "kl_elsewhere", "rows_again", "tree_at_its_own_places", "code_tree_effect", "written_parenthesis", "nearest_is_strongest")],
           "12": [f"steering.topic_rate_at_budget.{m}" for m in ("codebook", "sae_tied", "codebook_start", "sae_tied_start", "codebook_swap", "sae_tied_swap", "codebook_forced", "sae_tied_added", "mean_difference", "mean_difference_at_places", "mean_difference_at_words", "random_codes", "random")]
-                + [f"steering.{n}" for n in ("baseline_rate", "off_target", "recogniser", "forced_mentions", "suppressed", "month_rate", "mood_rate", "talk_rate", "two_at_once", "row_again")]}
+                + [f"steering.{n}" for n in ("baseline_rate", "off_target", "recogniser", "forced_mentions", "suppressed", "month_rate", "mood_rate", "talk_rate", "two_at_once", "row_again")],
+          "13": [f"scoreboard.{what}.{m}" for what in ("concept_f1", "steered") for m in BOARD] + [f"scoreboard.stability.{m}" for m in BOARD if m not in ("neurons", "basis")] + [f"scoreboard.fsm_f1.{m}" for m in BOARD if m != "codebook_tuned"]
+                + [f"scoreboard.{n}" for n in ("row_again", "one_code_drop", "ica_three_machines")]}
 
 def tracked():
     "Files of the project: those git knows, or would know."
@@ -148,7 +151,7 @@ def test_the_library_is_exported_not_written():
 
 
 def test_modules_import_only_from_earlier_rows():
-    order = ["core", "show", "sites", "fsm", "dictionary", "kmeans", "codebook", "states", "stories", "models", "concepts", "finetune", "index", "codes", "units", "browser", "activations", "metrics", "sae", "formats", "baselines", "autointerp", "explainers", "endpoint", "predicates", "puzzles", "feature_pages", "pairs", "patching", "reading", "circuits", "steering", "effects", "steering_pages"]
+    order = ["core", "show", "sites", "fsm", "dictionary", "kmeans", "codebook", "states", "stories", "models", "concepts", "finetune", "index", "codes", "units", "browser", "activations", "metrics", "sae", "formats", "baselines", "autointerp", "explainers", "endpoint", "predicates", "puzzles", "feature_pages", "pairs", "patching", "reading", "circuits", "steering", "effects", "steering_pages", "answers", "scoreboard"]
     for i, name in enumerate(order):
         used = re.findall(r"^from \.(\w+)|^from codebook_tutorial\.(\w+)", (ROOT / "codebook_tutorial" / f"{name}.py").read_text(), re.M)
         assert {a or b for a, b in used} <= set(order[:i]), f"{name} imports {used}"
@@ -156,7 +159,7 @@ def test_modules_import_only_from_earlier_rows():
 
 def test_the_shipped_autoencoder_is_the_one_described():
     for name in ("tied", "last"): assert hashlib.sha256((ROOT / "data/sae" / name / "sae_state.safetensors").read_bytes()).hexdigest() in (ROOT / "data/README.md").read_text()
-    for number, name in (("07", "stories/model.safetensors"), ("08", "stories/model.safetensors"), ("08", "sae/tied/sae_state.safetensors"), ("09", "sae/tied/sae_state.safetensors"), ("09", "codes/single/model.safetensors"), ("10", "stories/model.safetensors"), ("10", "codes/residual/model.safetensors"), ("11", "stories/model.safetensors"), ("11", "sae/tied/sae_state.safetensors"), ("12", "stories/model.safetensors"), ("12", "sae/last/sae_state.safetensors"), ("12", "codes/single/codebooks.safetensors")):
+    for number, name in (("07", "stories/model.safetensors"), ("08", "stories/model.safetensors"), ("08", "sae/tied/sae_state.safetensors"), ("09", "sae/tied/sae_state.safetensors"), ("09", "codes/single/model.safetensors"), ("10", "stories/model.safetensors"), ("10", "codes/residual/model.safetensors"), ("11", "stories/model.safetensors"), ("11", "sae/tied/sae_state.safetensors"), ("12", "stories/model.safetensors"), ("12", "sae/last/sae_state.safetensors"), ("12", "codes/single/codebooks.safetensors"), ("13", "stories/model.safetensors"), ("13", "sae/tied/sae_state.safetensors"), ("13", "fsm_0/model.safetensors")):
         full = json.loads((ROOT / f"claims/{number}.full.json").read_text())
         assert full["inputs_sha256"][f"data/{name}"] == hashlib.sha256((ROOT / "data" / name).read_bytes()).hexdigest() and full["commit"] and full["rows"]
 

@@ -187,6 +187,12 @@ def test_the_steering_chapter_runs_on_the_real_model(tmp_path):
     assert not found and "A vector at every position" in printed and "The same places, other edits" in printed and "group 0" in printed
 
 
+def test_the_scoreboard_chapter_runs_on_the_real_model(tmp_path):
+    "What can be asked of any model is asked: error, loss, explanations, patching; known concepts are the stories' alone."
+    found, printed = run_chapter("13_scoreboard", tmp_path)
+    assert not found and "no concepts known" in printed and "explained" in printed and "patched" in printed
+
+
 def test_features_of_the_real_model_have_explanations_and_pages(tmp_path):
     "Words of real text: an autoencoder's features are explained better than random directions. As an explainer the model itself is too short-sighted, and is told so."
     from codebook_tutorial.activations import harvest

@@ -306,6 +306,14 @@ REPRODUCES = [
     ("The same: a mean-difference vector, everywhere", "12", "steering.topic_rate_at_budget.mean_difference", "control: unsteered", "not asked"),
     ("The same: that vector, where the features say", "12", "steering.topic_rate_at_budget.mean_difference_at_places", "control: edits in random directions there", "not asked"),
     ("The same: that vector, where the model would say a topic word (no features)", "12", "steering.topic_rate_at_budget.mean_difference_at_words", "control: unsteered", "not asked"),
+    ("Known concepts by the best single feature, F1: tied autoencoder", "13", "scoreboard.concept_f1.sae_tied", "384 features behind block 1; control: random directions", "not known there"),
+    ("The same: codes of a network finetuned with them there", "13", "scoreboard.concept_f1.codebook_tuned", "the same", "not known there"),
+    ("The same: ICA", "13", "scoreboard.concept_f1.ica", "the same, 96 components", "not known there"),
+    ("Steering at the last block, within 1.5 x the unsteered loss: ICA", "13", "scoreboard.steered.ica", "the same switch for every dictionary; control: random directions", "not asked"),
+    ("The machine's hundred states by the best single feature, F1: one code (k-means)", "13", "scoreboard.fsm_f1.kmeans", "512 features of the last MLP; control: random directions", "its Section 4: precision alone"),
+    ("The same: TopK autoencoder", "13", "scoreboard.fsm_f1.sae_topk", "the same", "not asked"),
+    ("What one code a state loses when three machines walk at once, F1", "13", "scoreboard.one_code_drop", "control: ICA", "not asked"),
+    ("Features of two seeds: mean largest cosine, TopK autoencoder", "13", "scoreboard.stability.sae_topk", "control: random directions", "asked for by its reviewers"),
     ("Writing another sentence's codes at the heads makes the model name its receiver", "05", "finetune.written_receiver", "control: codes of the same sentence with another giver", "none"),
 ]
 
