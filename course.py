@@ -99,6 +99,8 @@ def parser():
     learner = sub.add_parser("learner", help="write the learner's copies: exercises as stubs, no solutions")
     learner.add_argument("folder", metavar="FOLDER")
     learner.add_argument("--force", action="store_true", help="overwrite notebooks that are already there")
+    doctor = sub.add_parser("doctor", help="is this machine ready? Python, disk, memory, environment, GPU, network; installs nothing")
+    doctor.add_argument("--offline", action="store_true", help="do not ask the network")
     for verb, what in LATER.items(): sub.add_parser(verb, help=f"{what} (not there yet)")
     return p
 
@@ -109,6 +111,10 @@ def main(argv):
     if args.verb in LATER:
         print(f"course.py {args.verb}: {LATER[args.verb]} will come with a later version.", file=sys.stderr)
         return 2
+    if args.verb == "doctor":
+        sys.path.insert(0, str(ROOT / "tools"))
+        import doctor
+        return doctor.main(sys.modules[__name__], online=not args.offline)
     if args.verb == "test": return call("-m", "pytest", *rest)
     if args.verb == "lab":
         elsewhere = any(a.startswith("--notebook-dir") or "root_dir" in a for a in rest)

@@ -207,3 +207,25 @@ def test_a_venv_in_use_is_left_whole(bare, monkeypatch):
     monkeypatch.setattr(Path, "rename", lambda *a: (_ for _ in ()).throw(PermissionError("in use")))
     with pytest.raises(SystemExit, match="cannot be replaced"): module.set_aside()
     assert (bare / ".venv" / "python").exists()
+
+
+def test_the_doctor_says_what_is_there_and_what_is_missing(monkeypatch, capsys):
+    "Standard library only; installs nothing; 1 if something that is needed is missing, with what to do."
+    sys.path.insert(0, str(ROOT / "tools"))
+    import course, doctor
+    assert doctor.main(course, online=False) == 0
+    said = capsys.readouterr().out
+    assert "ok  Python" in said and "memory" in said and "torch" in said and "Ready" in said and "!!" not in said and "network" not in said
+    monkeypatch.setattr(doctor, "DISK_GB", 10**6)
+    assert doctor.main(course, online=False) == 1
+    said = capsys.readouterr().out
+    assert "!!  disk" in said and "are needed for the environment" in said and "Not ready" in said
+    assert doctor.reachable("http://127.0.0.1:9/", seconds=1) and "refused" in doctor.reachable("http://127.0.0.1:9/", seconds=1)
+
+
+def test_the_doctor_needs_no_environment(tmp_path):
+    "In a bare clone: it says that the environment is not there, and makes none."
+    for name in ("course.py", "constraints.txt", "pyproject.toml"): (tmp_path / name).write_bytes((ROOT / name).read_bytes())
+    (tmp_path / "tools").mkdir(); (tmp_path / "tools/doctor.py").write_bytes((ROOT / "tools/doctor.py").read_bytes())
+    got = subprocess.run([sys.executable, "-S", "course.py", "doctor", "--offline"], cwd=tmp_path, capture_output=True, text=True)
+    assert got.returncode == 0 and "not made yet" in got.stdout and not (tmp_path / ".venv").exists(), got.stdout + got.stderr
