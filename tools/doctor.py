@@ -29,8 +29,7 @@ def in_env(python, code):
 
 def machine():
     "(state, what, found) of what must be there: ok, or a failure that says what to do."
-    v = sys.version_info
-    yield v >= (3, 11), "Python", f"{platform.python_version()}" + ("" if v >= (3, 11) else "; 3.11 or newer is needed: https://www.python.org/downloads")
+    yield True, "Python", platform.python_version()          # course.py itself refuses older ones
     free, memory = shutil.disk_usage(ROOT).free / 1e9, memory_gb()
     yield free >= DISK_GB, "disk", f"{free:.0f} GB free" + ("" if free >= DISK_GB else f"; {DISK_GB} GB are needed for the environment and what chapters write to out/")
     if memory is not None: yield memory >= MEMORY_GB, "memory", f"{memory:.0f} GB" + ("" if memory >= MEMORY_GB else f"; below {MEMORY_GB} GB run one chapter at a time: course.py run --jobs 1")
