@@ -256,7 +256,7 @@ def add_codebooks(model, sites, n_codes: int, k: int = 1, groups: int | None = N
 def _like(book, model):
     first = next(model.parameters())
     book.to(first.device, first.dtype)
-    if book.learn == "ema": book.size, book.total, book.new = book.size.float(), book.total.float(), book.new.float()     # averages need more digits than bf16 has
+    if book.learn == "ema" and book.total.dtype != torch.float64: book.size, book.total, book.new = book.size.float(), book.total.float(), book.new.float()     # averages need more digits than bf16 has
     return book
 
 # %% ../nbs/02_codebook.ipynb #c02-60

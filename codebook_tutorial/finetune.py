@@ -65,7 +65,7 @@ class _OwnSteps(TrainerCallback):
 def token_nats(logits, labels):            # [batch, seq, vocabulary], [batch, seq] with -100 where nothing is asked -> [batch, seq]
     "Surprise of the token that follows each position; 0 where none is asked."
     following = F.pad(labels[:, 1:], (0, 1), value=-100)
-    return F.cross_entropy(logits.float().flatten(0, 1), following.flatten(), reduction="none").view_as(labels)
+    return F.cross_entropy((logits if logits.dtype == torch.float64 else logits.float()).flatten(0, 1), following.flatten(), reduction="none").view_as(labels)
 
 def _sizes(inputs):                        # -> [2]
     "Tokens to be predicted, and positions that are no padding."

@@ -129,6 +129,7 @@ RUN = """
 import functools, os, signal, sys
 sys.path[:0] = {path!r}
 import torch; torch.set_num_threads(1)
+torch.set_default_dtype(getattr(torch, os.environ.get("DTYPE", "float32")))
 from test_finetune import *
 from transformers import TrainerCallback
 class Stop(TrainerCallback):
@@ -138,7 +139,7 @@ import codebook_tutorial.finetune as ft
 init = ft.CodebookTrainer.__init__
 ft.CodebookTrainer.__init__ = functools.wraps(init)(lambda self, *a, **kw: (init(self, *a, **kw), self.add_callback(Stop()))[0])
 family, folder, kind, batch = sys.argv[1], sys.argv[2], sys.argv[3], int(sys.argv[4])
-cb = with_codes(tiny(family), **KINDS[kind], n_codes=100)
+cb = with_codes(tiny(family), **KINDS[kind], n_codes=int(os.environ.get("CODES", 100)))
 logs = finetune(cb, some_text(), steps=11, batch=batch, folder=folder, save_every=3, log_every=2, revive_every=4, revive_until=1.)
 if int(os.environ.get("RANK", 0)) == 0: cb.save_pretrained(folder + "/end"); (Path(folder) / "logs.json").write_text(json.dumps(logs))
 """
@@ -169,21 +170,20 @@ def test_killed_and_resumed_it_ends_with_the_same_weights(tmp_path, family, kind
     assert first[-1] == second[-1]
 
 
-@pytest.mark.parametrize("kind", ["averages, residual", "the paper's"])
-def test_two_processes_reach_what_one_does(tmp_path, kind):
+@pytest.mark.parametrize("kind,codes", [("averages, residual", 24), ("the paper's", 40)])
+def test_two_processes_reach_what_one_does(tmp_path, kind, codes):
+    "In float64 and with few codes, so that neither rounding nor two equal codes can turn a choice: what is left to differ is an error."
     logs = []
     for processes, batch in ((0, 8), (2, 4)):
         folder = tmp_path / str(processes) / "x"; folder.parent.mkdir()
-        got = run(folder, kind=kind, batch=batch, processes=processes)
+        got = run(folder, kind=kind, batch=batch, processes=processes, DTYPE="float64", CODES=str(codes))
         assert got.returncode == 0, got.stderr[-3000:]
         logs.append(json.loads((folder / "logs.json").read_text()))
-        logs[-1].append(CodebookModel.from_pretrained(folder / "end").state_dict())
+        logs[-1].append(CodebookModel.from_pretrained(folder / "end", dtype=torch.float64).state_dict())
     one, two = logs
-    ends = [{n: x for n, x in rows.pop().items() if kind == "the paper's" or n.startswith("model.")} for rows in (one, two)]     # among averages a tie may turn
-    assert apart(*ends) < 1e-3
-    assert one[1]["dead_share"] > 0                                                 # there was something to revive
+    assert apart(one.pop(), two.pop()) < 1e-6 and any(row.get("dead_share", 0) > 0 for row in one)      # there was something to revive
     for a, b in zip(one, two, strict=True):
-        for name in set(a) - {"epoch"}: assert a[name] == pytest.approx(b[name], rel=1e-3, abs=.01 if name == "dead_share" else 1e-5), name
+        for name in set(a) - {"epoch"}: assert a[name] == pytest.approx(b[name], rel=1e-7, abs=1e-9), name
 
 
 def test_a_checkpoint_that_was_not_written_to_its_end_is_passed_over(tmp_path):
