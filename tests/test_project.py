@@ -12,7 +12,7 @@ SETTINGS = books.settings()
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 FULL_FORM = ["By the end you can", "Why care?", "Setup", "Exercises", "Limits", "Recap"]
 SLUGS = [f"sae_{k}" for k in ("tied", "untied", "topk", "batchtopk", "jumprelu", "gated", "matryoshka", "alpha0")] + ["codebook", "kmeans", "ica", "ica_relu", "pca", "pca_relu", "basis", "neurons", "random"]
-BOARD = ["sae_tied", "sae_topk", "sae_batchtopk", "sae_alpha0", "codebook_tuned", "codebook", "kmeans", "ica", "pca", "neurons", "basis", "random", "random_d"]
+BOARD = ["sae_tied", "sae_untied", "sae_topk", "sae_batchtopk", "sae_jumprelu", "sae_gated", "sae_matryoshka", "sae_alpha0", "codebook_tuned", "codebook", "kmeans", "ica", "pca", "neurons", "basis", "random", "random_d"]
 CLAIMS = {"01": ["fsm.bayes_loss", "fsm.trigrams", "fsm.state_accuracy", "fsm.legal_mass", "fsm.neuron_f1"], "02": ["codebook.gradient_error"],
           "03": [f"states.{n}" for n in ("state_accuracy", "legal_mass", "code_precision", "neuron_precision", "codeset_f1", "neuron_f1", "dead_share", "jsd_mlp", "jsd_all", "jsd_none", "jsd_random")],
           "04": [f"stories.{n}" for n in ("loss", "entropy_floor", "ioi_accuracy", "ioi_probability", "close_parenthesis", "topic_persistence", "month_persistence", "forgotten_facts")],
