@@ -36,6 +36,8 @@ FSM_HAS_NO = ("codebook_tuned",)
 GRID = [("resid.1", "shipped", 0)] + [(site, m, seed) for seed in range(SEEDS) for site in SITES for m in ROWS_OF if not (site.startswith("fsm") and m in FSM_HAS_NO)]
 GRID += [(f"sum {n}", m, seed) for seed in range(SEEDS) for n in SUMS["at_once"] for m in SUMS["methods"]]
 NEEDED, GRID = GRID, GRID + [(site, m, seed) for m in MORE for seed in range(SEEDS) for site in SITES]
+FEW = 128                                                                                    # the sums again with about as many features as there are states: kmeans_128, random_128
+GRID += [(f"sum {n}", f"{m}_{FEW}", seed) for m in ("kmeans", "random") for seed in range(SEEDS) for n in SUMS["at_once"]]
 NO_SEED = ("basis", "neurons", "shipped")
 DATA = ("stories/model.safetensors", "sae/tied/sae_state.safetensors", *(f"fsm_{i}/model.safetensors" for i in range(3)))
 SHA = {f"data/{name}": hashlib.sha256((data_path(name.rpartition("/")[0]) / name.rpartition("/")[2]).read_bytes()).hexdigest() for name in DATA}
@@ -100,8 +102,8 @@ class Machine:
         "Complete states alone, n of independent walks added up; as many features active for each."
         model, fsm = AutoModelForCausalLM.from_pretrained(data_path(f"fsm_{seed}")).eval(), TokFSM()
         x, y = (sums_of(*fsm_states(model, fsm, SUMS["site"], walks, base + seed, complete=True), n, seed) for walks, base in ((SUMS["walks"], 300), (500, 400)))
-        start = time.process_time()
-        d = make_dictionary(method, x[0], SUMS["n_feats"], 2 * n, seed, SUMS["penalty"] if method == "sae_tied" else None, SUMS["steps"])
+        start, few, method = time.process_time(), method.endswith(f"_{FEW}"), method.removesuffix(f"_{FEW}")
+        d = make_dictionary(method, x[0], FEW if few else SUMS["n_feats"], 2 * n, seed, SUMS["penalty"] if method == "sae_tied" else None, SUMS["steps"])
         made, m = time.process_time() - start, measure(d, y[0])
         with torch.no_grad(): f = d.encode(y[0]).numpy()
         return dict(made_seconds=made, n_feats=len(d.directions), l0=m["l0"], fvu=m["fvu"]) | concept_board(f, y[1]), d.directions
