@@ -30,7 +30,7 @@ CLAIMS = {"01": ["fsm.bayes_loss", "fsm.trigrams", "fsm.state_accuracy", "fsm.le
           "12": [f"steering.topic_rate_at_budget.{m}" for m in ("codebook", "sae_tied", "codebook_start", "sae_tied_start", "codebook_swap", "sae_tied_swap", "codebook_forced", "sae_tied_added", "mean_difference", "mean_difference_at_places", "mean_difference_at_words", "random_codes", "random")]
                 + [f"steering.{n}" for n in ("baseline_rate", "off_target", "recogniser", "forced_mentions", "suppressed", "month_rate", "mood_rate", "talk_rate", "two_at_once", "row_again")],
           "13": [f"scoreboard.{what}.{m}" for what in ("concept_f1", "steered") for m in BOARD] + [f"scoreboard.stability.{m}" for m in BOARD if m not in ("neurons", "basis")] + [f"scoreboard.fsm_f1.{m}" for m in BOARD if m != "codebook_tuned"]
-                + [f"scoreboard.{n}" for n in ("row_again", "one_code_three_machines", "ica_three_machines")]}
+                + [f"scoreboard.{n}" for n in ("row_again", "one_code_one_machine", "one_code_three_machines", "ica_three_machines")]}
 
 def tracked():
     "Files of the project: those git knows, or would know."

@@ -312,8 +312,9 @@ REPRODUCES = [
     ("Steering at the last block, within 1.5 x the unsteered loss: ICA", "13", "scoreboard.steered.ica", "the same switch for every dictionary; control: random directions", "not asked"),
     ("The machine's hundred states by the best single feature, F1: one code (k-means)", "13", "scoreboard.fsm_f1.kmeans", "512 features of the last MLP; control: random directions", "its Section 4: precision alone"),
     ("The same: TopK autoencoder", "13", "scoreboard.fsm_f1.sae_topk", "the same", "not asked"),
-    ("The states of three machines walking at once, F1: one code (k-means)", "13", "scoreboard.one_code_three_machines", "512 features; control: random directions", "not asked"),
-    ("The same: ICA", "13", "scoreboard.ica_three_machines", "64 components; the same control", "not asked"),
+    ("The states of one machine, F1: one code (k-means)", "13", "scoreboard.one_code_one_machine", "128 codes; control: as many random directions", "not asked"),
+    ("The same, three machines walking at once, their states added up", "13", "scoreboard.one_code_three_machines", "the same", "not asked"),
+    ("The same: ICA", "13", "scoreboard.ica_three_machines", "64 components; control: 512 random directions", "not asked"),
     ("Features of two seeds: mean largest cosine, TopK autoencoder", "13", "scoreboard.stability.sae_topk", "control: random directions", "asked for by its reviewers"),
     ("Writing another sentence's codes at the heads makes the model name its receiver", "05", "finetune.written_receiver", "control: codes of the same sentence with another giver", "none"),
 ]

@@ -56,7 +56,7 @@ def check_paired_interval(paired_interval):
 
 def check_answer_13_5(answer):
     "13.5"
-    return check_choice(answer, "b", "right: with all features allowed, any set of directions that spans the space does as well", {"a": "Random directions would report nearly the same: section 2 shows it.", "c": "A probe on all features sees through every hole; single features may be full of them."})
+    return check_choice(answer, "b", "right: with all features allowed, any set of directions that spans the space does as well, and a dictionary that does worse has thrown something away", {"a": "Random directions would report nearly the same: section 2 shows it.", "c": "A probe on all features sees through every hole; single features may be full of them."})
 
 def check_my_dictionary(my_dictionary):
     "13.6"
