@@ -16,7 +16,7 @@ ROOT = Path(__file__).resolve().parent
 VENV = ROOT / ".venv"
 STAMP, MAKING = VENV / ".course-stamp", VENV / ".course-making"   # finished (hash of its inputs), begun
 PYTHON = VENV / ("Scripts/python.exe" if os.name == "nt" else "bin/python")
-LATER = {"docs": "the documentation site", "bench": "the benchmarks against other libraries"}
+LATER = {"bench": "the benchmarks against other libraries"}
 
 
 def fingerprint():
@@ -35,7 +35,7 @@ def pip_find_links():
 
 def install():
     "Install the pinned packages with uv (fast), or with pip where uv cannot."
-    what = ["-c", "constraints.txt", "-e", ".[dev]"]
+    what = ["-c", "constraints.txt", "-e", ".[dev,docs]"]
     quiet = dict(cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
     got = subprocess.run([PYTHON, "-m", "pip", "install", "-q", "-c", "constraints.txt", "uv"], **quiet)
     if got.returncode == 0:
@@ -99,6 +99,14 @@ def parser():
     learner = sub.add_parser("learner", help="write the learner's copies: exercises as stubs, no solutions")
     learner.add_argument("folder", metavar="FOLDER")
     learner.add_argument("--force", action="store_true", help="overwrite notebooks that are already there")
+    progress = sub.add_parser("progress", help="which checks pass in a folder of learner's copies (runs their code)")
+    progress.add_argument("folder", metavar="FOLDER")
+    progress.add_argument("--limit", type=int, default=60, metavar="SECONDS", help="for each exercise (default %(default)s)")
+    figures = sub.add_parser("figures", help="write every chapter's figures with their alt text, for slides")
+    figures.add_argument("folder", metavar="FOLDER")
+    figures.add_argument("--dpi", type=int, help="run the chapters anew and draw larger, e.g. 200; without it, the committed pictures")
+    figures.add_argument("--only", nargs="+", metavar="NN", default=[], help="these chapters alone")
+    sub.add_parser("docs", help="build the documentation site into out/docs/html, offline")
     doctor = sub.add_parser("doctor", help="is this machine ready? Python, disk, memory, environment, GPU, network; installs nothing")
     doctor.add_argument("--offline", action="store_true", help="do not ask the network")
     for verb, what in LATER.items(): sub.add_parser(verb, help=f"{what} (not there yet)")
@@ -119,7 +127,9 @@ def main(argv):
     if args.verb == "lab":
         elsewhere = any(a.startswith("--notebook-dir") or "root_dir" in a for a in rest)
         return call("-m", "jupyter", "lab", *([] if elsewhere else ["--notebook-dir", "nbs"]), *rest)
-    if args.verb == "learner": argv = [os.path.abspath(os.path.expanduser(a)) if a == args.folder else a for a in argv]     # books.py runs at the root
+    if args.verb in ("learner", "progress", "figures"): argv = [os.path.abspath(os.path.expanduser(a)) if a == args.folder else a for a in argv]     # the tools run at the root
+    if args.verb == "progress": return call("tools/progress.py", *argv[1:])
+    if args.verb == "docs": return call("tools/pages.py")
     return call("tools/books.py", *argv)
 
 

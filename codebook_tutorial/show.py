@@ -5,7 +5,7 @@ __all__ = ['PALETTE', 'style', 'Picture', 'picture', 'bars', 'curves', 'heatmap'
            'beside']
 
 # %% ../nbs/00_sites.ipynb #c00-7
-import difflib, html, io
+import difflib, html, io, os
 import matplotlib.pyplot as plt, numpy as np, torch
 from PIL import Image
 
@@ -14,7 +14,7 @@ PALETTE = dict(blue="#0072B2", orange="#E69F00", green="#009E73", red="#D55E00",
 
 def style():
     "The course's figure style: Okabe-Ito colours, light grid, readable sizes."
-    plt.rcParams.update({"axes.prop_cycle": plt.cycler(color=list(PALETTE.values())), "figure.figsize": (7, 3), "figure.dpi": 100,
+    plt.rcParams.update({"axes.prop_cycle": plt.cycler(color=list(PALETTE.values())), "figure.figsize": (7, 3), "figure.dpi": int(os.environ.get("COURSE_DPI", 100)),
         "axes.spines.top": False, "axes.spines.right": False, "axes.grid": True, "grid.alpha": .25, "axes.axisbelow": True,
         "axes.titlesize": 11, "axes.titlelocation": "left", "legend.frameon": False, "image.cmap": "cividis", "axes.formatter.min_exponent": 3, "savefig.bbox": "tight"})
 

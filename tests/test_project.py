@@ -44,7 +44,7 @@ def claims(number): return json.loads((ROOT / "claims" / f"{number}.json").read_
 def test_settings_and_pyproject_agree():
     assert PROJECT["name"] == SETTINGS["lib_name"] and PROJECT["version"] == SETTINGS["version"] and PROJECT["description"] == SETTINGS["description"]
     assert PROJECT["license"] == SETTINGS["license"] and PROJECT["requires-python"] == ">=" + SETTINGS["min_python"] and PROJECT["keywords"] == SETTINGS["keywords"].split()
-    assert PROJECT["dependencies"] == SETTINGS["requirements"].split() and PROJECT["optional-dependencies"]["dev"] == SETTINGS["dev_requirements"].split()
+    assert PROJECT["dependencies"] == SETTINGS["requirements"].split() and all(PROJECT["optional-dependencies"][kind] == SETTINGS[f"{kind}_requirements"].split() for kind in ("dev", "docs"))
     assert PROJECT["urls"]["Repository"] == f"https://github.com/{SETTINGS['user']}/{SETTINGS['repo']}" and PROJECT["authors"] == [{"name": SETTINGS["author"]}]
     from codebook_tutorial import __version__
     assert __version__ == SETTINGS["version"]
@@ -52,7 +52,7 @@ def test_settings_and_pyproject_agree():
 
 def test_everything_required_is_pinned_and_torch_stays_open():
     pins = {re.split(r"[=\[]", line)[0].lower().replace("_", "-"): line for line in (ROOT / "constraints.txt").read_text().splitlines()}
-    for need in PROJECT["dependencies"] + PROJECT["optional-dependencies"]["dev"]:
+    for need in PROJECT["dependencies"] + sum(PROJECT["optional-dependencies"].values(), []):
         name = re.split(r"[<>=]", need)[0].lower()
         assert name in pins, f"{name} is required but not pinned in constraints.txt"
     assert pins["torch"] == "torch==2.13.0" and "torch>=2.6" in PROJECT["dependencies"] and not any("nvidia" in p or "://" in p for p in pins.values())

@@ -8,6 +8,7 @@ from nbclient.exceptions import CellExecutionError, CellTimeoutError, DeadKernel
 
 ROOT = Path(__file__).resolve().parents[1]
 NBS, OUT, CLAIMS = ROOT / "nbs", ROOT / "out", ROOT / "claims"
+FIRST = ROOT / "docs" / "_static" / "first.png"                                   # the picture of the README and of the site's first page
 CELL_LIMIT = 600 if os.environ.get("COURSE_FULL", "") in ("", "0") else None     # seconds
 
 
@@ -92,16 +93,16 @@ def compare_claims(number):
     return sorted(lines)
 
 
-def save_figures(nb, stem):
-    "Put a chapter's pictures into out/figures/."
-    folder, n = OUT / "figures", 0
+def save_figures(nb, stem, folder=None):
+    "Put a chapter's pictures into a folder (out/figures/); their names and alt texts."
+    folder, saved = folder or OUT / "figures", []
     folder.mkdir(parents=True, exist_ok=True)
     for old in folder.glob(f"{stem}_*.png"): old.unlink()
-    for cell in nb.cells:
-        for out in cell.get("outputs", []):
-            if "image/png" in out.get("data", {}):
-                n += 1
-                (folder / f"{stem}_{n:02}.png").write_bytes(base64.b64decode(out["data"]["image/png"]))
+    for data in (out.get("data", {}) for cell in nb.cells for out in cell.get("outputs", [])):
+        if "image/png" not in data: continue
+        saved.append((f"{stem}_{len(saved) + 1:02}.png", data["text/plain"]))
+        (folder / saved[-1][0]).write_bytes(base64.b64decode(data["image/png"]))
+    return saved
 
 
 async def execute_all(books, jobs, done):
@@ -321,7 +322,10 @@ REPRODUCES = [
 
 
 def readme():
-    "Write README.md's table of findings from claims/."
+    "Write README.md's table of findings from claims/, and its picture from chapter 07."
+    outputs = (out.get("data", {}) for cell in read_book(NBS / "07_sae.ipynb").cells for out in cell.get("outputs", []))
+    picture = base64.b64decode(next(data["image/png"] for data in outputs if "image/png" in data))
+    if not FIRST.exists() or FIRST.read_bytes() != picture: FIRST.write_bytes(picture)
     num = lambda v: "–" if v is None else f"{v:.3g}" if v < 10 else f"{v:.0f}"
     lines = ["| finding | ours (seeds) | control | paper | setting |", "|---|---|---|---|---|"]
     for finding, number, name, setting, paper in REPRODUCES:
@@ -337,7 +341,7 @@ def readme():
 def check(args):
     "Export, clean, make the README's table, then fail if git sees a change."
     export(); clean(); readme()
-    watched = ["nbs", "codebook_tutorial", "README.md"]
+    watched = ["nbs", "codebook_tutorial", "README.md", "docs/_static"]
     dirty = subprocess.run(["git", "status", "--porcelain", "--", *watched], cwd=ROOT, capture_output=True, text=True).stdout
     if not dirty:
         print("check: export, clean and the README table change nothing")
@@ -376,6 +380,24 @@ def learner(args):
     for path in chapters(): write_book(folder / path.name, learner_copy(read_book(path)))
     print(f"{len(chapters())} learner's notebooks in {folder}; open them with: python course.py lab --notebook-dir {folder}")
     return 0
+
+
+def figures(args):
+    "Every figure as a picture file, with its alt text in figures.md; drawn anew when a resolution is asked for."
+    folder, failed, found = Path(args.folder), [], {}
+    if folder.exists() and not folder.is_dir(): sys.exit(f"figures: expected a folder, got the file {folder}")
+    if args.dpi is None: found = {path.stem: save_figures(read_book(path), path.stem, folder) for path in chapters(args.only)}
+    elif not 20 <= args.dpi <= 600: sys.exit(f"figures: --dpi {args.dpi}, expected 20 to 600")
+    else:
+        os.environ["COURSE_DPI"] = str(args.dpi)
+        def done(path, nb, failure, seconds, memory):
+            if failure: failed.append(path.stem)
+            else: found[path.stem] = save_figures(nb, path.stem, folder)
+            print(f"{path.stem}: {f'FAILED {failure}' if failure else f'{len(found[path.stem])} figures'}", flush=True)
+        asyncio.run(execute_all(chapters(args.only), min(2, os.cpu_count() or 1), done))
+    write_text(folder / "figures.md", "".join(f"## {stem}\n\n" + "".join(f"![{alt}]({name})\n\n{alt}\n\n" for name, alt in found[stem]) for stem in sorted(found)))
+    print(f"{sum(map(len, found.values()))} figures in {folder}; figures.md says what each shows")
+    return len(failed) > 0
 
 
 def main():

@@ -1,0 +1,135 @@
+"""The documentation site, built by `course.py docs` (a warning or a broken link fails it), in a real Chromium: search, static pages, phone, dark mode, nothing asked of any other host."""
+import functools, http.server, re, sys, threading
+from pathlib import Path
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT / "tools"))
+bs4 = pytest.importorskip("bs4", reason="no docs packages: pip install -e .[docs]")
+import pages  # noqa: E402
+from test_browser import browser  # noqa: E402, F401
+
+STEMS = [p.stem for p in pages.chapters()]
+
+
+@pytest.fixture(scope="module")
+def site():
+    "What the last `course.py docs` built (.ci/run calls it before the tests)."
+    if not (pages.SITE / "index.html").exists(): pytest.skip("no site in out/docs/html: python course.py docs")
+    return pages.SITE
+
+
+@pytest.fixture(scope="module")
+def served(site):
+    class Quiet(http.server.SimpleHTTPRequestHandler):
+        def log_message(self, *a): pass
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), functools.partial(Quiet, directory=str(site)))
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    yield f"http://127.0.0.1:{server.server_port}/"
+    server.shutdown()
+
+
+@pytest.fixture
+def open_page(served, browser):  # noqa: F811
+    "Opens a page; at the end, nothing may have been asked of another host, and no script may have failed."
+    asked, complaints, opened = [], [], []
+    def go(where, **settings):
+        page = browser.new_page(**settings)
+        page.on("request", lambda r: asked.append(r.url)); page.on("pageerror", lambda e: complaints.append(str(e)))
+        page.goto(served + where); opened.append(page)
+        return page
+    yield go
+    for page in opened: page.close()
+    assert [u for u in asked if not u.startswith((served, "data:", "blob:"))] == [] and complaints == []
+
+
+def soup(path): return bs4.BeautifulSoup(path.read_bytes(), "html.parser")
+
+
+@pytest.mark.parametrize("stem", STEMS)
+def test_a_chapters_page(site, stem):
+    "Figures with alt text, no directives, exercises as stubs with a folded solution, links to the library, the learner's copy to take along."
+    s = soup(site / f"{stem}.html")
+    figures = s.select("img.figure")
+    assert figures and all(len(i["alt"]) > 40 and (site / i["src"]).exists() for i in figures)
+    text = s.select_one("article").get_text()
+    assert not re.search(r"#\| ?(export|exercise|colab|default_exp)|google\.colab|### (BEGIN|END) SOLUTION", text)
+    assert 4 <= text.count("your code here") <= 8
+    solutions = [d for d in s.find_all("details") if d.summary and d.summary.get_text() == "Solution"]
+    assert len(solutions) == text.count("your code here") and all("def " in d.get_text() for d in solutions)
+    assert s.select("article a[href^='api/']") and (site / "learner" / f"{stem}.ipynb").exists() and "BEGIN SOLUTION" not in (site / "learner" / f"{stem}.ipynb").read_text()
+    assert any("colab.research.google.com" in a["href"] for a in s.find_all("a", href=True))
+
+
+def test_formulas_are_mathml_and_nothing_is_left_of_tex(site):
+    assert len(soup(site / "01_fsm.html").find_all("math")) >= 2 and soup(site / "02_codebook.html").find("math")
+    for stem in STEMS: assert not re.search(r"\\(pi|ln|lVert|text)\b", soup(site / f"{stem}.html").select_one("article").get_text()), stem
+
+
+def test_every_public_name_has_its_entry_and_a_way_back(site):
+    mods, seen = pages.modules(), 0
+    for module, (home, names) in mods.items():
+        s = soup(site / "api" / f"{module}.html")
+        for name, kind, *_ in names:
+            assert s.find(id=pages.label(module, name, kind)) is not None, (module, name)
+            back = [a["href"] for a in s.select("p.taught a") if a["href"].endswith(f"#lib-{name}")]
+            assert back and home in back[0]
+            seen += 1
+    assert seen > 200 and "[batch, seq" in soup(site / "api" / "sites.html").get_text()
+
+
+def test_a_broken_link_is_found(tmp_path):
+    (tmp_path / "a.html").write_text('<a href="b.html#there">x</a><a href="b.html#gone">y</a><a href="c.html">z</a><a href="https://x.org">w</a><img src="i.png"><p id="here"><a href="#here">s</a>')
+    (tmp_path / "b.html").write_text('<p id="there">')
+    assert sorted(link for _, link in pages.broken(tmp_path)) == ["b.html#gone", "c.html", "i.png"]
+
+
+def test_findings_and_minutes_stand_on_their_pages(site):
+    table = soup(site / "reproduces.html").find("table")
+    assert len(table.find_all("tr")) > 50 and "<!--" not in table.get_text()
+    rows = [[c.get_text() for c in tr.find_all("td")] for tr in soup(site / "routes.html").find_all("table")[1].find_all("tr")[1:]]
+    assert len(rows) == len(STEMS) and all(5 <= int(r[3]) <= 120 and 20 <= int(r[4]) <= 120 for r in rows)
+
+
+def test_every_term_of_the_glossary_occurs_where_it_says():
+    text = (ROOT / "docs" / "glossary.md").read_text().split("```{glossary}")[1]
+    found = re.findall(r"\n\n?(\S[^\n]*)\n  ([^\n]+(?:\n  [^\n]+)*)", text)
+    assert len(found) >= 35
+    for term, meaning in found:
+        for stem in re.findall(r"\]\((\d\d_\w+)\.ipynb\)", meaning):
+            words = [w for w in re.split(r"[^\w-]+", term.lower()) if len(w) > 1]
+            chapter = (ROOT / "nbs" / f"{stem}.ipynb").read_text().lower()
+            assert any(w.rstrip("sing")[:7] in chapter for w in words), (term, stem)
+
+
+def test_search_finds(open_page):
+    page = open_page("search.html?q=superposition")
+    page.wait_for_selector("ul.search li", timeout=20_000)
+    assert any("hundred rooms" in t for t in page.locator("ul.search li").all_inner_texts())
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_no_page_is_wider_than_a_phone(open_page, site, scheme):
+    grounds = set()
+    for stem in ("index", "routes", "reproduces", "glossary", "teachers", "since", *STEMS):
+        page = open_page(f"{stem}.html", viewport=dict(width=390, height=844), color_scheme=scheme)
+        assert page.evaluate("document.scrollingElement.scrollWidth") <= 391, stem
+        grounds.add(page.evaluate("getComputedStyle(document.body).backgroundColor"))
+    red, *_ = map(int, re.findall(r"\d+", grounds.pop()))
+    assert not grounds and (red > 200) == (scheme == "light")
+
+
+def test_the_static_pages_work(open_page):
+    page = open_page("live.html")
+    assert {a.get_attribute("href") for a in page.locator("article a").all()} >= {"codes.html", "features.html", "steering.html"}
+    page = open_page("codes.html")
+    page.fill("input", "dragon"); page.keyboard.press("Enter")
+    page.wait_for_selector("text=dragon", timeout=20_000)
+    page = open_page("steering.html")
+    before = page.inner_text("#steered")
+    options = [o.get_attribute("value") for o in page.locator("#towards option").all()]
+    page.select_option("#towards", options[-1])
+    assert len(options) > 1 and page.inner_text("#steered") != before and page.locator("#steered mark").count()
+    page = open_page("features.html")
+    page.locator("summary").first.click()
+    assert page.locator("details").first.get_attribute("open") is not None

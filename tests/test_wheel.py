@@ -1,0 +1,67 @@
+"""The package alone: a wheel in a fresh environment, without the repository; chapters copied into an empty folder run there, on every Python at hand."""
+import json, os, re, shutil, subprocess, sys
+from pathlib import Path
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+import course  # noqa: E402
+
+PYTHONS = [p for v in range(11, 20) if (p := shutil.which(f"python3.{v}"))] or [sys.executable]
+RUN = """
+import sys, nbformat
+from nbclient import NotebookClient
+nb = nbformat.read(sys.argv[1], 4)
+for i, cell in enumerate(nb.cells):
+    if cell.cell_type == "code" and cell.source.startswith("#| colab"): cell.source += "\\n" + cell.source.split("\\n", 1)[1]       # the set-up cell, twice
+NotebookClient(nb, timeout=600, kernel_name="python3").execute()
+"""
+
+
+def run(*args, **kw): return subprocess.run(list(map(str, args)), capture_output=True, text=True, **kw)
+
+
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory):
+    "Built from what git would hand out, so that nothing ignored can slip in."
+    source, folder = tmp_path_factory.mktemp("source"), tmp_path_factory.mktemp("wheel")
+    for name in run("git", "ls-files", "-co", "--exclude-standard", cwd=ROOT).stdout.splitlines():
+        if (ROOT / name).is_file(): (source / name).parent.mkdir(parents=True, exist_ok=True); shutil.copy(ROOT / name, source / name)
+    got = run(sys.executable, "-m", "pip", "wheel", "-q", "--no-deps", "--no-build-isolation", "-w", folder, source)
+    assert got.returncode == 0, got.stderr[-2000:]
+    return next(folder.glob("*.whl"))
+
+
+def test_the_wheel_holds_library_data_and_claims_and_no_more(wheel):
+    import zipfile
+    names = zipfile.ZipFile(wheel).namelist()
+    assert {"codebook_tutorial/sites.py", "codebook_tutorial/checks/fsm.py", "codebook_tutorial/data/stories/model.safetensors", "codebook_tutorial/claims/13.full.json"} <= set(names)
+    assert {n.split("/")[0] for n in names} == {"codebook_tutorial", next(n for n in names if ".dist-info" in n).split("/")[0]} and not any(n.endswith((".ipynb", ".bin", ".pkl", ".pt")) for n in names)
+    assert wheel.stat().st_size < 40e6
+
+
+@pytest.mark.parametrize("python", PYTHONS, ids=lambda p: Path(p).name)
+def test_chapters_run_from_the_wheel_alone(wheel, tmp_path, python):
+    env = {k: v for k, v in os.environ.items() if not k.startswith(("PYTHON", "COURSE_", "VIRTUAL_ENV"))} | {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "TQDM_DISABLE": "1"}
+    inside = tmp_path / "env" / "bin" / "python"
+    got = run(sys.executable, "-m", "uv", "venv", "-q", "--python", python, tmp_path / "env", env=env)
+    assert got.returncode == 0, got.stderr
+    got = run(sys.executable, "-m", "uv", "pip", "install", "-q", "--python", inside, *course.pip_find_links(), "-c", ROOT / "constraints.txt", wheel, "ipykernel", "nbclient", env=env)
+    if got.returncode and re.search(r"network|offline|dns|connect", got.stderr, re.I): pytest.skip("no package registry can be reached")
+    assert got.returncode == 0, got.stderr[-2000:]
+    empty = tmp_path / "empty"; empty.mkdir()
+    for stem in ("00_sites", "06_codes"): shutil.copy(ROOT / "nbs" / f"{stem}.ipynb", empty)
+    where = run(inside, "-c", "import codebook_tutorial; print(codebook_tutorial.__file__)", cwd=empty, env=env).stdout
+    assert str(tmp_path / "env") in where                                  # the installed one, not the checkout
+    for stem in ("00_sites", "06_codes"):
+        got = run(inside, "-c", RUN, f"{stem}.ipynb", cwd=empty, env=env, timeout=900)
+        assert got.returncode == 0, got.stderr[-3000:]
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "nbs").glob("*.ipynb")), ids=lambda p: p.stem)
+def test_the_setup_cell_leaves_torch_and_numpy_alone_and_does_nothing_here(path):
+    cells = [c for c in json.loads(path.read_text())["cells"] if c["cell_type"] == "code" and "".join(c["source"]).startswith("#| colab")]
+    assert len(cells) == 1
+    source = "".join(cells[0]["source"])
+    install = re.search(r"%pip install (.*)", source)[1]
+    assert not re.search(r"torch(?!_)|numpy|upgrade|-U\b|force", install.replace("codebook_tutorial", "")) and 'if "google.colab" in sys.modules' in source
