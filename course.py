@@ -127,8 +127,10 @@ def main(argv):
     if args.verb == "lab":
         elsewhere = any(a.startswith("--notebook-dir") or "root_dir" in a for a in rest)
         return call("-m", "jupyter", "lab", *([] if elsewhere else ["--notebook-dir", "nbs"]), *rest)
-    if args.verb in ("learner", "progress", "figures"): argv = [os.path.abspath(os.path.expanduser(a)) if a == args.folder else a for a in argv]     # the tools run at the root
-    if args.verb == "progress": return call("tools/progress.py", *argv[1:])
+    folder = os.path.abspath(os.path.expanduser(getattr(args, "folder", ".")))             # the tools run at the root
+    if args.verb == "progress": return call("tools/progress.py", folder, "--limit", args.limit)
+    if args.verb == "learner": argv = ["learner", folder, *["--force"] * args.force]
+    if args.verb == "figures": argv = ["figures", folder, *(["--dpi", args.dpi] if args.dpi is not None else []), *(["--only", *args.only] if args.only else [])]
     if args.verb == "docs": return call("tools/pages.py")
     return call("tools/books.py", *argv)
 

@@ -17,26 +17,30 @@ def copies(tmp_path_factory):
     whole = [c.source for c in books.read_book(ROOT / "nbs" / "00_sites.ipynb").cells if "exercise" in books.directives(c)]
     cells[0].source = whole[0]                                                       # solved
     cells[1].source = cells[1].source.replace("...  # your code here", "raise RuntimeError('what?')")
-    cells[2].source = cells[2].source.replace("...  # your code here", "while True: pass")
+    nb.cells.insert(nb.cells.index(cells[1]) + 1, nbformat.v4.new_code_cell("1 + 1"))          # a scratch cell before the check
+    cells[2].source = cells[2].source.replace("...  # your code here", "while True: print('x' * 1000)")
     cells[3].source = cells[3].source.replace("...  # your code here", "import os; os._exit(3)")
     books.write_book(folder / "00_sites.ipynb", nb)
-    books.write_book(folder / "03_states.ipynb", books.read_book(ROOT / "nbs" / "03_states.ipynb"))
+    solved = books.read_book(ROOT / "nbs" / "03_states.ipynb")
+    solved.cells.remove([c for c in solved.cells if "exercise" in books.directives(c)][-1])
+    books.write_book(folder / "03_states.ipynb", solved)
     (folder / "05_finetune.ipynb").write_text("{ no notebook")
     return folder
 
 
 def test_each_exercise_is_told_apart(copies):
-    got = subprocess.run([sys.executable, ROOT / "tools" / "progress.py", copies, "--limit", "15"], capture_output=True, text=True, timeout=400)
-    assert got.returncode == 0, got.stderr[-2000:]
+    got = subprocess.run([sys.executable, ROOT / "tools" / "progress.py", copies, "--limit", "15"], capture_output=True, text=True, timeout=400, encoding="utf-8")
+    assert got.returncode == 1 and not got.stderr, got.stderr[-2000:]          # one could not be read
     assert "00_sites         ■□××·    1 of 5" in got.stdout and "00.2 not yet: your code stopped with RuntimeError: what?" in got.stdout
     assert "00.3 stopped: took longer than 15 seconds" in got.stdout and "00.4 stopped: ended the process (status 3)" in got.stdout
-    assert "03_states        ■■■■■■   6 of 6" in got.stdout and "05_finetune      cannot be read as a notebook" in got.stdout and "7 of 11 exercises pass" in got.stdout
+    assert "03_states        ■■■■■·   5 of 6" in got.stdout and "03.6 not begun: its cell, or the line #| exercise in it, was deleted" in got.stdout and "05_finetune      cannot be read as a notebook" in got.stdout and "6 of 11 exercises pass" in got.stdout
 
 
 def test_an_exercise_without_its_check_and_one_that_does_not_parse(tmp_path):
     assert progress.judge("#| exercise\ndef f(x): return x", "", {}) == ("not yet", "its check was deleted: take the cell after it from a fresh copy")
     assert progress.judge("def f(x) return x", "check_f(f)", {})[1].startswith("stopped with SyntaxError")
     assert progress.judge("def f():\n    ...  # your code here", "check_f(f)", {}) == ("not begun", "")
+    assert progress.judge("def f():\n    return 1\n    ...  # your code here", "f() == 1", {}) == ("passed", "")
 
 
 def test_a_folder_without_chapters(tmp_path):
@@ -45,10 +49,10 @@ def test_a_folder_without_chapters(tmp_path):
 
 
 def test_figures_are_written_with_their_words(tmp_path):
-    got = subprocess.run([sys.executable, ROOT / "course.py", "figures", tmp_path / "slides", "--only", "01", "13"], capture_output=True, text=True)
+    got = subprocess.run([sys.executable, ROOT / "course.py", "figures", "slides", "--only", "01", "13"], capture_output=True, text=True, cwd=tmp_path)
     assert got.returncode == 0, got.stderr
     pictures = sorted((tmp_path / "slides").glob("*.png"))
-    words = (tmp_path / "slides" / "figures.md").read_text()
+    words = "".join((tmp_path / "slides" / f"{stem}.md").read_text() for stem in ("01_fsm", "13_scoreboard"))
     assert len(pictures) >= 10 and all(p.read_bytes()[:4] == b"\x89PNG" and f"]({p.name})" in words for p in pictures)
     outputs = [o.data["text/plain"] for c in nbformat.read(ROOT / "nbs" / "13_scoreboard.ipynb", 4).cells for o in c.get("outputs", []) if "image/png" in o.get("data", {})]
     assert outputs and all(alt in words for alt in outputs)

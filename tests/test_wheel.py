@@ -47,7 +47,7 @@ def test_chapters_run_from_the_wheel_alone(wheel, tmp_path, python):
     got = run(sys.executable, "-m", "uv", "venv", "-q", "--python", python, tmp_path / "env", env=env)
     assert got.returncode == 0, got.stderr
     got = run(sys.executable, "-m", "uv", "pip", "install", "-q", "--python", inside, *course.pip_find_links(), "-c", ROOT / "constraints.txt", wheel, "ipykernel", "nbclient", env=env)
-    if got.returncode and re.search(r"network|offline|dns|connect", got.stderr, re.I): pytest.skip("no package registry can be reached")
+    if got.returncode and re.search(r"dns error|error sending request|failed to connect|connection refused", got.stderr, re.I): pytest.skip("no package registry can be reached")
     assert got.returncode == 0, got.stderr[-2000:]
     empty = tmp_path / "empty"; empty.mkdir()
     for stem in ("00_sites", "06_codes"): shutil.copy(ROOT / "nbs" / f"{stem}.ipynb", empty)

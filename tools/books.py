@@ -97,7 +97,7 @@ def save_figures(nb, stem, folder=None):
     "Put a chapter's pictures into a folder (out/figures/); their names and alt texts."
     folder, saved = folder or OUT / "figures", []
     folder.mkdir(parents=True, exist_ok=True)
-    for old in folder.glob(f"{stem}_*.png"): old.unlink()
+    for old in folder.glob(f"{stem}_[0-9][0-9].png"): old.unlink()
     for data in (out.get("data", {}) for cell in nb.cells for out in cell.get("outputs", [])):
         if "image/png" not in data: continue
         saved.append((f"{stem}_{len(saved) + 1:02}.png", data["text/plain"]))
@@ -316,7 +316,7 @@ REPRODUCES = [
     ("The states of one machine, F1: one code (k-means)", "13", "scoreboard.one_code_one_machine", "128 codes; control: as many random directions", "not asked"),
     ("The same, three machines walking at once, their states added up", "13", "scoreboard.one_code_three_machines", "the same", "not asked"),
     ("The same: ICA", "13", "scoreboard.ica_three_machines", "64 components; control: 512 random directions", "not asked"),
-    ("Features of two seeds: mean largest cosine, TopK autoencoder", "13", "scoreboard.stability.sae_topk", "control: random directions", "asked for by its reviewers"),
+    ("Features of two seeds, partnered one to one: mean cosine, TopK autoencoder", "13", "scoreboard.stability.sae_topk", "control: as many raw states drawn at random", "asked for by its reviewers"),
     ("Writing another sentence's codes at the heads makes the model name its receiver", "05", "finetune.written_receiver", "control: codes of the same sentence with another giver", "none"),
 ]
 
@@ -383,7 +383,7 @@ def learner(args):
 
 
 def figures(args):
-    "Every figure as a picture file, with its alt text in figures.md; drawn anew when a resolution is asked for."
+    "Every figure as a picture file, with its alt text in CHAPTER.md; drawn anew when a resolution is asked for."
     folder, failed, found = Path(args.folder), [], {}
     if folder.exists() and not folder.is_dir(): sys.exit(f"figures: expected a folder, got the file {folder}")
     if args.dpi is None: found = {path.stem: save_figures(read_book(path), path.stem, folder) for path in chapters(args.only)}
@@ -395,8 +395,8 @@ def figures(args):
             else: found[path.stem] = save_figures(nb, path.stem, folder)
             print(f"{path.stem}: {f'FAILED {failure}' if failure else f'{len(found[path.stem])} figures'}", flush=True)
         asyncio.run(execute_all(chapters(args.only), min(2, os.cpu_count() or 1), done))
-    write_text(folder / "figures.md", "".join(f"## {stem}\n\n" + "".join(f"![{alt}]({name})\n\n{alt}\n\n" for name, alt in found[stem]) for stem in sorted(found)))
-    print(f"{sum(map(len, found.values()))} figures in {folder}; figures.md says what each shows")
+    for stem, saved in found.items(): write_text(folder / f"{stem}.md", f"# {stem}\n\n" + "".join(f"![{alt}]({name})\n\n{alt}\n\n" for name, alt in saved))
+    print(f"{sum(map(len, found.values()))} figures in {folder}; beside them one .md a chapter says what each shows")
     return len(failed) > 0
 
 

@@ -1,5 +1,5 @@
 """The site behind `course.py docs`: chapters with their committed outputs, the library, the findings, the static pages; then Sphinx."""
-import argparse, ast, base64, html, json, re, shutil, subprocess, sys
+import argparse, ast, base64, html, re, shutil, subprocess, sys, textwrap
 from pathlib import Path
 
 import nbformat
@@ -9,42 +9,68 @@ import books  # noqa: E402
 from books import NBS, OUT, ROOT, chapters, directives, learner_copy, read_book, stub, write_book, write_text  # noqa: E402
 
 DOCS, SRC, SITE, LIB = ROOT / "docs", OUT / "docs" / "src", OUT / "docs" / "html", ROOT / "codebook_tutorial"
-STATIC = {"06": ("codes.html", "the code browser: every code with its contexts, search"), "09": ("features.html", "autoencoder features, explained and scored"), "12": ("steering.html", "the text with and without a push")}
+STATIC = {"06": "codes.html", "09": "features.html", "12": "steering.html"}       # chapter -> the page that it writes as it runs
+TOO_COMMON = ("generate",)                # mostly the models' own method is meant
 
 
 # ---- the library's pages ---------------------------------------------------------------------------------------------
+CALLED = ("property", "classmethod", "staticmethod", "contextmanager")
+
+
 def head(lines, node):
-    "A definition's first lines as they stand, with the comments that give shapes; without decorators and body."
+    "A definition's first lines as they stand, with the comments that give shapes, and the decorators that change how it is called; without its body."
     first = node.body[0].lineno - 1
     text = lines[node.lineno - 1:max(first, node.lineno)]
-    return "\n".join(text if first >= node.lineno else [text[0].split(": ")[0] + ":"])
+    if first < node.lineno: text = [text[0][:node.body[0].col_offset].rstrip()]
+    marks = [f"@{mark}" for d in node.decorator_list if (mark := ast.unparse(d)) in CALLED or mark.startswith("dataclass")]
+    if any("cls_method=True" in ast.unparse(d) for d in node.decorator_list): marks = ["@classmethod"]
+    return textwrap.dedent("\n".join([" " * node.col_offset + mark for mark in marks] + text))
 
 
-def entries(path):
+def patches():
+    "Class -> [(method, lines of its file)]: those that nbdev's `@patch` adds, from whatever chapter."
+    found = {}
+    for path in sorted(LIB.glob("*.py")):
+        source = path.read_text(encoding="utf-8")
+        for n in ast.parse(source).body:
+            if isinstance(n, ast.FunctionDef) and n.args.args and n.args.args[0].arg in ("self", "cls") and n.args.args[0].annotation:
+                for owner in re.findall(r"\w+", ast.unparse(n.args.args[0].annotation)): found.setdefault(owner, []).append((n, source.splitlines()))
+    return found
+
+
+def made_class(n, lines, patched):
+    "A class's head with its fields, and (name, head, docstring) of its public methods and properties."
+    fields = [lines[m.lineno - 1] for m in n.body if isinstance(m, ast.AnnAssign)]
+    methods = [(m.name, head(own, m), ast.get_docstring(m) or "") for m, own in [*((m, lines) for m in n.body), *patched]
+               if isinstance(m, ast.FunctionDef) and (not m.name.startswith("_") or m.name == "__init__")]
+    methods += [(m.targets[0].id, f"{m.targets[0].id}: property", next((k.value.value for k in m.value.keywords if k.arg == "doc"), "")) for m in n.body
+                if isinstance(m, ast.Assign) and isinstance(m.value, ast.Call) and ast.unparse(m.value.func) == "property"]
+    return "\n".join([head(lines, n), *fields]), methods
+
+
+def entries(path, patched):
     "(name, kind, head, docstring, [methods]) of a module's public names, in their order."
     source = path.read_text(encoding="utf-8")
     tree, lines = ast.parse(source), source.splitlines()
-    public = next((ast.literal_eval(n.value) for n in tree.body if isinstance(n, ast.Assign) and n.targets[0].id == "__all__"), [])
-    patched = {}
+    public = next((ast.literal_eval(n.value) for n in tree.body if isinstance(n, ast.Assign) and ast.unparse(n.targets[0]) == "__all__"), [])
     for n in tree.body:
-        if isinstance(n, ast.FunctionDef) and n.args.args and n.args.args[0].arg == "self" and n.args.args[0].annotation:
-            for owner in ast.unparse(n.args.args[0].annotation).replace("(", "").replace(")", "").split("|"): patched.setdefault(owner.strip(), []).append(n)
-    for n in tree.body:
-        name = n.targets[0].id if isinstance(n, ast.Assign) and isinstance(n.targets[0], ast.Name) else getattr(n, "name", None)
-        if name not in public: continue
-        if isinstance(n, ast.Assign): yield name, "constant", ast.unparse(n)[:200].split("\n")[0], "", []
-        elif isinstance(n, ast.FunctionDef): yield name, "function", head(lines, n), ast.get_docstring(n) or "", []
+        if isinstance(n, ast.Assign):
+            text = ast.unparse(n).split("\n")[0]
+            for t in ast.walk(n.targets[0]):
+                if isinstance(t, ast.Name) and t.id in public: yield t.id, "constant", text if len(text) < 200 else text[:200] + " ...", "", []
+        elif getattr(n, "name", None) not in public: continue
+        elif isinstance(n, ast.FunctionDef): yield n.name, "function", head(lines, n), ast.get_docstring(n) or "", []
         else:
-            methods = [m for m in [*n.body, *patched.get(name, [])] if isinstance(m, ast.FunctionDef) and (not m.name.startswith("_") or m.name == "__init__")]
-            yield name, "class", head(lines, n), ast.get_docstring(n) or "", [(m.name, head(lines, m), ast.get_docstring(m) or "") for m in methods]
+            text, methods = made_class(n, lines, patched.get(n.name, []))
+            yield n.name, "class", text, ast.get_docstring(n) or "", methods
 
 
 def modules():
     "Module -> its entries, in the order of the chapters."
-    found = {}
+    found, patched = {}, patches()
     for path in LIB.glob("*.py"):
         home = re.search(r"File to edit: \.\./nbs/(\d\d_\w+)\.ipynb", path.read_text(encoding="utf-8")[:2000])
-        if home: found[path.stem] = (home[1], list(entries(path)))
+        if home: found[path.stem] = (home[1], list(entries(path, patched)))
     return dict(sorted(found.items(), key=lambda item: item[1][0]))
 
 
@@ -85,8 +111,10 @@ def maths(text):
 def links(text, here, index, used):
     "Names of the library and other chapters become links; what is used is noted for the way back."
     def name(m):
-        if m[1] not in index: return m[0]
-        module, kind, home = index[m[1]]
+        homes = index.get(m[1], [])
+        here_first = [h for h in homes if h[2] == here] or homes
+        if len(here_first) != 1: return m[0]              # two modules have such a name: no guessing
+        module, kind, home = here_first[0]
         used.setdefault((module, m[1]), [])
         if here not in used[module, m[1]]: used[module, m[1]].append(here)
         return f"[{m[0]}](#{label(module, m[1], kind)})"
@@ -121,10 +149,13 @@ def page(path, index, used):
             cells.append(nbformat.v4.new_markdown_cell(maths(links(text, stem, index, used))))
             if len(cells) == 1: cells[0].source += f'\n\n<a class="take" href="learner/{path.name}" download>Take this chapter along</a>: a notebook with the exercises open and no solutions.'
             continue
-        if "colab" in d or "default_exp" in d: continue
+        if "colab" in d: continue
+        for module, names in re.findall(r"^from codebook_tutorial\.(\w+) import ([\w, ]+)", cell.source, re.M):
+            for name in names.replace(" ", "").split(","):
+                if stem not in (at := used.setdefault((module, name), [])): at.append(stem)
         if "export" in d:
-            made = re.findall(r"^(?:def|class) (\w+)|^(\w+) *=", cell.source, re.M)
-            cells.append(nbformat.v4.new_markdown_cell("".join(f'<a id="lib-{a or b}"></a>' for a, b in made) or "<!-- -->"))
+            made = [name for some in re.findall(r"^(?:def|class) (\w+)|^([\w, ]+?) *=[^=]", cell.source, re.M) for name in re.findall(r"\w+", "".join(some))]
+            cells.append(nbformat.v4.new_markdown_cell("".join(f'<a id="lib-{name}"></a>' for name in made) or "<!-- -->"))
         outputs = []
         for output in cell.outputs:
             n += "image/png" in output.get("data", {})
@@ -168,12 +199,15 @@ def answer_key():
 
 
 def statics():
-    "The pages that chapters write as they run: of the last run, or of one made now."
-    missing = [n for n, (name, _) in STATIC.items() if not list((OUT / "run" / n).rglob(name))]
+    "The pages that chapters write as they run: of the last run, or of one made now where that is older than the chapter."
+    def page_of(n):
+        newer = [p for p in (OUT / "run" / n).rglob(STATIC[n]) if p.stat().st_mtime >= chapters([n])[0].stat().st_mtime]
+        return newer[0] if newer else None
+    missing = [n for n in STATIC if not page_of(n)]
     if missing:
         print(f"docs: running chapter {', '.join(missing)}: the site shows the pages that they write", flush=True)
         if books.run(argparse.Namespace(only=missing, jobs=2)): sys.exit("docs: a chapter failed, so its page is missing")
-    for n, (name, _) in STATIC.items(): shutil.copy(next((OUT / "run" / n).rglob(name)), SRC / "_extra" / name)
+    for n, name in STATIC.items(): shutil.copy(page_of(n), SRC / "_extra" / name)
 
 
 def sources():
@@ -183,7 +217,10 @@ def sources():
     (SRC / "_extra").mkdir(exist_ok=True)
     shutil.copytree(NBS / "images", SRC / "images")
     mods, used = modules(), {}
-    index = {name: (module, kind, home) for module, (home, names) in mods.items() for name, kind, *_ in names if len(name) > 2}
+    index = {}
+    for module, (home, names) in mods.items():
+        for name, kind, *_ in names:
+            if len(name) > 2 and name not in TOO_COMMON: index.setdefault(name, []).append((module, kind, home))
     for path in chapters():
         write_book(SRC / path.name, page(path, index, used))
         write_book(SRC / "_extra" / "learner" / path.name, learner_copy(read_book(path)))
@@ -197,7 +234,7 @@ def sources():
 def broken(site):
     "Links of the built pages that lead nowhere: (page, link)."
     from bs4 import BeautifulSoup
-    large = {name for name, _ in STATIC.values()}                 # no links in those
+    large = set(STATIC.values())                 # no links in those
     soups = {p.resolve(): BeautifulSoup(p.read_bytes(), "html.parser") for p in site.rglob("*.html") if "_static" not in p.parts and p.name not in large}
     anchors = {p: {t["id"] for t in s.find_all(id=True)} | {t["name"] for t in s.find_all("a", attrs={"name": True})} for p, s in soups.items()}
     for p, soup in soups.items():
@@ -213,11 +250,14 @@ def broken(site):
 def docs(args=None):
     "Build the site into out/docs/html; a warning or a broken link is an error."
     sources()
-    shutil.rmtree(SITE, ignore_errors=True)
-    got = subprocess.run([sys.executable, "-m", "sphinx", "-q", "-W", "--keep-going", "-b", "html", "-d", OUT / "docs" / "doctrees", SRC, SITE], cwd=ROOT)
-    bad = sorted(broken(SITE)) if not got.returncode else []
+    new = SITE.with_name("html.new")
+    shutil.rmtree(new, ignore_errors=True)
+    got = subprocess.run([sys.executable, "-m", "sphinx", "-q", "-W", "--keep-going", "-b", "html", "-d", OUT / "docs" / "doctrees", SRC, new], cwd=ROOT)
+    bad = sorted(broken(new)) if not got.returncode else []
     for where, link in bad: print(f"docs: broken link in {where}: {link}")
-    if got.returncode or bad: return print("docs: FAILED") or 1
+    if got.returncode or bad: return print(f"docs: FAILED; {SITE.relative_to(ROOT)} is as it was") or 1
+    shutil.rmtree(SITE, ignore_errors=True)
+    new.rename(SITE)
     print(f"docs: {len(list(SITE.rglob('*.html')))} pages in {SITE.relative_to(ROOT)}; open {SITE / 'index.html'}")
     return 0
 
