@@ -142,3 +142,18 @@ def test_the_static_pages_work(open_page):
     page = open_page("features.html")
     page.locator("summary").first.click()
     assert page.locator("details").first.get_attribute("open") is not None
+
+
+def test_the_luck_that_the_page_on_statistics_tells_of():
+    "Its example drawn twenty times: the best of a thousand noises, where chosen and on another half; beside it, firing as often at random."
+    import numpy as np
+    told = re.search(r"where chosen, is near ([\d.]+), and on another half near ([\d.]+)", (ROOT / "docs" / "statistics.md").read_text())
+    draw, found = np.random.default_rng(0), []
+    for _ in range(20):
+        truth, f = draw.random(400) < .2, draw.standard_normal((400, 1000))
+        order = np.argsort(-f[:200], 0)
+        scores = 2 * truth[:200][order].cumsum(0) / (np.arange(1, 201)[:, None] + truth[:200].sum())
+        best = scores.max(0).argmax()
+        fires = f[200:, best] >= f[order[scores[:, best].argmax(), best], best]
+        found.append((scores.max(), 2 * (fires & truth[200:]).sum() / (fires.sum() + truth[200:].sum())))
+    assert np.abs(np.mean(found, 0) - [float(told[1]), float(told[2])]).max() < .03
