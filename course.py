@@ -34,12 +34,12 @@ def pip_find_links():
 
 
 def install():
-    "Install the pinned packages with uv (fast), or with pip where uv cannot."
+    "Install the pinned packages with uv (fast), or with pip where uv cannot; compiled at once, or the first kernels would each wait for it."
     what = ["-c", "constraints.txt", "-e", ".[dev,docs]"]
     quiet = dict(cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
     got = subprocess.run([PYTHON, "-m", "pip", "install", "-q", "-c", "constraints.txt", "uv"], **quiet)
     if got.returncode == 0:
-        got = subprocess.run([PYTHON, "-m", "uv", "pip", "install", "-q", "--python", PYTHON, *pip_find_links(), *what], **quiet)
+        got = subprocess.run([PYTHON, "-m", "uv", "pip", "install", "-q", "--python", PYTHON, "--compile-bytecode", *pip_find_links(), *what], **quiet)
     if got.returncode:
         print("  uv could not install; trying pip", flush=True)
         got = subprocess.run([PYTHON, "-m", "pip", "install", "-q", *what], **quiet)
