@@ -1,5 +1,5 @@
 """The code browser in a real Chromium: as one file with no network, and as a panel in JupyterLab; a story full of markup is shown as text."""
-import json, os, re, shutil, socket, subprocess, sys, time, urllib.request
+import contextlib, json, os, re, shutil, socket, subprocess, sys, time, urllib.request
 from pathlib import Path
 import numpy as np, pytest, torch
 from codebook_tutorial.browser import _json, browse, export_browser
@@ -271,17 +271,14 @@ def test_the_page_of_steered_texts_offers_what_there_is_and_marks_what_changed(p
 
 
 # ---------------------------------------------------------------- JupyterLab
-@pytest.fixture
-def lab(tmp_path, built):
-    "A JupyterLab on the loopback device with folders of its own; gives its address."
+@contextlib.contextmanager
+def jupyter(tmp_path, source):
+    "A JupyterLab on the loopback device with folders of its own and a notebook of these cells; gives its address."
     pytest.importorskip("jupyterlab", reason="no JupyterLab: pip install jupyterlab")
     pytest.importorskip("ipywidgets", reason="no ipywidgets: pip install ipywidgets")
-    _, _, folder = built
-    source = [f"from codebook_tutorial.browser import browse\nfrom codebook_tutorial.index import open_index\nfrom transformers import AutoTokenizer\n"
-              f"browse(open_index({str(folder / 'codes')!r}, AutoTokenizer.from_pretrained({str(folder / 'tok')!r})))"]
     cells = [dict(cell_type="code", id=f"c{i}", metadata={}, execution_count=None, outputs=[], source=s) for i, s in enumerate(source)]
     (tmp_path / "n").mkdir()
-    (tmp_path / "n" / "browse.ipynb").write_text(json.dumps(dict(cells=cells, metadata=dict(kernelspec=dict(name="python3", display_name="Python 3", language="python")), nbformat=4, nbformat_minor=5)))
+    (tmp_path / "n" / "panel.ipynb").write_text(json.dumps(dict(cells=cells, metadata=dict(kernelspec=dict(name="python3", display_name="Python 3", language="python")), nbformat=4, nbformat_minor=5)))
     with socket.socket() as s: s.bind(("127.0.0.1", 0)); port = s.getsockname()[1]
     dirs = {f"JUPYTER_{n}_DIR": str(tmp_path / n.lower()) for n in ("CONFIG", "DATA", "RUNTIME")} | dict(JUPYTERLAB_SETTINGS_DIR=str(tmp_path / "s"), JUPYTERLAB_WORKSPACES_DIR=str(tmp_path / "w"), IPYTHONDIR=str(tmp_path / "i"))
     (tmp_path / "s" / "@jupyterlab" / "apputils-extension").mkdir(parents=True)
@@ -294,7 +291,7 @@ def lab(tmp_path, built):
             if server.poll() is not None: pytest.fail((tmp_path / "lab.log").read_text()[-2000:])
             try: urllib.request.urlopen(f"http://127.0.0.1:{port}/api", timeout=1); break
             except OSError: time.sleep(.25)
-        yield f"http://127.0.0.1:{port}/lab/tree/browse.ipynb?reset"
+        yield f"http://127.0.0.1:{port}/lab/tree/panel.ipynb?reset"
     finally:
         server.terminate()
         try: server.wait(10)
@@ -302,20 +299,34 @@ def lab(tmp_path, built):
         log.close()
 
 
-def test_the_panel_in_jupyterlab(lab, built, browser):
+def run_all(page, address):
+    "Open the notebook and choose Run All from the menu; nothing but the loopback device can be reached."
+    page.route(lambda url: not url.startswith(("http://127.0.0.1", "ws://127.0.0.1", "data:", "blob:")), lambda r: r.abort())
+    page.goto(address)
+    page.wait_for_selector(".jp-Notebook-ExecutionIndicator[data-status='idle']", timeout=90_000)
+    prompts, dialog, said = page.locator(".jp-CodeCell .jp-InputPrompt"), page.locator("dialog.jp-Dialog"), []
+    for _ in range(20):                                                                # while the page still loads it may ask for a kernel, and clicks may be lost
+        if dialog.count(): said.append(dialog.first.inner_text()); dialog.first.locator("button.jp-mod-accept").click(); continue
+        page.locator(".jp-CodeCell .cm-content").first.click()
+        page.locator("#jp-MainMenu .lm-MenuBar-item", has_text=re.compile("^Run$")).click()
+        page.locator("li.lm-Menu-item[data-command='runmenu:run-all']").click(); page.wait_for_timeout(1000)
+        if prompts.first.inner_text().strip() not in ("[ ]:", ""): return
+    pytest.fail(f"the cells did not run; JupyterLab said {said}")
+
+
+@pytest.fixture
+def lab(tmp_path, built):
+    _, _, folder = built
+    with jupyter(tmp_path, [f"from codebook_tutorial.browser import browse\nfrom codebook_tutorial.index import open_index\nfrom transformers import AutoTokenizer",
+                            f"browse(open_index({str(folder / 'codes')!r}, AutoTokenizer.from_pretrained({str(folder / 'tok')!r})))"]) as address: yield address
+
+
+def test_the_panel_in_jupyterlab_after_run_all(lab, built, browser):
     index, *_ = built
     context = browser.new_context(viewport=dict(width=1300, height=1400))
     page = context.new_page()
-    page.route(lambda url: not url.startswith(("http://127.0.0.1", "ws://127.0.0.1", "data:", "blob:")), lambda r: r.abort())
-    page.goto(lab)
-    page.wait_for_selector(".jp-Notebook-ExecutionIndicator[data-status='idle']", timeout=90_000)
-    prompt, box = page.locator(".jp-CodeCell .jp-InputPrompt").first, page.locator(".widget-text input")
-    dialog, said = page.locator("dialog.jp-Dialog"), []
-    for _ in range(20):                                                                # while the page still loads it may ask for a kernel, and keys may be lost
-        if dialog.count(): said.append(dialog.first.inner_text()); dialog.first.locator("button.jp-mod-accept").click(); continue
-        page.locator(".jp-CodeCell .cm-content").first.click(); page.keyboard.press("Control+Enter"); page.wait_for_timeout(1000)
-        if prompt.inner_text().strip() not in ("[ ]:", ""): break
-    else: pytest.fail(f"the cell did not run; JupyterLab said {said}")
+    run_all(page, lab)
+    box = page.locator(".widget-text input")
     box.wait_for(timeout=90_000)
     box.fill("<script>(win)"); box.press("Enter")
     options = page.locator(".widget-select select option")

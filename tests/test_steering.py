@@ -13,6 +13,7 @@ from codebook_tutorial.effects import Effect, best_within, count_words, distinct
 from codebook_tutorial.steering import (Choices, CodeSwitch, FeatureSwitch, add_vector, find_choices, find_switches, force_codes, mean_difference, precision_coverage, split_words, steer,
                                         token_codes, topic_features, write_codes)
 from codebook_tutorial.stories import ID, LISTS, TOPICS
+from test_browser import browser, jupyter, run_all  # noqa: F401
 from test_sites import CONFIGS, D, V, hooks
 
 BOS, PAD = 1, 0
@@ -392,6 +393,42 @@ def test_the_panel_writes_with_every_way_and_says_what_went_wrong(setting):
     assert "one feature, 50 x 8" in out.value and "<mark>" in out.value
     way.value = "broken"; row.children[2].click()
     assert "no &lt;such&gt; thing" in out.value and not row.children[2].disabled
+
+PANEL = """from codebook_tutorial.core import data_path
+from codebook_tutorial.dictionary import random_directions
+from codebook_tutorial.formats import load_sae
+from codebook_tutorial.models import load_lm
+from codebook_tutorial.sites import intervene
+from codebook_tutorial.steering import add_vector
+from codebook_tutorial.steering_pages import steering_panel
+model, tok = load_lm("stories")
+sae = load_sae(data_path("sae/last"))
+prompt = [tok.bos_token_id, *tok("Once upon a time", add_special_tokens=False)["input_ids"]]
+one = lambda f, s: intervene(model, {"resid.2": add_vector(20 * s * sae.directions[f])})"""
+
+def test_the_panel_in_jupyterlab_writes_what_python_writes(tmp_path, browser):  # noqa: F811
+    "Run All, choose a feature, move the slider with the keyboard, write: the text is the one that generate gives, its new words are marked."
+    here = {}
+    exec(PANEL, here)
+    with jupyter(tmp_path, [PANEL, "steering_panel(tok, {'one': prompt}, {'one feature': (model, len(sae.directions), one)}, n_tokens=30)"]) as address:
+        context = browser.new_context(viewport=dict(width=1300, height=1400))
+        page = context.new_page()
+        run_all(page, address)
+        page.locator(".widget-button").wait_for(timeout=120_000)
+        page.locator(".widget-text input[type=number]").first.fill("50"); page.keyboard.press("Enter")
+        slider = page.locator(".widget-slider .noUi-handle")
+        slider.focus(); [slider.press("ArrowRight") for _ in range(4)]
+        strength = float(page.locator(".widget-slider .widget-readout").inner_text())
+        page.get_by_role("button", name="write").click()
+        shown = page.locator(".widget-html").last
+        page.wait_for_function("s => [...document.querySelectorAll('.widget-html')].some(e => e.textContent.includes(s))", arg=f"one feature, 50 x {strength:g}", timeout=30_000)
+        plain, steered = (tok_text(here, steer) for steer in (None, lambda rows: here["one"](50, strength)))
+        words = " ".join(shown.inner_text().split())
+        assert strength > 2 and plain != steered and all(" ".join(t.split()) in words for t in (plain, steered))
+        assert shown.locator("mark").count() >= 1
+        context.close()
+
+def tok_text(here, steer): return here["tok"].decode(generate(here["model"], here["tok"], [here["prompt"]], 30, steer=steer, progress=False)[0], skip_special_tokens=True)
 
 def test_a_page_needs_the_plain_text_beside_the_steered(tmp_path):
     from codebook_tutorial.steering_pages import export_steering

@@ -14,11 +14,13 @@ def pythons():
 
 
 RUN = """
-import sys, nbformat
+import re, sys, nbformat
 from nbclient import NotebookClient
-nb = nbformat.read(sys.argv[1], 4)
-for i, cell in enumerate(nb.cells):
-    if cell.cell_type == "code" and cell.source.startswith("#| colab"): cell.source += "\\n" + cell.source.split("\\n", 1)[1]       # the set-up cell, twice
+nb, colab = nbformat.read(sys.argv[1], 4), sys.argv[2:]
+for cell in nb.cells:
+    if cell.cell_type == "code" and cell.source.startswith("#| colab"):                   # the set-up cell, twice; as on Colab, with the wheel for the released version
+        cell.source = 2 * (re.sub(r"git\\+\\S+", colab[0] if colab else "", cell.source) + "\\n")
+        if colab: cell.source = "import sys, types; sys.modules['google.colab'] = types.ModuleType('google.colab')\\n" + cell.source + "del sys.modules['google.colab']"
 NotebookClient(nb, timeout=600, kernel_name="python3").execute()
 """
 
@@ -45,22 +47,38 @@ def test_the_wheel_holds_library_data_and_claims_and_no_more(wheel):
     assert wheel.stat().st_size < 40e6
 
 
-@pytest.mark.parametrize("python", pythons(), ids=["this", "newest"][:len(pythons())])
-def test_chapters_run_from_the_wheel_alone(wheel, tmp_path, python):
-    env = {k: v for k, v in os.environ.items() if not k.startswith(("PYTHON", "COURSE_", "VIRTUAL_ENV"))} | {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "TQDM_DISABLE": "1"}
-    inside = tmp_path / "env" / "bin" / "python"
-    got = run(sys.executable, "-m", "uv", "venv", "-q", "--python", python, tmp_path / "env", env=env)
+def fresh(folder, python, env, *what):
+    "An environment with these packages; gives its Python."
+    inside = folder / "bin" / "python"
+    got = run(sys.executable, "-m", "uv", "venv", "-q", "--seed", "--python", python, folder, env=env)
     assert got.returncode == 0, got.stderr
-    got = run(sys.executable, "-m", "uv", "pip", "install", "-q", "--python", inside, *course.pip_find_links(), "-c", ROOT / "constraints.txt", wheel, "ipykernel", "nbclient", env=env)
+    got = run(sys.executable, "-m", "uv", "pip", "install", "-q", "--python", inside, *course.pip_find_links(), "-c", ROOT / "constraints.txt", *what, "ipykernel", "nbclient", env=env)
     if got.returncode and re.search(r"dns error|error sending request|failed to connect|connection refused", got.stderr, re.I): pytest.skip("no package registry can be reached")
     assert got.returncode == 0, got.stderr[-2000:]
+    return inside
+
+
+@pytest.mark.parametrize("python, way", list(zip(pythons() * 2, ("installed", "colab"))), ids=["installed", "colab, newest Python"])
+def test_chapters_run_from_the_wheel_alone(wheel, tmp_path, python, way):
+    "Installed beforehand; or by the set-up cell, as on Colab, where torch and numpy are there already and stay what they are."
+    env = {k: v for k, v in os.environ.items() if not k.startswith(("PYTHON", "COURSE_", "VIRTUAL_ENV"))} | {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "TQDM_DISABLE": "1", "PIP_CONSTRAINT": str(tmp_path / "pins.txt")}
+    pins = (ROOT / "constraints.txt").read_text()
+    (tmp_path / "pins.txt").write_text(re.sub(r"^numpy==.*$", "", pins, flags=re.M))          # Colab's numpy is seldom the newest
+    inside = fresh(tmp_path / "env", python, env, wheel) if way == "installed" else fresh(tmp_path / "env", python, env, "torch")
+    if way == "colab":
+        got = run(sys.executable, "-m", "uv", "pip", "install", "-q", "--python", inside, "numpy<2.4", env=env)
+        assert got.returncode == 0, got.stderr
+    packages = lambda: {d.name.split("-")[0].lower(): ((d / "INSTALLER").read_text().strip(), d.name) for d in next((tmp_path / "env" / "lib").glob("python3*")).glob("site-packages/*.dist-info")}
+    before = packages()
     empty = tmp_path / "empty"; empty.mkdir()
-    for stem in ("00_sites", "06_codes"): shutil.copy(ROOT / "nbs" / f"{stem}.ipynb", empty)
+    stem = "00_sites" if way == "colab" else "06_codes"
+    shutil.copy(ROOT / "nbs" / f"{stem}.ipynb", empty)
+    got = run(inside, "-c", RUN, f"{stem}.ipynb", *([wheel] if way == "colab" else []), cwd=empty, env=env, timeout=900)
+    assert got.returncode == 0, got.stderr[-3000:]
+    after = packages()
+    assert after["codebook_tutorial"][0] == ("pip" if way == "colab" else "uv") and [after[name] for name in ("torch", "numpy")] == [before[name] for name in ("torch", "numpy")]
     where = run(inside, "-c", "import codebook_tutorial; print(codebook_tutorial.__file__)", cwd=empty, env=env).stdout
     assert str(tmp_path / "env") in where                                  # the installed one, not the checkout
-    for stem in ("00_sites", "06_codes"):
-        got = run(inside, "-c", RUN, f"{stem}.ipynb", cwd=empty, env=env, timeout=900)
-        assert got.returncode == 0, got.stderr[-3000:]
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "nbs").glob("*.ipynb")), ids=lambda p: p.stem)

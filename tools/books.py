@@ -265,7 +265,7 @@ REPRODUCES = [
     ("Who receives? Held-out pairs of names", "04", "stories.ioi_accuracy", "likeliest of all words; control: words in random order", "none"),
     ("Four residual codes at every head and MLP: loss above the control, nats", "05", "finetune.loss_gap", "1024 codes a book; control: every code replaced by another", "not its form"),
     ("One code at every head and MLP: loss above the control, share", "05", "finetune.gap_single", "2048 codes a book, nearest", "not told"),
-    ("The paper's selection, 8 best cosines: loss above the control, share", "05", "finetune.gap_top8", "1024 codes, heads and MLPs, short training; paper: attention alone, 10,000 codes", "0.06 to 0.14: here far more"),
+    ("The paper's selection, 8 best cosines: loss above the control, share", "05", "finetune.gap_top8", "1024 codes, heads and MLPs, short training; paper: attention alone, 10,000 codes", "0.06 to 0.14, attention alone"),
     ("Who receives, in residual codes", "05", "finetune.ioi_accuracy", "held-out pairs; control: every code replaced by another", "none"),
     ("Codes of the best cosines are near-duplicates (cosine of two at one place)", "05", "finetune.likeness_top8", "control: at different places", "not told"),
     ("Codes against neurons at the same recall: precision gained", "06", "codes.precision_gain_over_neurons", "all codes, held out, mean over concepts; control: as many codes as neurons", "> 0.30, its patterns; no such control"),
@@ -321,21 +321,34 @@ REPRODUCES = [
 ]
 
 
+# what the README shows at first sight; the rest it folds away
+HEADLINES = {"states.state_accuracy", "states.jsd_all", "states.jsd_mlp", "finetune.gap_single", "codes.precision_gain_over_neurons", "codes.precision_gain_equal_pool", "sae.perplexity_ratio", "ioi.kl_at_5.sae_tied.fixed",
+             "ioi.kl_at_5.pca.fixed", "autointerp.agreement_with_truth", "steering.topic_rate_at_budget.codebook", "steering.topic_rate_at_budget.codebook_forced", "scoreboard.one_code_one_machine", "scoreboard.one_code_three_machines"}
+
+
+def findings(headlines):
+    "The table of what reproduces, from claims/: its headlines, or all of it with seeds and settings."
+    num = lambda v: "–" if v is None else f"{v:.3g}" if v < 10 else f"{v:.0f}"
+    lines = ["| finding | ours | control | paper |", "|---|---|---|---|"] if headlines else ["| finding | ours (seeds) | control | paper | setting |", "|---|---|---|---|---|"]
+    for finding, number, name, setting, paper in REPRODUCES:
+        if not (CLAIMS / f"{number}.json").exists() or headlines and name not in HEADLINES: continue
+        c = json.loads((CLAIMS / f"{number}.json").read_text())[name]
+        seeds = f" ({', '.join(map(num, c['values']))})" if len(c["values"]) > 1 and not headlines else ""
+        lines.append(f"| {finding} | {num(c['value'])}{seeds} | {num(c['control'])} | {paper} |" + ("" if headlines else f" {setting} |"))
+    return "\n".join(lines)
+
+
 def readme():
-    "Write README.md's table of findings from claims/, and its picture from chapter 07."
+    "Write README.md's tables of findings from claims/, and its picture from chapter 07."
     outputs = (out.get("data", {}) for cell in read_book(NBS / "07_sae.ipynb").cells for out in cell.get("outputs", []))
     picture = base64.b64decode(next(data["image/png"] for data in outputs if "image/png" in data))
     if not FIRST.exists() or FIRST.read_bytes() != picture: FIRST.write_bytes(picture)
-    num = lambda v: "–" if v is None else f"{v:.3g}" if v < 10 else f"{v:.0f}"
-    lines = ["| finding | ours (seeds) | control | paper | setting |", "|---|---|---|---|---|"]
-    for finding, number, name, setting, paper in REPRODUCES:
-        if not (CLAIMS / f"{number}.json").exists(): continue
-        c = json.loads((CLAIMS / f"{number}.json").read_text())[name]
-        seeds = f" ({', '.join(map(num, c['values']))})" if len(c["values"]) > 1 else ""
-        lines.append(f"| {finding} | {num(c['value'])}{seeds} | {num(c['control'])} | {paper} | {setting} |")
-    path, begin, end = ROOT / "README.md", "<!-- claims: begin -->", "<!-- claims: end -->"
-    before, rest = path.read_text(encoding="utf-8").split(begin)
-    write_text(path, before + begin + "\n" + "\n".join(lines) + "\n" + end + rest.split(end)[1])
+    path = ROOT / "README.md"
+    text = path.read_text(encoding="utf-8")
+    for part in ("headlines", "claims"):
+        before, rest = text.split(f"<!-- {part}: begin -->")
+        text = f"{before}<!-- {part}: begin -->\n{findings(part == 'headlines')}\n<!-- {part}: end -->{rest.split(f'<!-- {part}: end -->')[1]}"
+    write_text(path, text)
 
 
 def check(args):

@@ -2,7 +2,7 @@
 
 # %% auto #0
 __all__ = ['check_choose_codes', 'check_sum_of_codes', 'check_pass_through', 'check_dead_share', 'check_residual_ids',
-           'check_answer_02_6', 'check_bits']
+           'check_answer_02_6', 'check_bits', 'check_rewrite']
 
 # %% ../../nbs/02_codebook.ipynb #c02-102
 import torch, torch.nn.functional as F
@@ -65,7 +65,7 @@ def check_residual_ids(residual_ids):
 # %% ../../nbs/02_codebook.ipynb #c02-105
 def check_answer_02_6(answer):
     "Exercise 02.6."
-    return check_choice(answer, "a", "yes: one is variance at one place, the other the loss after ten books in a row", {
+    return check_choice(answer, "a", "yes: one is variance at one place, the other the loss after books at four sites in a row", {
         "b": "0 is perfect and the mean predictor has 1; the held-out values are what they are", "c": "that may be so, but nothing in the two tables separates rare from common states"})
 
 def check_bits(bits):
@@ -73,3 +73,12 @@ def check_bits(bits):
     counts = torch.tensor([50, 25, 0, 13, 12, 0]); p = counts[counts > 0] / 100
     return check(lambda: bits(counts), -(p * p.log2()).sum(), {"those are nats; divide by ln 2": -(p * p.log()).sum(), "codes never used give 0 * log 0: leave them out": torch.tensor(float("nan")),
         "that is the logarithm of how many codes are used; weigh by how often": torch.tensor(4.).log2(), "that is log2 of all codes; weigh by how often": torch.tensor(6.).log2(), "the sign: bits are positive": (p * p.log2()).sum()})
+
+# %% ../../nbs/02_codebook.ipynb #c02-117
+def check_rewrite(rewrite):
+    "Exercise 02.8."
+    ids = torch.randint(5, (2, 6, 2, 1), generator=seeded(4))
+    last = ids.clone(); last[:, -1] = 9
+    return check(lambda: rewrite(3, 9)(ids.clone()), torch.where(ids == 3, 9, ids), {
+        "you wrote it everywhere, whatever stood there": torch.full_like(ids, 9), "you replaced all but `old`": torch.where(ids == 3, ids, 9), "you wrote at the last position": last,
+        "nothing changed": ids})

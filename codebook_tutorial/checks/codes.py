@@ -2,7 +2,7 @@
 
 # %% auto #0
 __all__ = ['check_precision_recall', 'check_code_precisions', 'check_touched', 'check_held_out_best', 'check_answer_06_5',
-           'check_best_set']
+           'check_best_set', 'check_by_code']
 
 # %% ../../nbs/06_codes.ipynb #c06-83
 import torch
@@ -79,3 +79,14 @@ def check_best_set(best_set):
     return check(lambda: best_set(ids, meant, n), score(order[:m], later), {
         "scored where it was chosen": score(order[:m], slice(None, half)), "that is the best single code": score(order[:1], later), "every code that fires: recall 1, and hardly any precision": score(order, later),
         "one code too many: the set with which F1 falls is not taken": score(order[:m + 1], later), "one code too few": score(order[:m - 1], later), "all tokens chose and scored": score(order[:m], slice(None))})
+
+# %% ../../nbs/06_codes.ipynb #c06-152
+def check_by_code(by_code):
+    "Exercise 06.7."
+    ids, n_codes = torch.randint(6, (30,), generator=seeded(2)), 8
+    positions, count = ids.argsort(stable=True), torch.bincount(ids, minlength=n_codes)
+    offsets = torch.cat([torch.zeros(1, dtype=torch.long), count.cumsum(0)])
+    both = lambda a, b: torch.cat([a, b])
+    return check(lambda: both(*by_code(ids.clone(), n_codes)), both(positions, offsets), {
+        "those are counts; offsets add them up": both(positions, count), "offsets begin with 0": both(positions, offsets[1:]),
+        "those are the sorted codes; their positions were wanted": both(ids.sort().values, offsets), "codes that never fire need an offset, too: minlength": both(positions, offsets[:int(ids.max()) + 2])})

@@ -2,12 +2,12 @@
 
 # %% auto #0
 __all__ = ['check_share_legal', 'check_first_digit_loss', 'check_f1_score', 'check_state_mass', 'check_answer_01_5',
-           'check_bigram_mass']
+           'check_bigram_mass', 'check_on_and_off', 'check_answer_01_8']
 
 # %% ../../nbs/01_fsm.ipynb #c01-85
 import math, torch
 from ..core import seeded
-from ..fsm import TokFSM
+from ..fsm import TokFSM, drop_first_digit, legal_steps
 from .core import check, check_choice
 
 def check_share_legal(share_legal):
@@ -62,3 +62,17 @@ def check_bigram_mass(bigram_mass):
         "you kept the first digit and forgot the second: average over the first axis": mass(step.mean(1, keepdim=True)),
         "that guesser knows nothing at all; keep the second digit": mass(step.mean((0, 1))), "that guesser knows the state": mass(step),
         "legal holds ones; divide by n_edges to get probabilities": mass(legal.mean(0))})
+
+# %% ../../nbs/01_fsm.ipynb #c01-102
+def check_on_and_off(on_and_off):
+    "Exercise 01.7."
+    fsm = TokFSM(); ids = fsm.sample(20, 34, seeded(3)); ids[:8] = torch.cat([ids[:8, :1], ids[:8, 2:], ids[:8, 1:2]], 1)
+    on, off = legal_steps(ids, fsm).mean(), legal_steps(drop_first_digit(ids), fsm).mean()
+    return check(lambda: on_and_off(ids.clone(), fsm), torch.stack([on, off]), {
+        "the two are exchanged: as written first": torch.stack([off, on]), "what is not legal as written need not be legal one digit late: read it so": torch.stack([on, 1 - on]),
+        "you read both as written": torch.stack([on, on]), "you read both one digit late": torch.stack([off, off])})
+
+def check_answer_01_8(answer):
+    "Exercise 01.8."
+    return check_choice(answer, "a", "yes: more things known than coordinates to keep them apart", {
+        "b": "there are more hidden neurons than states: room for all, so that alone shows no lack of room", "c": "switching off a random direction damages several states as well"})

@@ -2,7 +2,7 @@
 
 # %% auto #0
 __all__ = ['check_majority', 'check_held_out_precision', 'check_precision_at_recall', 'check_write_boundary', 'check_answer_03_5',
-           'check_smallest']
+           'check_smallest', 'check_answer_03_7']
 
 # %% ../../nbs/03_states.ipynb #c03-85
 import torch
@@ -74,3 +74,9 @@ def check_smallest(smallest):
     try: none = smallest([150, 450], .95, mass.get)
     except Exception as e: return Verdict(False, f"when no size reaches the goal your code stops with {type(e).__name__}: {e}")
     return got if none is None else Verdict(False, f"when no size reaches the goal, return None, not {none}")
+
+# %% ../../nbs/03_states.ipynb #c03-106
+def check_answer_03_7(answer):
+    "Exercise 03.7."
+    return check_choice(answer, "a", "yes: on true walks it knows the next state, so what fails is the sampling; the beat is the first suspect", {
+        "b": "more codes mend what codes lose, and on true walks little is lost", "c": "that compares detectors; it does not explain the sampling"})

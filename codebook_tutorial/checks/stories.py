@@ -2,7 +2,7 @@
 
 # %% auto #0
 __all__ = ['check_story_nats', 'check_lowest_loss', 'check_mean_loss', 'check_one_stream', 'check_answer_04_5',
-           'check_counterfactual']
+           'check_counterfactual', 'check_holds_from', 'check_copy_at']
 
 # %% ../../nbs/04_stories.ipynb #c04-157
 import math
@@ -69,3 +69,19 @@ def check_counterfactual(counterfactual):
         "every row has its own other name": torch.where(ids == receiver[:, None], other[0], ids)})
     if verdict and not torch.equal(fed, ids): return Verdict(False, "right ids, but you wrote into the tensor that was handed in: work on a new one")
     return verdict
+
+# %% ../../nbs/04_stories.ipynb #c04-243
+def check_holds_from(holds_from):
+    "Exercise 04.7."
+    tells = torch.tensor([0, 0, 1, 0, 1, 0, 0]).bool()
+    right = tells.cumsum(0) > 0
+    return check(lambda: torch.as_tensor(holds_from(tells.clone())).float(), right.float(), {
+        "that is only where it is told; from there on it is kept": tells.float(), "that is only before it was told": 1 - right.float(),
+        "you begin at the second telling": (tells.cumsum(0) > 1).float(), "nobody can know it before it is told": torch.ones(7)})
+
+def check_copy_at(copy_at):
+    "Exercise 04.8."
+    x, source = (torch.randn(2, 5, 4, generator=seeded(i)) for i in (0, 1))
+    at = torch.tensor([0, 1, 0, 0, 1]).bool()
+    return check(lambda: copy_at(source, at)(x.clone()), torch.where(at[:, None], source, x), {
+        "you copied everywhere": source, "you copied everywhere else": torch.where(at[:, None], x, source), "you added instead of replacing": x + source * at[:, None], "nothing changed": x})

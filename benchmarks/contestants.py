@@ -1,0 +1,123 @@
+"""One contestant of the benchmark in a process of its own: prepares, says "ready", then runs as many steps as each line of its input asks for and answers with the seconds of one.
+
+    echo 3 | python benchmarks/contestants.py '{"who": "codebook/floor", "N": 4096, "d": 512, "C": 1000, "k": 8, "device": "cpu"}'
+
+Runs in the environment of its peer, so nothing of the course is imported but by the course's own."""
+import json, os, resource, sys, time, types, warnings
+for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS"): os.environ.setdefault(name, "1")
+os.environ |= {"HF_HUB_OFFLINE": "1", "WANDB_MODE": "disabled", "TQDM_DISABLE": "1", "TOKENIZERS_PARALLELISM": "false"}
+warnings.filterwarnings("ignore")
+import torch, torch.nn.functional as F  # noqa: E402
+from torch import nn  # noqa: E402
+
+WHO = {}
+def contestant(name):
+    def put(fn): WHO[name] = fn; return fn
+    return put
+
+ANSWERS = sys.stdout                       # what a peer prints goes elsewhere
+def turns(device):
+    "Yields once a step; between rounds it waits for its turn. The CPU's own seconds there, the clock's on a GPU."
+    def now():
+        if device != "cpu": torch.cuda.synchronize(); return time.perf_counter()
+        return time.process_time()
+    print("ready", file=ANSWERS, flush=True)
+    for line in sys.stdin:
+        n, start = int(line), now()
+        for _ in range(n): yield
+        peak = torch.cuda.max_memory_allocated() / 1e6 if device != "cpu" else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+        print(json.dumps(dict(seconds=(now() - start) / n, peak_mb=round(peak))), file=ANSWERS, flush=True)
+    sys.exit()                             # also out of a peer's endless loop
+
+def repeat(step, device):
+    for _ in turns(device): step()
+
+
+# ---- the codebook layer: forward and backward of x [N, d] through k of C codes
+def layer(book, x, grad):
+    "One step of a layer that gives its output, or a tuple that begins with it."
+    def step():
+        out = book(x)
+        (out[0] if isinstance(out, tuple) else out).backward(grad)
+        x.grad = None; [p.__setattr__("grad", None) for p in book.parameters()]
+    return step
+
+def states(N, d, device): return torch.randn(N, d, device=device, requires_grad=True), torch.randn(N, d, device=device)
+
+@contestant("codebook/floor")
+def _(N, d, C, k, device):
+    class Floor(nn.Module):
+        "One product and a topk in pieces of 256 rows, a sum of rows, straight through: nothing is checked, counted or edited."
+        def __init__(self): super().__init__(); self.codes = nn.Parameter(torch.randn(C, d))
+        def forward(self, x):
+            with torch.no_grad(): ids = torch.cat([(part @ self.codes.T).topk(k, -1).indices for part in x.split(256)])
+            return F.embedding_bag(ids, self.codes, mode="sum") + (x - x.detach())
+    repeat(layer(Floor().to(device), *states(N, d, device)), device)
+
+@contestant("codebook/course")
+def _(N, d, C, k, device, **kw):
+    from codebook_tutorial.codebook import Codebook
+    repeat(layer(Codebook(d, C, k, **kw).to(device), *states(N, d, device)), device)
+
+@contestant("codebook/authors")
+def _(N, d, C, k, device):
+    from codebook_features import models
+    book = models.CodebookLayer(d, C, "bench", kcodes=k, snap_fn=models.InnerProductSnapFunction).to(device)
+    x, grad = states(N, d, device)
+    x, grad = x.detach()[None].requires_grad_(), grad[None]
+    repeat(layer(book, x, grad), device)
+
+@contestant("codebook/vector-quantize-pytorch")
+def _(N, d, C, k, device):
+    from vector_quantize_pytorch import VectorQuantize
+    if k != 1: raise ValueError("one code only")
+    book = VectorQuantize(dim=d, codebook_size=C, use_cosine_sim=True, decay=.99, commitment_weight=.25).to(device)
+    x, grad = states(N, d, device)
+    repeat(layer(book, x.detach()[None].requires_grad_(), grad[None]), device)
+
+
+# ---- looking up the nearest of C codes
+@contestant("lookup/course")
+def _(N, d, C, k, device):
+    from codebook_tutorial.kmeans import nearest
+    x, codes = torch.randn(N, d, device=device), torch.randn(C, d, device=device)
+    repeat(lambda: nearest(x, codes, cosine=False, k=k), device)
+
+@contestant("lookup/faiss")
+def _(N, d, C, k, device):
+    import faiss
+    faiss.omp_set_num_threads(1)
+    x, index = torch.randn(N, d).numpy(), faiss.IndexFlatL2(d)
+    index.add(torch.randn(C, d).numpy())
+    repeat(lambda: index.search(x, k), device)
+
+
+# ---- one training step of an autoencoder: x [N, d], n_feats features
+@contestant("sae/floor")
+def _(N, d, n_feats, device, **kw):
+    W1, W2, x = nn.Parameter(torch.randn(d, n_feats, device=device) / d**.5), nn.Parameter(torch.randn(n_feats, d, device=device) / d**.5), torch.randn(N, d, device=device)
+    optimizer = torch.optim.Adam([W1, W2], 1e-4, fused=True)
+    def step():
+        loss = (x - (x @ W1).relu() @ W2).pow(2).sum(-1).mean()
+        optimizer.zero_grad(); loss.backward(); optimizer.step()
+    repeat(step, device)
+
+class Stream:
+    "Activations as train_sae reads them, one batch for ever: the step is timed from the data's side, so all of the training loop is in it."
+    def __init__(self, x, device): self.x, self.device = x, device
+    def __len__(self): return len(self.x)
+    def load(self, site, n): return self.x[:n]
+    def batches(self, site, size, seed=0):
+        for _ in turns(self.device): yield self.x
+
+@contestant("sae/course")
+def _(N, d, n_feats, device, kind, **settings):
+    from codebook_tutorial.sae import train_sae
+    train_sae(Stream(torch.randn(N, d, device=device), device), n_feats, kind, steps=10**9, batch=N, lr=1e-4, site="any", **settings)
+
+
+if __name__ == "__main__":
+    settings = json.loads(sys.argv[1])
+    sys.stdout = sys.stderr
+    torch.manual_seed(0); torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
+    WHO[settings.pop("who")](**settings)
