@@ -145,7 +145,7 @@ def test_the_model_is_left_as_it_was_and_runs_in_eval_mode_without_its_head(tmp_
     want = make(tmp_path / "eval", model)
     hooks = lambda: sum(len(m._forward_hooks) + len(m._forward_pre_hooks) for m in model.modules())
     model.train(); heads = []
-    handle = model.lm_head.register_forward_hook(lambda *a: heads.append(1))
+    handle = model.get_output_embeddings().register_forward_hook(lambda *a: heads.append(1))
     got = make(tmp_path / "train", model)                                             # with dropout of 0.1
     assert len(heads) == 1                                                            # that of site_dims
     handle.remove()

@@ -26,8 +26,8 @@ def built(tmp_path_factory):
     raw.train_from_iterator(DOCS[1:7] * 3, trainers.BpeTrainer(vocab_size=330, special_tokens=["<|end|>"], initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False))
     tok = t.PreTrainedTokenizerFast(tokenizer_object=raw, bos_token="<|end|>", pad_token="<|end|>")
     tok.save_pretrained(folder / "tok")
-    torch.manual_seed(0)
-    model = t.GPT2LMHeadModel(t.GPT2Config(vocab_size=400, n_embd=16, n_layer=2, n_head=2, n_positions=256)).eval()
+    model, draw = t.GPT2LMHeadModel(t.GPT2Config(vocab_size=400, n_embd=16, n_layer=2, n_head=2, n_positions=256)).eval(), seeded(0)
+    with torch.no_grad(): [p.normal_(0, .02, generator=draw) for p in model.parameters() if p.dim() > 1]         # the same numbers under every version of transformers
     text = Text(pack([tok(d)["input_ids"] for d in DOCS * 6], 200, 0, 0, whole=True), 0, 0)
     cb = add_codebooks(model, ["mlp.0", "heads.1"], n_codes=24, k=2).eval().init_from_data(text.ids, 2, generator=seeded(0))
     index = build_index(cb, tok, text, folder / "codes")
@@ -177,7 +177,7 @@ def test_one_file_by_keyboard_and_its_errors(built, page, tmp_path):
         type_pattern(page, bad)
         assert says in page.inner_text("#error") and rows(page) == [] and page.inner_text("#contexts") == ""
     page.get_by_role("button", name="(?P<x>cat)").click()                              # Python's own syntax works where it was prepared
-    assert page.inner_text("#error") == "" and len(rows(page)) > 2 and "in all" in page.inner_text("#status")
+    assert page.inner_text("#error") == "" and len(rows(page)) > 1 and "in all" in page.inner_text("#status")
     type_pattern(page, "")
     assert page.inner_text("#status") == "" and rows(page) == []
     assert page.complaints == []

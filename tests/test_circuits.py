@@ -201,7 +201,7 @@ def test_direct_effects_are_those_of_the_norm_and_the_unembedding(neox):
     with torch.no_grad(), capture(neox, "resid.2") as acts:
         before = neox(input_ids=c.ids).logits[torch.arange(len(c)), c.last]
         x = acts["resid.2"][torch.arange(len(c)), c.last]
-        after = neox.lm_head(neox.gpt_neox.final_layer_norm(x + 2 * c.acts[:, None] * d.directions[7]))
+        after = neox.get_output_embeddings()(neox.gpt_neox.final_layer_norm(x + 2 * c.acts[:, None] * d.directions[7]))
     want = after - before
     assert torch.allclose(direct_effects(neox, d, 7, c, scale=2.), want - want.mean(1, keepdim=True), atol=1e-4)
     with pytest.raises(ValueError, match="in the 32 numbers that the last block hands on, got one of 16"): direct_effects(neox, random_directions(4, 16), 0, c)
