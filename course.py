@@ -16,7 +16,6 @@ ROOT = Path(__file__).resolve().parent
 VENV = ROOT / ".venv"
 STAMP, MAKING = VENV / ".course-stamp", VENV / ".course-making"   # finished (hash of its inputs), begun
 PYTHON = VENV / ("Scripts/python.exe" if os.name == "nt" else "bin/python")
-LATER = {"bench": "the benchmarks against other libraries"}
 
 
 def fingerprint():
@@ -109,21 +108,19 @@ def parser():
     sub.add_parser("docs", help="build the documentation site into out/docs/html, offline")
     doctor = sub.add_parser("doctor", help="is this machine ready? Python, disk, memory, environment, GPU, network; installs nothing")
     doctor.add_argument("--offline", action="store_true", help="do not ask the network")
-    for verb, what in LATER.items(): sub.add_parser(verb, help=f"{what} (not there yet)")
+    sub.add_parser("bench", add_help=False, help="measure speed and memory beside other libraries, each in an environment of its own; `bench --help` for its parts")
     return p
 
 
 def main(argv):
     args, rest = parser().parse_known_args(argv)
-    if rest and args.verb not in ("test", "lab"): parser().error(f"unknown arguments: {' '.join(rest)}")
-    if args.verb in LATER:
-        print(f"course.py {args.verb}: {LATER[args.verb]} will come with a later version.", file=sys.stderr)
-        return 2
+    if rest and args.verb not in ("test", "lab", "bench"): parser().error(f"unknown arguments: {' '.join(rest)}")
     if args.verb == "doctor":
         sys.path.insert(0, str(ROOT / "tools"))
         import doctor
         return doctor.main(sys.modules[__name__], online=not args.offline)
     if args.verb == "test": return call("-m", "pytest", *rest)
+    if args.verb == "bench": return call("benchmarks/bench.py", *rest)
     if args.verb == "lab":
         elsewhere = any(a.startswith("--notebook-dir") or "root_dir" in a for a in rest)
         return call("-m", "jupyter", "lab", *([] if elsewhere else ["--notebook-dir", "nbs"]), *rest)

@@ -2,8 +2,8 @@
 
     python course.py bench [--only codebook sae ...] [--rounds 5] [--quick] [--no-peers] [--device cuda]
 
-Writes benchmarks/results/<device>.json; `course.py docs` makes the page of it. Peers live in out/bench/<peer>, never in the course's environment."""
-import argparse, json, os, platform, statistics, subprocess, sys
+Writes benchmarks/results/<device>.json. Peers live in out/bench/<peer>, never in the course's environment."""
+import argparse, json, os, platform, re, statistics, subprocess, sys, tempfile
 from pathlib import Path
 from tqdm import tqdm
 
@@ -15,7 +15,7 @@ HERE, ENVS = Path(__file__).resolve().parent, ROOT / "out" / "bench"
 RESULTS = HERE / "results"
 # peer: what is installed, each with the course's torch; torchvision is kept out (its builds do not fit the CPU's torch)
 PEERS = {"sae-lens": ["sae-lens==6.54.12"], "dictionary-learning": ["dictionary-learning==0.1.0"], "eai-sparsify": ["eai-sparsify==1.3.3"], "vector-quantize-pytorch": ["vector-quantize-pytorch==1.32.0"],
-         "faiss": ["faiss-cpu==1.15.1", "numpy"], "authors": ["codebook-features==0.1.2", "transformers<4.40", "numpy<2", "setuptools<80"]}
+         "faiss": ["faiss-cpu==1.15.1", "numpy"], "authors": ["codebook-features==0.1.2", "transformers<4.40", "numpy<2", "pyarrow<20", "setuptools<80"]}
 
 
 def environment(peer):
@@ -38,13 +38,15 @@ class Contestant:
     "A process that runs steps when asked."
     def __init__(self, python, settings, threads=1):
         self.settings, self.seconds, self.peak, self.said = settings, [], 0, ""
+        self.errors = tempfile.TemporaryFile("w+")                  # not a pipe: what nobody reads would stop it
         env = os.environ | {"OMP_NUM_THREADS": str(threads), "MKL_NUM_THREADS": str(threads)}
-        self.process = subprocess.Popen([str(python), str(HERE / "contestants.py"), json.dumps(settings)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=env, cwd=HERE)
-        self.alive = self._line() == "ready"
+        self.process = subprocess.Popen([str(python), str(HERE / "contestants.py"), json.dumps(settings)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self.errors, text=True, env=env, cwd=HERE)
+
+    def ready(self): self.alive = self._line() == "ready"
 
     def _line(self):
         line = self.process.stdout.readline().strip()
-        if not line: self.said = self.process.stderr.read().strip()[-400:]
+        if not line: self.process.wait(); self.errors.seek(0); self.said = self.errors.read().strip()[-400:]
         return line
 
     def run(self, n):
@@ -63,6 +65,7 @@ class Contestant:
 def race(contestants, rounds, least=.4, threads=1):
     "All contestants of one setting, in turn, `rounds` times after one to warm up; rows with medians, ranges and ratios to the first, the floor."
     some = [Contestant(python, settings, threads) for python, settings in contestants]
+    for c in some: c.ready()                                    # all import at once
     for c in some: c.run(1)
     slowest = {c: max(1, round(least / max(c.seconds[0], 1e-6))) for c in some if c.alive}
     for c in some: c.seconds = []
@@ -77,3 +80,94 @@ def race(contestants, rounds, least=.4, threads=1):
     for row in rows:
         if floor and "seconds" in row: row["x_floor"] = row["seconds"] / floor
     return rows
+
+
+COURSE = sys.executable
+KINDS = dict(l1="tied", topk="topk", batchtopk="batchtopk")          # of the peers' kinds, ours
+
+
+def codebook_races(quick):
+    "Every k and C, beside the floor, the authors' layer and (one code) a library of vector quantisers."
+    for C in (1000, 10_000) if quick else (1000, 10_000, 50_000):
+        for k in (1, 8, 100):
+            size = dict(N=1024 if quick else 4096, d=512, C=C, k=k)
+            yield [(COURSE, "codebook/floor", size), (COURSE, "codebook/course", size), ("authors", "codebook/authors", size)] + [("vector-quantize-pytorch", "codebook/vector-quantize-pytorch", size)] * (k == 1)
+
+
+def lookup_races(quick):
+    for C in (1000, 10_000) if quick else (1000, 10_000, 50_000):
+        for k in (1, 8):
+            size = dict(N=4096, d=512, C=C, k=k)
+            yield [("faiss", "lookup/faiss", size), (COURSE, "lookup/course", size)]
+
+
+def sae_races(quick):
+    "One race for all kinds: everybody takes turns with everybody."
+    size = dict(N=1024 if quick else 4096, d=512, n_feats=2048)
+    k = dict(k=32)
+    yield [(COURSE, "sae/floor", size), *((COURSE, "sae/course", size | dict(kind=kind) | (k if "topk" in kind else {})) for kind in ("tied", "untied", "topk", "batchtopk", "jumprelu", "gated", "matryoshka")),
+           *(("sae-lens", "sae/sae-lens", size | dict(kind=kind) | (k if kind != "l1" else {})) for kind in KINDS), ("sae-lens", "sae/sae-lens", size | dict(kind="topk", use_sparse_activations=False) | k),
+           *(("dictionary-learning", "sae/dictionary-learning", size | dict(kind=kind) | (k if kind != "l1" else {})) for kind in KINDS),
+           *(("eai-sparsify", "sae/eai-sparsify", size | dict(kind="topk", optimizer=o) | k) for o in ("signum", "adam"))]
+
+
+RACES = dict(codebook=codebook_races, lookup=lookup_races, sae=sae_races)
+
+
+def inside(script, call="measure()"):
+    "What a script of this folder measures, in a process of its own."
+    code = f"import json, torch, {script}; torch.set_num_threads({{threads}}); print('@@' + json.dumps({script}.{call}))"
+    def run(quick, threads):
+        got = subprocess.run([COURSE, "-c", code.format(threads=threads)], cwd=HERE, capture_output=True, text=True, env=os.environ | {"TQDM_DISABLE": "1", "OMP_NUM_THREADS": str(threads)})
+        if got.returncode: return [dict(who=script, failed=got.stderr.strip()[-400:])]
+        return json.loads(got.stdout.split("@@")[-1])
+    return run
+
+
+def chapters(quick, threads):
+    "Every chapter by `course.py run`, two at a time, as its log says."
+    got = subprocess.run([COURSE, "tools/books.py", "run", *(["--only", "00"] if quick else [])], cwd=ROOT, capture_output=True, text=True, env=os.environ | {"TQDM_DISABLE": "1"})
+    rows = [dict(who=stem, seconds=float(s), peak_mb=int(mb)) for stem, s, mb in re.findall(r"^(\d\d_\w+) +([\d.]+) s .* (\d+) MB", got.stdout, re.M)]
+    whole = re.search(r"chapters passed in (\d+) s", got.stdout)
+    return sorted(rows, key=lambda r: r["who"]) + ([dict(who="all, two at a time", seconds=float(whole[1]))] if whole else [dict(who="all", failed=got.stdout[-400:])])
+
+
+INSIDE = dict(harvest=inside("harvest_speed"), patching=inside("patching_speed"), steering=inside("steering_speed"), index=inside("index_speed"), chapters=chapters)
+
+
+def machine(threads):
+    "What the figures were measured on; nothing that tells whose machine it is."
+    import torch
+    cpu = next((line.split(":")[1].strip() for line in open("/proc/cpuinfo") if line.startswith("model name")), platform.processor()) if Path("/proc/cpuinfo").exists() else platform.processor()
+    return dict(cpu=cpu, cores=os.cpu_count(), threads=threads, gpu=torch.cuda.get_device_name() if torch.cuda.is_available() else None, python=platform.python_version(), torch=torch.__version__, peers={name: what[0] for name, what in PEERS.items()})
+
+
+def show_rows(rows):
+    for row in rows: tqdm.write("  ".join(f"{k}={v:.4g}" if isinstance(v, float) else f"{k}={v}" for k, v in row.items() if k not in ("device", "low", "high")))
+
+
+def main():
+    p = argparse.ArgumentParser(prog="course.py bench", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    every = [*RACES, *INSIDE]
+    p.add_argument("--only", nargs="+", choices=every, default=every, metavar="PART", help=", ".join(every)); p.add_argument("--rounds", type=int, default=5); p.add_argument("--threads", type=int, default=1)
+    p.add_argument("--quick", action="store_true", help="small sizes, to see that it runs; writes nothing"); p.add_argument("--no-peers", action="store_true"); p.add_argument("--device", default="cpu")
+    args = p.parse_args()
+    races = [(part, some) for part in args.only if part in RACES for some in RACES[part](args.quick)]
+    peers = {} if args.no_peers else {name: environment(name) for name in dict.fromkeys(who for _, some in races for who, *_ in some if who != COURSE)}
+    path = RESULTS / f"{args.device}.json"
+    fresh = {}
+    for part, some in tqdm(races, desc="bench", unit="race"):
+        settings = [(COURSE if who == COURSE else peers.get(who), dict(who=name, device=args.device, **size)) for who, name, size in some]
+        rows = race([s for s in settings if s[0]], 2 if args.quick else args.rounds, threads=args.threads)
+        fresh.setdefault(part, []).append(rows)
+        show_rows(rows)
+    for part in args.only:
+        if part in INSIDE: fresh[part] = INSIDE[part](args.quick, args.threads); show_rows(fresh[part])
+    if args.quick: return
+    found = (json.loads(path.read_text()) if path.exists() else {}) | fresh | {"machine": machine(args.threads)}
+    RESULTS.mkdir(exist_ok=True)
+    part = path.with_suffix(".part"); part.write_text(json.dumps(found, indent=1) + "\n"); part.replace(path)
+    print(f"{path.relative_to(ROOT)} written")
+
+
+if __name__ == "__main__": main()

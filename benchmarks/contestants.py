@@ -115,6 +115,48 @@ def _(N, d, n_feats, device, kind, **settings):
     from codebook_tutorial.sae import train_sae
     train_sae(Stream(torch.randn(N, d, device=device), device), n_feats, kind, steps=10**9, batch=N, lr=1e-4, site="any", **settings)
 
+@contestant("sae/sae-lens")
+def _(N, d, n_feats, device, kind, **settings):
+    "Its trainer's own step: dead features and frequencies counted, gradients clipped, schedules; nothing logged."
+    import sae_lens
+    from sae_lens.config import SAETrainerConfig
+    from sae_lens.training.sae_trainer import SAETrainer
+    name = dict(l1="Standard", topk="TopK", batchtopk="BatchTopK")[kind]
+    sae = getattr(sae_lens, f"{name}TrainingSAE")(getattr(sae_lens, f"{name}TrainingSAEConfig")(d_in=d, d_sae=n_feats, dtype="float32", device=device, **settings))
+    x = torch.randn(N, d, device=device)
+    trainer = SAETrainer(SAETrainerConfig(total_training_samples=N * 10**6, train_batch_size_samples=N, lr=1e-4, lr_end=1e-5, device=device), sae, iter(()))
+    def step(): trainer._train_step(sae, x); trainer.n_training_steps += 1
+    repeat(step, device)
+
+@contestant("sae/dictionary-learning")
+def _(N, d, n_feats, device, kind, **settings):
+    from dictionary_learning import trainers
+    from dictionary_learning.trainers import batch_top_k, standard, top_k
+    make = dict(l1=standard.StandardTrainer, topk=top_k.TopKTrainer, batchtopk=batch_top_k.BatchTopKTrainer)[kind]
+    trainer = make(steps=10**6, activation_dim=d, dict_size=n_feats, layer=0, lm_name="bench", device=device, lr=1e-4, **settings)
+    x, count = torch.randn(N, d, device=device), iter(range(10**9))
+    repeat(lambda: trainer.update(next(count), x), device)
+
+@contestant("sae/eai-sparsify")
+def _(N, d, n_feats, device, kind, optimizer="adam", k=32):
+    "Its trainer's lines for one sparse coder: unit rows, projected gradient, which features fired; nothing logged."
+    from sparsify import SparseCoder, SparseCoderConfig
+    from sparsify.sign_sgd import SignSGD
+    sae, x = SparseCoder(d, SparseCoderConfig(num_latents=n_feats, k=k), device=device), torch.randn(N, d, device=device)
+    fired = torch.zeros(n_feats, dtype=torch.long, device=device)
+    if optimizer == "signum":
+        from schedulefree import ScheduleFreeWrapper
+        moves = ScheduleFreeWrapper(SignSGD(sae.parameters(), lr=1e-4), momentum=.95); moves.train()
+    else: moves = torch.optim.Adam(sae.parameters(), 1e-4)
+    def step():
+        sae.set_decoder_norm_to_unit_norm()
+        out = sae(x, dead_mask=fired > 10_000_000)
+        (out.fvu + out.auxk_loss / 32).backward()
+        sae.remove_gradient_parallel_to_decoder_directions()
+        moves.step(); moves.zero_grad()
+        fired.add_(N); fired[out.latent_indices.flatten()] = 0
+    repeat(step, device)
+
 
 if __name__ == "__main__":
     settings = json.loads(sys.argv[1])

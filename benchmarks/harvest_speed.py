@@ -22,27 +22,30 @@ def timed(fn):
     return time.perf_counter() - start
 
 
+def measure(tokens=100_000, name="stories", repeats=5):
+    "Rows: who, seconds (median, lowest, highest), share of the whole model's throughput."
+    model, tok = load_lm(name)
+    text = load_text(tok, "stories" if name == "stories" else None, n_tokens=tokens, length=256)
+    n = model.config.num_hidden_layers
+    every = [f"resid.{n // 2}", f"mlp.{n // 2}", f"attn.{n // 2}", f"neurons.{n // 2}"]
+    root, times = Path(tempfile.mkdtemp()), {}
+    for turn in range(repeats + 1):                                # the first warms up
+        now = {"whole model": timed(lambda: forward(model, text)), "without its head": timed(lambda: forward(model.base_model, text))}
+        for k in range(1, 5): now[f"harvest, {k} site{'s' * (k > 1)}"] = timed(lambda: harvest(model, text, every[:k], root / f"{turn}-{k}", verbose=False))
+        shutil.rmtree(root, ignore_errors=True); root.mkdir()
+        if turn:
+            for who, t in now.items(): times.setdefault(who, []).append(t)
+    floor = statistics.median(times["whole model"])
+    return [dict(who=who, seconds=(t := statistics.median(ts)), low=min(ts), high=max(ts), tokens_per_second=text.n_tokens / t, of_whole_model=floor / t) for who, ts in times.items()]
+
+
 def main():
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("--tokens", type=int, default=100_000); p.add_argument("--model", default="stories"); p.add_argument("--repeats", type=int, default=5); p.add_argument("--threads", type=int, default=1)
     args = p.parse_args()
     torch.set_num_threads(args.threads)
-    model, tok = load_lm(args.model)
-    text = load_text(tok, "stories" if args.model == "stories" else None, n_tokens=args.tokens, length=256)
-    n = model.config.num_hidden_layers
-    every = [f"resid.{n // 2}", f"mlp.{n // 2}", f"attn.{n // 2}", f"neurons.{n // 2}"]
-    root, times = Path(tempfile.mkdtemp()), {}
-    for turn in range(args.repeats + 1):                                # the first warms up
-        now = {"whole model": timed(lambda: forward(model, text)), "without its head": timed(lambda: forward(model.base_model, text))}
-        for k in range(1, 5): now[f"harvest, {k} site{'s' * (k > 1)}"] = timed(lambda: harvest(model, text, every[:k], root / f"{turn}-{k}", verbose=False))
-        shutil.rmtree(root, ignore_errors=True); root.mkdir()
-        if turn:
-            for name, t in now.items(): times.setdefault(name, []).append(t)
-    floor = statistics.median(times["whole model"])
-    print(f"{text.n_tokens:,} tokens, {args.model}, {args.threads} thread(s), float16 store, checksums included")
-    for name, ts in times.items():
-        t = statistics.median(ts)
-        print(f"{name:20s} {t:7.2f} s ({min(ts):.2f} to {max(ts):.2f})  {text.n_tokens / t:10,.0f} tokens/s  {floor / t:5.2f} of the whole model's throughput")
+    print(f"{args.model}, {args.threads} thread(s), float16 store, checksums included")
+    for r in measure(args.tokens, args.model, args.repeats): print(f"{r['who']:20s} {r['seconds']:7.2f} s ({r['low']:.2f} to {r['high']:.2f})  {r['tokens_per_second']:10,.0f} tokens/s  {r['of_whole_model']:5.2f} of the whole model's throughput")
 
 
 if __name__ == "__main__": main()

@@ -3,7 +3,7 @@
     python benchmarks/index_speed.py build 1000000 4 /tmp/ix1m        # tokens, codes a token at each of 12 sites
     python benchmarks/index_speed.py query /tmp/ix1m
     python benchmarks/index_speed.py neurons                          # 526 concepts, 1152 units, 50,000 tokens"""
-import shutil, sys, threading, time
+import contextlib, io, re, shutil, statistics, sys, tempfile, threading, time
 from pathlib import Path
 import numpy as np, torch
 from codebook_tutorial import codes, index as store, units
@@ -83,6 +83,22 @@ def neurons():
     index = store.build_index(book, tok, text, "/tmp/bench_neurons", overwrite=True)
     t = time.time(); units.against_neurons(index, acts, atoms(facts[:242])); print(f"against_neurons, 3 x 512 and 12 x 512 codes: {time.time() - t:.1f} s")
     shutil.rmtree("/tmp/bench_neurons")
+
+def measure(tokens=200_000, k=4):
+    "Rows: building an index of synthetic features and asking it, in seconds."
+    folder, rows = tempfile.mkdtemp(), []
+    said = io.StringIO()
+    with contextlib.redirect_stdout(said): build(tokens, k, folder)
+    build_s, peak = re.search(rf"x {k}: ([\d.]+) s", said.getvalue())[1], re.search(r"peak (\d+) MB", said.getvalue())[1]
+    rows.append(dict(who=f"build, {tokens:,} tokens x {len(SITES)} sites x {k}", seconds=float(build_s), peak_mb=int(peak), tokens_per_second=tokens / float(build_s)))
+    t = time.time(); index = store.open_index(folder, make_tokenizer()); rows.append(dict(who="open", seconds=time.time() - t))
+    for pattern in (r"\b(dragon)s?\b", r"\b(the)\b", r"(\w+)"):
+        times = []
+        for _ in range(5): t = time.time(); index.search(pattern); times.append(time.time() - t)
+        rows.append(dict(who=f"search {pattern}", seconds=statistics.median(times), low=min(times), high=max(times)))
+    shutil.rmtree(folder)
+    return rows
+
 
 if __name__ == "__main__":
     what, *rest = sys.argv[1:]

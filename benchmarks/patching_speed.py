@@ -23,32 +23,39 @@ def timed(fn, repeats):
     return statistics.median(times), out
 
 
+def measure(prompts=32, features=32, repeats=3, name="stories", task="ioi", site=None, batch=64):
+    "One row for the naive way (its time is that of the bare model times the passes), one for each order: seconds, passes, layers, and how many times fewer layers."
+    model, tok = load_lm(name)
+    layers = model.config.num_hidden_layers
+    site, pairs, where = site or f"resid.{layers // 2}", task_pairs(tok, task, prompts), next(model.parameters()).device
+    d = site_dims(model, site)[site]
+    dictionary = (load_sae(data_path("sae/tied")) if name == "stories" and site == "resid.1" else random_directions(4 * d, d)).to(where)
+    ids = pairs.base.to(where)
+    with torch.no_grad(): bare, _ = timed(lambda: model(input_ids=ids, use_cache=False), 20)
+    n = len(dictionary.directions)
+    naive = sum(n - i for i in range(features))
+    rows = [dict(who="naive greedy, computed", seconds=naive * bare, passes=naive, layers=naive * layers, fewer_layers=1., site=site, n_feats=n)]
+    ways = dict(attribution=lambda patch: attribution_order(patch, features), attribution_3=lambda patch: attribution_order(patch, features, points=3), greedy=lambda patch: greedy_order(patch, features),
+                greedy_each_prompt=lambda patch: greedy_order(patch, features, per_prompt=True), greedy_all=lambda patch: greedy_order(patch, features, width=None), acdc=lambda patch: acdc_order(patch))
+    for who, way in ways.items():
+        def once():
+            patch = Patch(model, site, dictionary, pairs, batch)
+            way(patch)
+            return patch
+        seconds, patch = timed(once, 1 if who == "greedy_all" else repeats)
+        run = patch.passes * patch.tail.n_layers
+        rows.append(dict(who=who, seconds=seconds, passes=patch.passes, layers=run, fewer_layers=naive * layers / run, site=site, n_feats=n))
+    return rows
+
+
 def main():
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("--prompts", type=int, default=32); p.add_argument("--features", type=int, default=32); p.add_argument("--repeats", type=int, default=3); p.add_argument("--threads", type=int, default=1)
     p.add_argument("--model", default="stories"); p.add_argument("--task", default="ioi"); p.add_argument("--site", default=None, help="the middle layer's output, unless said otherwise"); p.add_argument("--batch", type=int, default=64)
     args = p.parse_args()
     torch.set_num_threads(args.threads)
-    model, tok = load_lm(args.model)
-    layers = model.config.num_hidden_layers
-    site, pairs = args.site or f"resid.{layers // 2}", task_pairs(tok, args.task, args.prompts)
-    d = site_dims(model, site)[site]
-    dictionary = (load_sae(data_path("sae/tied")) if args.model == "stories" and site == "resid.1" else random_directions(4 * d, d)).to(next(model.parameters()).device)
-    ids = pairs.base.to(next(model.parameters()).device)
-    with torch.no_grad(): bare, _ = timed(lambda: model(input_ids=ids, use_cache=False), 20)
-    n = len(dictionary.directions)
-    naive = sum(n - i for i in range(args.features))
-    print(f"{site}, {n} features, {args.prompts} prompts of up to {ids.shape[1]} tokens; one bare pass {bare * 1e3:.2f} ms; naive greedy: {naive:,} passes, {naive * layers:,} layers, {naive * bare:.0f} s")
-    ways = dict(attribution=lambda patch: attribution_order(patch, args.features), attribution_3=lambda patch: attribution_order(patch, args.features, points=3), greedy=lambda patch: greedy_order(patch, args.features),
-                greedy_each_prompt=lambda patch: greedy_order(patch, args.features, per_prompt=True), greedy_all=lambda patch: greedy_order(patch, args.features, width=None), acdc=lambda patch: acdc_order(patch))
-    for name, way in ways.items():
-        def once():
-            patch = Patch(model, site, dictionary, pairs, args.batch)
-            way(patch)
-            return patch
-        seconds, patch = timed(once, 1 if name == "greedy_all" else args.repeats)
-        run = patch.passes * patch.tail.n_layers
-        print(f"{name:20} {seconds:7.2f} s  {patch.passes:7,} passes  {run:7,} layers  {naive * layers / run:8.1f} times fewer layers than naive, {naive * bare / seconds:7.1f} times faster")
+    rows = measure(args.prompts, args.features, args.repeats, args.model, args.task, args.site, args.batch)
+    for r in rows: print(f"{r['who']:24} {r['seconds']:7.2f} s  {r['passes']:7,} passes  {r['layers']:7,} layers  {r['fewer_layers']:8.1f} times fewer layers, {rows[0]['seconds'] / r['seconds']:7.1f} times faster than naive")
 
 
 if __name__ == "__main__": main()

@@ -34,10 +34,10 @@ def test_help_names_every_verb():
     assert "--only" in course("run", "--help").stdout and "--text" in course("author", "--help").stdout
 
 
-@pytest.mark.parametrize("verb", ["bench"])
-def test_what_is_not_there_yet_says_so(verb):
-    out = course(verb)
-    assert out.returncode == 2 and "will come with a later version" in out.stderr
+def test_bench_tells_its_parts_and_refuses_others():
+    assert "codebook" in course("bench", "--help").stdout
+    out = course("bench", "--only", "nothing")
+    assert out.returncode == 2 and "invalid choice: 'nothing'" in out.stderr
 
 
 def test_wrong_words_are_refused():
