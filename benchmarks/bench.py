@@ -67,10 +67,10 @@ def race(contestants, rounds, least=.4, threads=1):
     some = [Contestant(python, settings, threads) for python, settings in contestants]
     for c in some: c.ready()                                    # all import at once
     for c in some: c.run(1)
-    slowest = {c: max(1, round(least / max(c.seconds[0], 1e-6))) for c in some if c.alive}
+    steps = {c: max(1, round(least / max(c.seconds[0], 1e-6))) for c in some if c.alive}
     for c in some: c.seconds = []
     for _ in range(rounds):
-        for c in some: c.run(min(slowest.get(c, 1), 200))
+        for c in some: c.run(min(steps.get(c, 1), 200))
     rows = []
     for c in some:
         c.end()
