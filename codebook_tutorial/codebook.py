@@ -118,8 +118,9 @@ def _edited(new, ids, n_codes):
 @torch.no_grad()
 def note(self: Codebook, x, ids):          # [.., d], [.., groups, k]
     "Count uses; with moving averages and in training, also sum what each code was chosen for."
-    groups, n_codes, _ = self.weight.shape
-    self.counts += torch.bincount(_numbered(self, ids).flatten(), minlength=groups * n_codes).view(groups, n_codes)
+    groups = len(self.weight)
+    used = _numbered(self, ids).flatten()
+    self.counts.view(-1).index_add_(0, used, torch.ones_like(used))
     if self.learn != "ema" or not self.training: return
     for new, part, codes, own in zip(self.new, self.parts(x), self.weight, ids.reshape(-1, groups, self.k).transpose(0, 1)):
         wanted = part if self.select == "residual" else part * self.share
