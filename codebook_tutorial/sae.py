@@ -9,8 +9,11 @@ __all__ = ['KINDS', 'ALPHA', 'SAE', 'Tied', 'TopK', 'BatchTopK', 'Matryoshka', '
            'train_sae', 'refit', 'tune_decoder']
 
 # %% ../nbs/07_sae.ipynb #c07-8
-import warnings
-from itertools import product
+import json, warnings
+from itertools import islice, product
+from pathlib import Path
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 import torch, torch.nn.functional as F
 from torch import nn
 from tqdm.auto import tqdm
@@ -125,7 +128,7 @@ class BatchTopK(TopK):
     def active(self, pre):                 # in training: [N, F] -> the same, zero but for k a row in the mean
         f = pre.relu()
         least = f.detach().flatten().kthvalue(f.numel() - self.k * len(f)).values
-        self.threshold.lerp_(least.clamp(min=0), .01 if self.threshold > 0 else 1.)
+        self.threshold.lerp_(least.clamp(min=0).to(self.threshold), .01 if self.threshold > 0 else 1.)
         self.note(f > least)
         return f * (f > least)
 
@@ -248,6 +251,8 @@ def train_sae(acts,                           # [N, d]; or an Activations, with 
               steps: int = 2000, batch: int = 1024, lr: float = 4e-3, seed: int = 0,
               site: str | None = None,
               resample: tuple = (.2, .4, .6), # shares of the steps after which dead features begin anew (the TopK kinds have an auxiliary loss instead)
+              folder=None, save_every: int = 500,    # where the state is kept, and taken up again after a stop; None: nowhere
+              bf16: bool = False, compile: bool = False,       # products in bfloat16 (for GPUs); the loss through torch.compile
               **settings):                    # of the kind: k, patience, k_aux, shares, bandwidth
     "Train a sparse autoencoder on activations."
     alpha = _checked(kind, ALPHA.get(kind) if alpha is None else alpha, steps)
@@ -255,17 +260,47 @@ def train_sae(acts,                           # [N, d]; or an Activations, with 
     if not 1 <= batch <= len(acts): raise ValueError(f"train_sae: expected a batch of at most the {len(acts)} rows of data, got {batch}")
     sae = KINDS[kind](len(mean), n_feats, stack=tuple(alpha.shape), generator=seeded(seed), **settings).to(mean.device)
     optimizer = torch.optim.Adam([p for p in sae.parameters() if p.requires_grad], lr, betas=(.9, .99), fused=True)
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda t: min(1., (t + 1) / (.05 * steps), (steps - t) / (.3 * steps)))
-    for t, x in zip(tqdm(range(steps), desc=f"train_sae {kind}", unit="step", delay=2), _stream(acts, site, batch, seed)):
+    run = _Run(folder, sae, optimizer, dict(sae.config, alpha=alpha.tolist(), steps=steps, batch=batch, lr=lr, seed=seed, resample=list(resample), bf16=bf16, mean=mean.sum().item(), scale=scale.item(), rows=len(acts)))
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda t: min(1., (t + run.done + 1) / (.05 * steps), (steps - t - run.done) / (.3 * steps)))
+    loss_of = torch.compile(sae.loss) if compile else sae.loss
+    for t, x in zip(tqdm(range(run.done, steps), desc=f"train_sae {kind}", unit="step", delay=2, initial=run.done, total=steps), islice(_stream(acts, site, batch, seed), run.done, None)):
         x = (x.to(mean) - mean) / scale
-        loss = sae.loss(x, alpha * min(1., (t + 1) / (.1 * steps)))
+        with torch.autocast(x.device.type, torch.bfloat16, enabled=bf16): loss = loss_of(x, alpha * min(1., (t + 1) / (.1 * steps)))
         optimizer.zero_grad(); loss.sum().backward()
         optimizer.step(); schedule.step(); sae.project()
         if t + 1 in [int(s * steps) for s in resample] and not isinstance(sae, TopK): begin_anew(sae, x, optimizer, 50 * batch, seeded(seed + t))
+        if folder and ((t + 1) % save_every == 0 or t + 1 == steps): run.keep(t + 1)
+    x = ((acts[:batch] if torch.is_tensor(acts) else acts.load(site, batch)).to(mean) - mean) / scale
     for one, a in zip(members(sae), alpha.view(-1)):
         if (one.encode(x) == 0).all(): warnings.warn(f"train_sae: with alpha={a:g} no feature is active any more; try a smaller one", stacklevel=2)
     sae.in_units_of(mean, scale)
     return sae.eval() if not alpha.dim() else [one.eval() for one in members(sae)]
+
+class _Run:
+    "What a training has come to, kept in a folder."
+    def __init__(self, folder, sae, optimizer, began):
+        self.file, self.sae, self.optimizer, self.began, self.done = Path(folder or ".") / "training.safetensors", sae, optimizer, json.dumps(began), 0
+        if folder and self.file.exists(): self.go_on()
+
+    def own(self): return dict(self.sae.named_parameters()) | dict(self.sae.named_buffers())
+
+    def keep(self, done):
+        moments = {f"{name}.{key}": t for name, p in self.sae.named_parameters() for key, t in self.optimizer.state.get(p, {}).items()}
+        self.file.parent.mkdir(parents=True, exist_ok=True)
+        save_file({name: t.detach().contiguous() for name, t in (self.own() | moments).items()}, part := self.file.with_suffix(".part"), metadata=dict(done=str(done), began=self.began))
+        part.replace(self.file)
+
+    @torch.no_grad()
+    def go_on(self):
+        try:
+            with safe_open(self.file, "pt", device=str(self.sae.W_dec.device)) as f: kept, told = {name: f.get_tensor(name) for name in f.keys()}, f.metadata()
+        except (SafetensorError, OSError) as e: raise ValueError(f"train_sae: {self.file} is damaged ({e}); delete it to begin afresh") from e
+        began, now = json.loads(told["began"]), json.loads(self.began)
+        if differs := {name: f"{began.get(name)} there, {now.get(name)} now" for name in began | now if began.get(name) != now.get(name)}: raise ValueError(f"train_sae: {self.file} was begun with other settings: {differs}; give another folder, or delete it")
+        for name, t in self.own().items(): t.copy_(kept[name])
+        for name, p in self.sae.named_parameters():
+            if moments := {key: kept[f"{name}.{key}"] for key in ("step", "exp_avg", "exp_avg_sq") if f"{name}.{key}" in kept}: self.optimizer.state[p] = moments
+        self.done = int(told["done"])
 
 # %% ../nbs/07_sae.ipynb #c07-95
 def _checked(kind, alpha, steps):

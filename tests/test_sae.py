@@ -322,3 +322,35 @@ def test_states_that_are_not_finite_are_refused(bad):
 def test_a_penalty_that_kills_every_feature_warns():
     x, _ = sparse_data()
     with pytest.warns(UserWarning, match="no feature is active"): train_sae(x, 16, alpha=1e4, steps=60, batch=256, lr=.1)
+
+
+@pytest.mark.parametrize("kind,kw", [("tied", dict(alpha=[.05, .1])), ("topk", dict(k=4)), ("matryoshka", dict(k=4)), ("jumprelu", {}), ("gated", {})])
+def test_a_training_that_was_stopped_goes_on_to_the_same_weights(tmp_path, monkeypatch, kind, kw):
+    "Stopped between two saves: bit-equal to one that was not, through dead features that begin anew; called once more, nothing is trained."
+    x, kw = torch.randn(600, 12, generator=seeded(0)), dict(n_feats=30, kind=kind, steps=60, batch=50, save_every=20, lr=.02) | kw
+    whole, steps = train_sae(x, **kw), 0
+    step = torch.optim.Adam.step
+    def stops(self, *args, **k):
+        nonlocal steps
+        steps += 1
+        if steps == 47: raise KeyboardInterrupt
+        return step(self, *args, **k)
+    monkeypatch.setattr(torch.optim.Adam, "step", stops)
+    with pytest.raises(KeyboardInterrupt): train_sae(x, folder=tmp_path, **kw)
+    again = train_sae(x, folder=tmp_path, **kw)
+    assert steps == 47 + 20 and [p.name for p in tmp_path.iterdir()] == ["training.safetensors"]            # from step 40 on
+    third = train_sae(x, folder=tmp_path, **kw)
+    assert steps == 47 + 20
+    for some in zip(*([m] if isinstance(m, torch.nn.Module) else m for m in (whole, again, third))):
+        a, b, c = (one.state_dict() for one in some)
+        assert all(torch.equal(a[n], b[n]) and torch.equal(a[n], c[n]) for n in a)
+
+
+def test_a_training_does_not_go_on_with_other_settings_or_a_damaged_file(tmp_path):
+    x, kw = torch.randn(200, 6, generator=seeded(0)), dict(n_feats=10, steps=4, batch=20)
+    train_sae(x, folder=tmp_path, **kw)
+    file = tmp_path / "training.safetensors"
+    with pytest.raises(ValueError, match="begun with other settings: .*'steps': '4 there, 8 now'.*give another folder"): train_sae(x, folder=tmp_path, **kw | dict(steps=8))
+    with pytest.raises(ValueError, match="begun with other settings: .*'mean'"): train_sae(x + 1, folder=tmp_path, **kw)
+    file.write_bytes(file.read_bytes()[:-40])
+    with pytest.raises(ValueError, match="training.safetensors is damaged .*delete it"): train_sae(x, folder=tmp_path, **kw)
