@@ -231,11 +231,12 @@ def concept_table(story: Story) -> np.ndarray:      # [length, families]
     "Which value of every family holds at every token: index into its values, -1 none."
     return np.stack([c.codes(story) for c in CONCEPTS.values()], 1).astype(np.int16)
 
-def story_text(n_tokens: int = 100_000, length: int = 256, seed: int = 0, split: str = "train"):
+def story_text(n_tokens: int = 100_000, length: int = 256, seed: int = 0, split: str = "train",
+               keep=lambda story: True):       # which documents are taken
     "Stories as a Text, the rows that load_text gives, and what holds at every token: [rows, length, families] int16, -1 none (as at BOS and padding)."
     told = []
     def docs():
-        for s in stories(seed, split): told.append(s); yield s.ids.tolist()
+        for s in filter(keep, stories(seed, split)): told.append(s); yield s.ids.tolist()
     rows = islice(fill_rows(docs(), length, ID["<bos>"], ID["<pad>"]), n_tokens // length)
     text = Text(torch.tensor(list(rows)), ID["<bos>"], ID["<pad>"])
     codes = torch.full((*text.ids.shape, len(CONCEPTS)), -1, dtype=torch.int16)
