@@ -22,7 +22,7 @@ ROOT = Path(__file__).resolve().parents[1]
 ROWS, CLAIMS = ROOT / "out" / "scale_rows", ROOT / "claims" / "14.full.json"
 SITE, N_FEATS, K, SEEDS, TOKENS = "resid.1", 384, 11, 3, 200_000
 METHODS = dict(sae_tied=[.88], sae_topk=None, sae_jumprelu=[.16], codebook=None, kmeans=None, ica=None, pca=None, random=None)          # method -> its penalty
-LONGER = {"sae_tied": (250, 1000, 4000), "sae_topk": (250, 1000, 4000), "sae_jumprelu": (250, 1000, 4000)}                              # steps
+LONGER = {"sae_tied": (250, 1000, 4000), "sae_topk": (250, 1000, 4000)}                              # steps
 COSTS = [dict(d=d, layers=2, C=C, k=k, rows=rows) for d in (64, 128, 256) for C, k in ((0, 1), (500, 1), (500, 8), (2000, 1), (2000, 8)) for rows in (2, 8)]
 COSTS += [dict(d=d, layers=2, C=C, k=k, rows=4, train=True) for d in (64, 128, 256) for C, k in ((0, 1), (500, 1), (2000, 8))]          # all these are fitted to
 HELD_OUT = [dict(d=d, layers=4, C=C, k=k, rows=8) for d in (512, 768) for C, k in ((0, 1), (4000, 1), (4000, 8), (10_000, 1))] + [dict(d=512, layers=4, C=C, k=k, rows=4, train=True) for C, k in ((0, 1), (4000, 1), (4000, 8))]
@@ -64,7 +64,7 @@ class World:
             with torch.no_grad(): f, own = (d.encode(t["states"][n]) for n in (name, "as it is"))
             both = {key: relied_on(best, *((v := some.of(x))[0].cpu().numpy(), v[1]), c.asked) for key, some, x in (("now", c, f), ("was", plain, own))}
             on[name] = both | dict(fvu=measure(d, t["states"][name])["fvu"], l0=measure(d, t["states"][name])["l0"])
-        return dict(good=int(best["good"].sum()), on=on, attack=one_word_attack(self.model, SITE, plain.text, plain.truth, {method: (d, best)}, n=120, seed=seed)[method]), d.directions
+        return dict(good=int(best["good"].sum()), on=on, attack=one_word_attack(self.model, SITE, plain.text, plain.truth, {method: (d, best)}, n=60, seed=seed)[method]), d.directions
 
     def longer(self, method, steps, seed):
         t = self.texts(seed)
