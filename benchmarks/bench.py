@@ -15,7 +15,7 @@ HERE, ENVS = Path(__file__).resolve().parent, ROOT / "out" / "bench"
 RESULTS = HERE / "results"
 # peer: what is installed, each with the course's torch; torchvision is kept out (its builds do not fit the CPU's torch)
 PEERS = {"sae-lens": ["sae-lens==6.54.12"], "dictionary-learning": ["dictionary-learning==0.1.0"], "eai-sparsify": ["eai-sparsify==1.3.3"], "vector-quantize-pytorch": ["vector-quantize-pytorch==1.32.0"],
-         "faiss": ["faiss-cpu==1.15.1", "numpy"], "authors": ["codebook-features==0.1.2", "transformers<4.40", "numpy<2", "pyarrow<20", "setuptools<80"]}
+         "faiss": ["faiss-cpu==1.15.1", "numpy"], "authors": ["codebook-features==0.1.2", "transformers<4.40", "numpy<2", "pyarrow<20", "setuptools<80", "typeguard<4"]}
 
 
 def environment(peer):
@@ -111,7 +111,16 @@ def sae_races(quick):
            *(("eai-sparsify", "sae/eai-sparsify", size | dict(kind="topk", optimizer=o) | k) for o in ("signum", "adam"))]
 
 
-RACES = dict(codebook=codebook_races, lookup=lookup_races, sae=sae_races)
+def slope_races(quick):
+    "The course's layer and two kinds of autoencoder, one size varied at a time; who runs against whom says nothing here, how seconds grow does."
+    most = 1 if quick else 2
+    base, sae = dict(N=2048, d=256, C=2000, k=1), dict(N=2048, d=256, n_feats=1024)
+    for varied, sizes in dict(N=(1024, 2048, 4096, 8192), C=(1000, 2000, 4000, 8000), k=(1, 8, 32, 100), d=(128, 256, 512, 1024)).items(): yield [(COURSE, "codebook/course", base | {varied: size}) for size in sizes[:2 * most]]
+    for kind in ("tied", "topk"):
+        for varied, sizes in dict(N=(1024, 2048, 4096, 8192), d=(128, 256, 512, 1024), n_feats=(512, 1024, 2048, 4096)).items(): yield [(COURSE, "sae/course", sae | dict(kind=kind) | ({"k": 32} if kind == "topk" else {}) | {varied: size}) for size in sizes[:2 * most]]
+
+
+RACES = dict(codebook=codebook_races, lookup=lookup_races, sae=sae_races, slopes=slope_races)
 
 
 def inside(script, call="measure()"):
