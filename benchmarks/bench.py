@@ -164,19 +164,22 @@ def main():
     races = [(part, some) for part in args.only if part in RACES for some in RACES[part](args.quick)]
     peers = {} if args.no_peers else {name: environment(name) for name in dict.fromkeys(who for _, some in races for who, *_ in some if who != COURSE)}
     path = RESULTS / f"{args.device}.json"
-    fresh = {}
-    for part, some in tqdm(races, desc="bench", unit="race"):
-        settings = [(COURSE if who == COURSE else peers.get(who), dict(who=name, device=args.device, **size)) for who, name, size in some]
-        rows = race([s for s in settings if s[0]], 2 if args.quick else args.rounds, threads=args.threads)
-        fresh.setdefault(part, []).append(rows)
-        show_rows(rows)
-    for part in args.only:
-        if part in INSIDE: fresh[part] = INSIDE[part](args.quick, args.threads); show_rows(fresh[part])
-    if args.quick: return
-    found = (json.loads(path.read_text()) if path.exists() else {}) | fresh | {"machine": machine(args.threads)}
-    RESULTS.mkdir(exist_ok=True)
-    part = path.with_suffix(".part"); part.write_text(json.dumps(found, indent=1) + "\n"); part.replace(path)
-    print(f"{path.relative_to(ROOT)} written")
+    found = json.loads(path.read_text()) if path.exists() else {}
+    def keep(part, rows):                                        # as soon as a part is done
+        if args.quick: return
+        found.update({part: rows, "machine": machine(args.threads)})
+        RESULTS.mkdir(exist_ok=True)
+        half = path.with_suffix(".part"); half.write_text(json.dumps(found, indent=1) + "\n"); half.replace(path)
+    with tqdm(total=len(races), desc="bench", unit="race") as bar:
+        for part in args.only:
+            done = []
+            for some in (some for name, some in races if name == part):
+                settings = [(COURSE if who == COURSE else peers.get(who), dict(who=name, device=args.device, **size)) for who, name, size in some]
+                done.append(race([s for s in settings if s[0]], 2 if args.quick else args.rounds, threads=args.threads))
+                show_rows(done[-1]); bar.update()
+            if part in INSIDE: done = INSIDE[part](args.quick, args.threads); show_rows(done)
+            keep(part, done)
+    if not args.quick: print(f"{path.relative_to(ROOT)} written")
 
 
 if __name__ == "__main__": main()

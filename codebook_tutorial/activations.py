@@ -12,7 +12,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from tqdm.auto import tqdm
-from .core import seeded
+from .core import checksum, seeded
 from .models import Text, _check_length, _evaluating
 from .sites import capture, site_dims
 
@@ -27,9 +27,6 @@ def _part(path): return path.with_name(path.name + ".part")                     
 def _write_json(path, info):
     _part(path).write_text(json.dumps(info, indent=1) + "\n")
     _part(path).replace(path)
-
-def _sha256(path):
-    with open(path, "rb") as f: return hashlib.file_digest(f, "sha256").hexdigest()
 
 def _info(folder, call):
     "What activations.json says; ValueError if it is damaged, or not ours."
@@ -127,7 +124,7 @@ def _save(folder, i, tensors, info):
     try:
         save_file(tensors, _part(path))
         shutil.copymode(folder / "activations.json", _part(path))                   # save_file lets nobody else read it
-        mark = _sha256(_part(path))
+        mark = checksum(_part(path))
         _part(path).replace(path)
         _write_json(note, dict(n=len(tensors["ids"]), rows=min(k, info["rows"] - i * k), sha256=mark))
     except (OSError, SafetensorError) as e:                                         # save_file's errors are no OSErrors
@@ -237,7 +234,7 @@ class Activations:
     def verify(self):
         "ValueError that names a shard whose file is not the one that was written."
         for i in range(len(self.shards)):
-            if _sha256(_shard(self.folder, i)) != json.loads(_shard(self.folder, i, "json").read_text())["sha256"]:
+            if checksum(_shard(self.folder, i)) != json.loads(_shard(self.folder, i, "json").read_text())["sha256"]:
                 raise ValueError(f"verify: {_shard(self.folder, i).name} in {self.folder} is not what harvest wrote (its sha256 differs); remove it and call harvest again")
 
 # %% ../nbs/07_sae.ipynb #c07-109

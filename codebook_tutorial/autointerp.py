@@ -99,6 +99,7 @@ class Case:
 
 def integers(acts, top):                              # [n], the activation that becomes 10 -> [n] integers
     "min(10, floor(10 relu(x) / top)), as an explainer sees activations."
+    if not top > 0: raise ValueError(f"integers: expected the activation that becomes 10, above 0, got {top}")
     return np.minimum(10, np.floor(10 * np.maximum(acts, 0) / top + 1e-6)).astype(int).tolist()
 
 def make_cases(f,                # [tokens, F] features at a text's ordinary tokens
@@ -190,6 +191,7 @@ def _resampled(kept, n, draw): return kept[draw.integers(len(kept), size=(n, len
 
 def summary(scores: list, none: float | None = None, n: int = 2000, seed: int = 0) -> dict:      # None: no score; `none`: what such a feature counts as, None: not at all
     "Mean over features, 95 % interval by bootstrap over features, how many features count, how many have no score."
+    if n < 1: raise ValueError(f"summary: expected n of at least 1 draws, got {n}")
     kept, missing = _kept(scores, none), sum(s is None for s in scores)
     if not len(kept): return dict(mean=None, low=None, high=None, n=0, no_score=missing)
     low, high = np.quantile(_resampled(kept, n, np.random.default_rng(seed)), [.025, .975])
@@ -197,6 +199,7 @@ def summary(scores: list, none: float | None = None, n: int = 2000, seed: int = 
 
 def difference(a: list, b: list, none: float | None = None, n: int = 2000, seed: int = 0) -> dict:
     "Mean of a less mean of b over features, 95 % interval by bootstrap over the features of each; `none` as in `summary`."
+    if n < 1: raise ValueError(f"difference: expected n of at least 1 draws, got {n}")
     draw, kept = np.random.default_rng(seed), [_kept(some, none) for some in (a, b)]
     if not all(map(len, kept)): return dict(mean=None, low=None, high=None)
     low, high = np.quantile(_resampled(kept[0], n, draw) - _resampled(kept[1], n, draw), [.025, .975])
@@ -217,8 +220,9 @@ def feature_concepts(f,                               # [N, F] features at ordin
                      at_least: int = 20,              # concepts with fewer tokens in either half are left out
                      points: int = 64) -> dict:       # thresholds tried, at geometrically spaced ranks
     "The concept that fits each feature best: concept and threshold chosen on the first half of the tokens, by how far F1 is above that of always firing; `precision`, `recall`, `f1` and `gain` = (F1 - that of always firing) / (1 - that) on the second."
-    f, truth = np.asarray(f), np.asarray(truth)
-    if f.ndim != 2 or truth.ndim != 2 or len(f) != len(truth): raise ValueError(f"feature_concepts: expected features [N, F] and truth [N, C] of the same tokens, got {list(f.shape)} and {list(truth.shape)}")
+    f, truth = np.asarray(f), np.asarray(truth, bool)
+    if f.ndim != 2 or truth.ndim != 2 or len(f) != len(truth) or not f.shape[1]: raise ValueError(f"feature_concepts: expected features [N, F] and truth [N, C] of the same tokens, got {list(f.shape)} and {list(truth.shape)}")
+    if not np.isfinite(f).all(): raise ValueError("feature_concepts: the features hold NaN or infinity; expected finite numbers")
     half = len(f) // 2
     asked = np.flatnonzero((np.minimum(truth[:half].sum(0), truth[half:].sum(0)) >= at_least) & ~truth[:half].all(0))
     if not len(asked): raise ValueError(f"feature_concepts: no concept holds at {at_least} tokens of either half, and not at all of them")

@@ -47,9 +47,11 @@ def pca(x, n: int | None = None, batch: int = 16_384) -> Affine:      # [N, d], 
     "Principal components, estimated in one pass (scikit-learn's IncrementalPCA)."
     from sklearn.decomposition import IncrementalPCA
     _enough(x, n or x.shape[1], "pca")
-    fitted = IncrementalPCA(n)
-    for part in x.split(batch):
-        if len(part) >= (n or x.shape[1]): fitted.partial_fit(part.cpu().numpy())
+    if batch < (n or x.shape[1]): raise ValueError(f"pca: expected batches of at least as many rows as directions, {n or x.shape[1]}, got {batch}")
+    x, fitted = x if x.dtype == torch.float64 else x.float(), IncrementalPCA(n)
+    *parts, last = x.split(batch)
+    if parts and len(last) < (n or x.shape[1]): last = torch.cat([parts.pop(), last])          # too few rows for a step of their own
+    for part in (*parts, last): fitted.partial_fit(part.cpu().numpy())
     return Affine(_tensor(fitted.components_, x), mean=_tensor(fitted.mean_, x))
 
 def ica(x, n: int | None = None, rows: int = 20_000, seed: int = 0) -> Affine:        # [N, d]
@@ -118,7 +120,7 @@ def _levels(order, ascending, picks):         # [n] twice, ranks [q] from the to
 def _best_f1(thresholds, fired, reached, counts, at, concept):         # [q] twice, [n], [C], the true (token, concept) pairs [P] twice -> F1 [C], threshold [C]
     "The best F1 over thresholds for every concept: one count of the true tokens by how many thresholds they reach."
     size = len(thresholds) + 1
-    hits = np.bincount(concept * size + reached[at], minlength=len(counts) * size).reshape(len(counts), -1)
+    hits = np.bincount(concept * size + reached[at], minlength=len(counts) * size).reshape(len(counts), size)
     hits = hits[:, ::-1].cumsum(1)[:, ::-1][:, 1:]                     # [C, q]: true tokens that reach each threshold
     f1 = 2 * hits / (fired + counts[:, None])
     best = f1.argmax(1)
@@ -138,8 +140,9 @@ def concept_scores(f,                         # [N, F] features at ordinary toke
                    at_least: int = 20,        # concepts with fewer tokens in either half are skipped: nan
                    points: int = 64) -> dict: # thresholds tried, at geometrically spaced ranks
     "For every concept the feature, sign and threshold of the best F1, and the feature and sign of the best AUROC, all chosen on the first half of the tokens; both scored on the second. Every feature is sorted once."
-    f, truth = np.asarray(f), np.asarray(truth)
-    if f.ndim != 2 or truth.ndim != 2 or len(f) != len(truth): raise ValueError(f"concept_scores: expected features [N, F] and truth [N, C] of the same tokens, got {list(f.shape)} and {list(truth.shape)}")
+    f, truth = np.asarray(f), np.asarray(truth, bool)
+    if f.ndim != 2 or truth.ndim != 2 or not 2 <= len(f) == len(truth) or not f.shape[1]: raise ValueError(f"concept_scores: expected features [N, F] and truth [N, C], of two rows or more, of the same tokens, got {list(f.shape)} and {list(truth.shape)}")
+    if not np.isfinite(f).all(): raise ValueError("concept_scores: the features hold NaN or infinity; expected finite numbers")
     half = len(f) // 2
     counts, later = truth[:half].sum(0), truth[half:].sum(0)
     asked = np.flatnonzero(np.minimum(counts, later) >= at_least)
@@ -171,5 +174,5 @@ def _scored(f, truth, top, threshold, asked, n_concepts):
         fires = sign * f[:, int(j)] >= threshold[i]
         out["f1"][c], out["chosen_f1"][c], out["threshold"][c], out["feature"][c], out["sign"][c] = 2 * (fires & own).sum() / (fires.sum() + own.sum()), top["f1"][0, i], threshold[i], j, sign
         n = own.sum()
-        out["auroc"][c] = (rankdata(way * f[:, int(best)])[own].sum() - n * (n + 1) / 2) / (n * (len(own) - n))
+        if n < len(own): out["auroc"][c] = (rankdata(way * f[:, int(best)])[own].sum() - n * (n + 1) / 2) / (n * (len(own) - n))
     return out

@@ -15,6 +15,7 @@ from pathlib import Path
 import torch, torch.nn.functional as F
 from fastcore.basics import patch
 from torch import nn
+from .core import checksum
 from .dictionary import Dictionary
 from .kmeans import finite, kmeans, nearest
 from .sites import attach, capture, match_sites, site_dims
@@ -93,7 +94,7 @@ def _numbered(self, ids):                  # ids [.., groups, k] within groups -
 def decode_ids(self: Codebook, ids):       # [.., groups, k] -> [.., d]
     "Sum (or mean) of the codes; never gathers [N, k, d]."
     bags = F.embedding_bag(_numbered(self, ids).reshape(-1, self.k), self.weight.flatten(0, 1), mode=self.combine)
-    return bags.view(*ids.shape[:-2], -1)
+    return bags.view(*ids.shape[:-2], len(self.weight) * self.weight.shape[-1])
 
 @patch
 def forward(self: Codebook, x, edit=None, mask=None):      # [.., d], fn(ids) -> ids, [..] bool: what counts; returns out [.., d], ids [.., groups, k], recon
@@ -101,11 +102,12 @@ def forward(self: Codebook, x, edit=None, mask=None):      # [.., d], fn(ids) ->
     ids = self.choose(x)
     if edit is not None: ids = _edited(edit(ids.clone()), ids, self.weight.shape[1])
     out = self.decode_ids(ids)
-    recon = (out - x.detach()).pow(2).sum(-1)
-    if self.commitment: recon = recon + self.commitment * (out.detach() - x).pow(2).sum(-1)
+    recon = F.mse_loss(out, x.detach(), reduction="none").sum(-1)
+    if self.commitment: recon = recon + self.commitment * F.mse_loss(out.detach(), x, reduction="none").sum(-1)
     counts = slice(None) if mask is None else mask
     self.note(x.detach()[counts], ids[counts])
-    return out + (x - x.detach()), ids, recon[counts].mean()
+    recon = recon[counts]
+    return out + (x - x.detach()), ids, recon.mean() if recon.numel() else recon.sum()          # 0 where nothing counts
 
 # %% ../nbs/02_codebook.ipynb #c02-44
 def _edited(new, ids, n_codes):
@@ -250,8 +252,9 @@ class CodebookModel(nn.Module):
 def add_codebooks(model, sites, n_codes: int, k: int = 1, groups: int | None = None, **kw) -> CodebookModel:
     "Put a trainable codebook at each site (patterns allowed), in place of any there; groups=None: one book a head at `heads.*`, one elsewhere; kw as in Codebook."
     heads = getattr(model.config, "num_attention_heads", 1)
-    books = {site: Codebook(d, n_codes, k, (heads if site.startswith("heads") else 1) if groups is None else groups, **kw)
-             for site, d in site_dims(model, sites).items()}
+    with torch.device("meta" if next(model.parameters()).is_meta else "cpu"):              # for a model without contents, codes without contents
+        books = {site: Codebook(d, n_codes, k, (heads if site.startswith("heads") else 1) if groups is None else groups, **kw)
+                 for site, d in site_dims(model, sites).items()}
     return CodebookModel(model, {site: _like(book, model) for site, book in books.items()})
 
 def _like(book, model):
@@ -335,18 +338,25 @@ def save_pretrained(self: CodebookModel, folder):
     "Write the base model's folder plus `codebooks.safetensors` and `codebooks.json`."
     from safetensors.torch import save_file
     folder = Path(folder)
+    for half in folder.glob(".tmp??????"): half.unlink()               # of a save that was killed
     self.model.save_pretrained(folder)
     tensors = {f"{site}.{name}": t.contiguous() for site, book in self.codebooks.items() for name, t in book.state_dict().items()}
-    save_file(tensors, folder / "codebooks.safetensors.part")
-    (folder / "codebooks.json.part").write_text(json.dumps({"format": 1, "sites": {s: b.config for s, b in self.codebooks.items()}}, indent=1) + "\n")
-    for name in ("codebooks.safetensors", "codebooks.json"): (folder / f"{name}.part").replace(folder / name)
+    save_file(tensors, part := folder / "codebooks.safetensors.part")
+    part.replace(folder / "codebooks.safetensors")
+    weights = [file for kind in ("model", "codebooks") for file in sorted(folder.glob(f"{kind}*.safetensors"))]
+    told = {"format": 1, "sites": {s: b.config for s, b in self.codebooks.items()}, "sha256": {file.name: checksum(file) for file in weights}}
+    (part := folder / "codebooks.json.part").write_text(json.dumps(told, indent=1) + "\n")
+    part.replace(folder / "codebooks.json")
 
 def load_codebooks(model, folder) -> CodebookModel:
     "Put the codebooks of a folder into a model that is already there; ValueError where they do not fit."
     from safetensors.torch import load_file
     if not (path := Path(folder) / "codebooks.json").exists(): raise ValueError(f"load_codebooks: no codebooks.json in {folder}; expected a folder written by save_pretrained")
-    try: configs, tensors = json.loads(path.read_text())["sites"], load_file(Path(folder) / "codebooks.safetensors")
+    try: told, tensors = json.loads(path.read_text()), load_file(path.with_suffix(".safetensors")); configs = told["sites"]
     except Exception as e: raise ValueError(f"load_codebooks: codebooks.json or codebooks.safetensors in {folder} is missing, damaged or cut short ({e})") from e
+    if told.get("format") != 1: raise ValueError(f"load_codebooks: codebooks.json in {folder} is of format {told.get('format')!r}; expected 1")
+    for file, mark in told.get("sha256", {}).items():
+        if (there := path.with_name(file)).exists() and checksum(there) != mark: raise ValueError(f"load_codebooks: {file} in {folder} is not what codebooks.json was written for: damaged, or of a save that was broken off; save or copy the folder again")
     dims, books = site_dims(model, list(configs)), {}
     for site, config in configs.items():
         if dims[site] != config["d_model"]: raise ValueError(f"load_codebooks: {site} of this model has {dims[site]} numbers, its codebook expects {config['d_model']}")
@@ -361,10 +371,12 @@ def load_codebooks(model, folder) -> CodebookModel:
 def from_pretrained(cls: CodebookModel, name, revision: str | None = None, **kw) -> CodebookModel:
     "A codebook model from the folder that save_pretrained wrote, or from the Hub; kw go to transformers' from_pretrained."
     from transformers import AutoModelForCausalLM
+    from codebook_tutorial.models import _check_weights
     folder = name
     if not Path(name).is_dir():
         if str(name).count("/") != 1: raise ValueError(f"from_pretrained: no folder {name}; expected one that CodebookModel.save_pretrained wrote, or owner/name on the Hub")
         from huggingface_hub import snapshot_download
         folder = snapshot_download(str(name), revision=revision, allow_patterns=["*.json", "*.safetensors"])
     if not (Path(folder) / "codebooks.json").exists(): raise ValueError(f"from_pretrained: no codebooks.json in {name}; expected what CodebookModel.save_pretrained wrote")
+    _check_weights("from_pretrained", name, folder)
     return load_codebooks(AutoModelForCausalLM.from_pretrained(folder, **({"dtype": torch.float32, "use_safetensors": True} | kw)).eval(), folder)

@@ -51,5 +51,7 @@ def random_directions(n_feats: int, d: int, seed: int = 0, **kw) -> Directions:
 
 def fvu(x, x_hat) -> float:                # both [.., d]
     "Fraction of variance unexplained: mean squared residual / mean squared distance from the mean; the mean itself scores 1."
-    mean = x.flatten(0, -2).mean(0)
+    rows = torch.atleast_2d(x).flatten(0, -2)
+    if x.shape != x_hat.shape or not (rows != rows[:1]).any(): raise ValueError(f"fvu: expected two arrays of one shape whose rows are not all the same, got {list(x.shape)} and {list(x_hat.shape)}")
+    mean = rows.mean(0)
     return (((x - x_hat)**2).sum() / ((x - mean)**2).sum()).item()

@@ -8,6 +8,7 @@ import hashlib, ipaddress, json, math, os, random, re, threading
 from bisect import bisect_right
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor, as_completed
+from contextlib import suppress
 from dataclasses import dataclass
 from itertools import accumulate
 from pathlib import Path
@@ -124,7 +125,7 @@ def _keep(self: APIExplainer, ask, answer):
     self.cache.mkdir(parents=True, exist_ok=True)
     part = self.cache / f"{ask.name}.{os.getpid()}.{threading.get_ident()}.part"
     part.write_text(json.dumps(dict(request=ask.request, answer=answer)))
-    part.replace(self.cache / ask.name)
+    with suppress(FileNotFoundError): part.replace(self.cache / ask.name)          # another process began, and swept it away
 
 # %% ../nbs/09_autointerp.ipynb #c09-159
 @patch
@@ -141,6 +142,7 @@ def _answers(self: APIExplainer, what, asks):                       # -> what ea
 
 @patch
 def _fetch(self: APIExplainer, what, todo, done):                   # {name: ask}; adds to done -> {name: its trouble}
+    for half in self.cache.glob("*.json.*.part"): half.unlink(missing_ok=True)     # of processes that were killed
     stop, troubles, client, cost = threading.Event(), {}, self._client(), self._estimate(todo.values())
     dollars = "" if cost["dollars"] is None else f", about ${cost['dollars']:.2f}"
     print(f"{what}: {cost['calls']} calls to {self.host} ({len(done)} more are in the cache), about {cost['tokens_in']:,} tokens in and {cost['tokens_out']:,} out{dollars}", flush=True)

@@ -147,7 +147,7 @@ def revive(self: CodebookTrainer):
     "Move unused codes onto inputs of the last batch, drawn in proportion to (1 - cosine to the own codes) * surprise of the next token."
     whole = lambda parts: self.accelerator.gather(torch.cat(parts)).flatten(0, 1)
     nats, draw = whole([nats for nats, _ in self.seen]), seeded(self.args.seed * 1_000_003 + self.state.global_step)       # the same on all processes
-    for site, book in self.books.items(): book.revive(whole([inputs[site] for _, inputs in self.seen]), nats, optimizer=self.optimizer, generator=draw)
+    for site, book in self.books.items(): book.revive(whole([inputs[site] for _, inputs in self.seen]).to(book.weight.dtype), nats, optimizer=self.optimizer, generator=draw)
     self.seen.clear()
 
 # %% ../nbs/05_finetune.ipynb #c05-9
@@ -188,10 +188,11 @@ def _save(self: CodebookTrainer, output_dir=None, state_dict=None):
     "Write the codebook model, as save_pretrained does, and what resuming needs."
     if not self.books: return Trainer._save(self, output_dir, state_dict)
     if not self.args.should_save: return
-    folder = Path(output_dir or self.args.output_dir)
-    self.model.save_pretrained(folder)
+    (folder := Path(output_dir or self.args.output_dir)).mkdir(parents=True, exist_ok=True)
+    save_file({f"{site}.counts": self.counted.get(site, b.counts) for site, b in self.books.items()} | {f"{site}.power": p for site, p in self.power.items()}
+              | {f"usage.{name}": torch.tensor(v, dtype=torch.double) for name, v in self.usage.items()}, folder / STATE)
+    self.model.save_pretrained(folder)             # last: it writes the checksums of all
     if self.processing_class is not None: self.processing_class.save_pretrained(folder)
-    save_file({f"{site}.counts": self.counted.get(site, b.counts) for site, b in self.books.items()} | {f"{site}.power": p for site, p in self.power.items()}, folder / STATE)
 
 @patch
 def _save_checkpoint(self: CodebookTrainer, *args, **kw):
@@ -209,17 +210,20 @@ def _load_best_model(self: CodebookTrainer):
 def _load_from_checkpoint(self: CodebookTrainer, folder, model=None):
     "Weights, codes, counts and units of a checkpoint; ValueError if it is of other sites or settings."
     if not self.books: return Trainer._load_from_checkpoint(self, folder, model)
-    saved, state = CodebookModel.from_pretrained(folder), load_file(Path(folder) / STATE)
+    saved = CodebookModel.from_pretrained(folder)
+    try: state = load_file(Path(folder) / STATE)
+    except Exception as e: raise ValueError(f"finetune: {STATE} in {folder} is missing or damaged ({e}); remove this checkpoint to go on from the one before, or give another folder") from e
     ours, theirs = ({s: b.config for s, b in m.codebooks.items()} for m in (self.model, saved))
     if ours != theirs: raise ValueError(f"finetune: the checkpoint {folder} has the codebooks {theirs}, the model to go on with {ours}; give another folder, or resume=False")
     self.model.load_state_dict(saved.state_dict())
     for site, book in self.books.items(): book.counts.copy_(state[f"{site}.counts"] * (self.args.process_index == 0))          # they are summed again later
     self.power = {site: state[f"{site}.power"].to(self.args.device) for site in self.books}
+    self.usage = {name: state[f"usage.{name}"].item() for name in ("dead_share", "usage_entropy", "code_norm") if f"usage.{name}" in state}
 
 def last_checkpoint(folder) -> str | None:
-    "The newest checkpoint of a folder that was written to its end (its trainer_state.json comes last), or None."
+    "The newest checkpoint of a folder that was written to its end (its trainer_state.json comes last) and has optimizer and scheduler, or None."
     def whole(path):
-        try: return bool(json.loads((path / "trainer_state.json").read_text()))
+        try: return bool(json.loads((path / "trainer_state.json").read_text())) and (path / "optimizer.pt").exists() and (path / "scheduler.pt").exists()
         except (OSError, ValueError): return False
     found = [p for p in Path(folder).glob("checkpoint-*") if p.name[11:].isdigit() and whole(p)]
     return str(max(found, key=lambda p: int(p.name[11:]))) if found else None
@@ -235,10 +239,12 @@ def _same_run(trainer, text, last):
     args, file = trainer.args, Path(trainer.args.output_dir) / "finetune.json"
     now = dict(lr=args.learning_rate, batch=args.train_batch_size * args.gradient_accumulation_steps * args.world_size, seed=args.seed, text=hashlib.sha256(text.ids.numpy().tobytes()).hexdigest()[:16],
                **{name: getattr(trainer, name) for name in ("recon", "decay", "codes_lr", "revive_every", "revive_until")})
-    began = json.loads(file.read_text()) if last and file.exists() else now
+    try: began = {name: json.loads(file.read_text())[name] for name in now} if last else now
+    except (OSError, ValueError, LookupError, TypeError) as e: raise ValueError(f"finetune: {file}, which tells how {last} was begun, is missing or damaged ({type(e).__name__}: {e}); copy it again, give another folder, or resume=False") from e
     if differs := {name: f"{began[name]} there, {now[name]} now" for name in now if began[name] != now[name]}: raise ValueError(f"finetune: {last} was begun with other settings: {differs}; give another folder, or resume=False")
     if not trainer.is_world_process_zero(): return
     file.parent.mkdir(parents=True, exist_ok=True)
+    for half in file.parent.glob("checkpoint-*/.tmp??????"): half.unlink()             # of a stop in mid-writing
     file.with_suffix(".part").write_text(json.dumps(now)); file.with_suffix(".part").replace(file)
 
 def finetune(model,                        # a CodebookModel; a plain model: the control, trained in the same way without codes
@@ -260,8 +266,8 @@ def finetune(model,                        # a CodebookModel; a plain model: the
         trainer = CodebookTrainer(model, TrainingArguments(str(folder or nowhere), **(defaults | kw)), train_dataset=as_dataset(text), **ours)
         trainer.remove_callback(PrinterCallback)
         last = last_checkpoint(folder) if folder and resume else None
-        if folder: _same_run(trainer, text, last)
         if last and (done := TrainerState.load_from_json(f"{last}/trainer_state.json")).global_step > steps: raise ValueError(f"finetune: {last} is further than steps={steps}; give another folder, or resume=False")
+        if folder: _same_run(trainer, text, last)
         if last and done.global_step == steps: trainer.state = done; trainer._load_from_checkpoint(last)
         else: trainer.train(resume_from_checkpoint=last)
     model.eval()

@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 import torch
-from .core import seeded
+from .core import checksum, seeded
 from .kmeans import finite
 from .models import _WAYS_OUT, _names, _reach
 from .sites import TRANSFORMER_LENS, from_transformer_lens, to_transformer_lens
@@ -50,10 +50,10 @@ def save_sae(sae, folder,
     "Write `sae_state.safetensors` and `sae.json`; `load_sae` gives the same autoencoder, bit for bit."
     from safetensors.torch import save_file
     _check(sae, "save_sae")
-    try: head = _json(dict(format=1, config=sae.config, site=site, meta=meta))
+    try: _json(head := dict(format=1, config=sae.config, site=site, meta=meta))
     except (TypeError, ValueError) as e: raise ValueError(f"save_sae: {e}; expected only what JSON can hold in {', '.join(meta) or 'the settings'}") from e
     tensors = {name: t.detach().cpu().contiguous().clone() for name, t in sae.state_dict().items()}
-    _write(folder, {"sae_state.safetensors": partial(save_file, tensors), "sae.json": head})
+    _write(folder, "sae_state.safetensors", partial(save_file, tensors), "sae.json", head)
 
 def export_sae(sae, folder,
                layout: str,                   # "saelens", "dictionary_learning" or "sparsify" (TopK only)
@@ -70,7 +70,7 @@ def export_sae(sae, folder,
     tensors = {theirs.removesuffix(".T"): _turned(own[name], theirs).contiguous().clone() for name, theirs in names.items()}
     config, more = dict(saelens=_for_saelens, dictionary_learning=_for_dictionary_learning, sparsify=_for_sparsify)[layout](sae, cls, site, model_name)
     head, weights = FILES[layout]
-    _write(folder, {weights: partial(torch.save if weights == "ae.pt" else save_file, tensors | more), head: _json(config)})
+    _write(folder, weights, partial(torch.save if weights == "ae.pt" else save_file, tensors | more), head, config)
 
 def _turned(t, theirs): return t.T if theirs.endswith(".T") else t
 def _lies(theirs, shape): return list(shape)[::-1] if theirs.endswith(".T") else list(shape)
@@ -86,11 +86,13 @@ def _check(sae, call, layout=None, site=None):
     if site and not re.fullmatch(rf"({'|'.join(TRANSFORMER_LENS)})\.\d+", site): raise ValueError(f"{call}: site={site!r}; expected one like resid.2, of {', '.join(TRANSFORMER_LENS)}")
     if (least := getattr(sae, "threshold", torch.zeros(1)).min()) < 0: raise ValueError(f"{call}: a threshold is {least:.3g}; expected none below 0, for in {layout} nothing negative passes")
 
-def _write(folder, files):                    # {name: its text, or fn(path)}, the configuration last
-    "All files under names that nobody reads, then all renamed."
+def _write(folder, weights, save, head, config):       # two names, fn(path) for the first
+    "Weights, and the configuration with their checksum, under names that nobody reads; then both renamed."
     (folder := Path(folder)).mkdir(parents=True, exist_ok=True)
-    for name, what in files.items(): (folder / f"{name}.part").write_text(what) if isinstance(what, str) else what(folder / f"{name}.part")
-    for name in files: (folder / f"{name}.part").replace(folder / name)
+    for half in folder.glob(".tmp??????"): half.unlink()               # of a save that was killed
+    part = lambda name: folder / f"{name}.part"
+    save(part(weights)); part(head).write_text(_json(config | dict(sha256=checksum(part(weights)))))
+    for name in (weights, head): part(name).replace(folder / name)
 
 # each: configuration, and tensors beside those of TENSORS
 def _for_saelens(sae, cls, site, model_name):
@@ -116,7 +118,8 @@ def load_sae(name,                            # a folder, or owner/name on the H
     "An autoencoder in eval mode, float32, on the CPU, of whichever layout lies there; `.source`: layout, name, path, site where known, and the peer's config."
     folder, layout, path = _fetch(str(name), str(path).strip("/"), revision)
     at = "/".join(part for part in (str(name), path) if part)
-    config, tensors = _config(folder, layout, at), _tensors(folder / FILES[layout][-1], at)
+    config, tensors = _config(folder, layout, at), _tensors(file := folder / FILES[layout][-1], at)
+    if (mark := config.get("sha256")) and checksum(file) != mark: raise ValueError(f"load_sae: {file.name} of {at} is not what {FILES[layout][0]} was written for: damaged, or of a save that was broken off; save or copy both again (or take sha256 out of {FILES[layout][0]}, if the change is yours)")
     try: sae = _build(at, tensors, **_READERS[layout](at, config, tensors))
     except (AttributeError, TypeError, RuntimeError) as e: raise ValueError(f"load_sae: {at}: its settings are none of {layout}'s ({e})") from e
     site = config.get("site") if layout == "ours" else _site(_meta(config).get("hook_name"))
@@ -268,7 +271,7 @@ def _dictionary_learning(at, config, tensors):
 
 # %% ../nbs/07_sae.ipynb #c07-120
 def _sparsify(at, config, tensors):
-    plain = {"activation", "expansion_factor", "normalize_decoder", "num_latents", "k", "multi_topk", "d_in"}
+    plain = {"activation", "expansion_factor", "normalize_decoder", "num_latents", "k", "multi_topk", "d_in", "sha256"}
     for option in config.keys() - plain: _only(at, option, config[option], False, None)                # skip_connection, transcode, signed
     n = config.get("num_latents") or (config.get("d_in") or 0) * config.get("expansion_factor", 32)
     return _found(at, "sparsify", "activation", config.get("activation", "topk"), config.get("d_in", 0), n, k=config.get("k"))

@@ -26,6 +26,7 @@ class TokFSM:
 
     def walk(self, n, steps, generator=None):
         "n walks from uniform starts: states [n, steps]."
+        if steps < 1: raise ValueError(f"walk: expected steps of at least 1, got {steps}")
         states = [torch.randint(self.n_states, (n,), generator=generator)]
         for _ in range(steps - 1): states.append(self.successors[states[-1], torch.randint(self.n_edges, (n,), generator=generator)])
         return torch.stack(states, 1)
@@ -36,7 +37,7 @@ class TokFSM:
 
     def sample(self, n, length=128, generator=None):
         "Token ids [n, length]."
-        return self.tokens(self.walk(n, length // 2, generator))[:, :length]
+        return self.tokens(self.walk(n, max(1, length // 2), generator))[:, :length]
 
     def stream(self, batch, length=128, seed=0):
         "Endless batches [batch, length], never the same again."
@@ -46,6 +47,7 @@ class TokFSM:
 # %% ../nbs/01_fsm.ipynb #c01-19
 def bayes(fsm: TokFSM, length: int = 128) -> tuple[float, float]:
     "Best possible (loss in nats a token, next-token accuracy) on sequences of `length` tokens: an exact sum, nothing sampled."
+    if length < 2: raise ValueError(f"bayes: expected length of at least 2, of which a token is to be predicted, got {length}")
     start = torch.full((1, fsm.n_states), 1 / fsm.n_states)                       # before the first state: anywhere
     step = torch.cat([fsm.legal / fsm.n_edges, start]).double()                   # [n_states + 1, n_states]
     both = F.pad(step, (0, 100 - fsm.n_states)).view(-1, 10, 10)                  # P(first digit, second digit | state)
@@ -165,6 +167,7 @@ def legal_mass(model, fsm: TokFSM, ids) -> float:     # ids [n, length]
 # %% ../nbs/01_fsm.ipynb #c01-52
 def best_f1(acts, labels, n_states: int = 100):       # acts [N, n], labels [N] with -1 for none -> two tensors [n, n_states]
     "For every unit and state the threshold with the highest F1 of 'unit >= threshold' as a detector of the state, and that F1."
+    if not acts.isfinite().all(): raise ValueError("best_f1: the activations hold NaN or infinity; expected finite numbers")
     truth = F.one_hot(labels + 1, n_states + 1)[:, 1:].float()                     # [N, states]
     rank, total = torch.arange(1, len(labels) + 1)[:, None], truth.sum(0)
     scores, thresholds = torch.empty(2, acts.shape[1], n_states)

@@ -15,6 +15,7 @@ def finite(x, where: str):
 @torch.no_grad()
 def nearest(x, codes, cosine: bool = True, k: int = 1, rows: int = 256):     # [N, d], [C, d] -> ids [N, k]
     "Ids of the k codes nearest to each row, by angle or by distance, best first; [rows, C] is the most it holds."
+    if x.shape[-1] != codes.shape[-1] or not 1 <= k <= len(codes): raise ValueError(f"nearest: expected rows and codes of one width and k from 1 to {len(codes)}, got {list(x.shape)}, {list(codes.shape)} and k={k}")
     keys = (F.normalize(codes, dim=-1) if cosine else codes).T.contiguous()          # lying so, the product is twice as fast
     shift = None if cosine else -.5 * (codes**2).sum(-1)              # |x - c|^2 is least where x.c - |c|^2 / 2 is largest
     def best(part):

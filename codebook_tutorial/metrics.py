@@ -15,6 +15,7 @@ from .sites import capture, intervene
 def measure(dictionary, x, batch: int = 8192) -> dict:       # any Dictionary; [N, d]
     "l0, fvu, cosine (of x and x^, both without x's mean), dead_share, alive (features active more than 10 times, the paper's count), density [F] (share of rows at which each is active)."
     finite(x, "measure")
+    if x.dim() != 2 or not (x != x[:1]).any(): raise ValueError(f"measure: expected states [N, d] that are not all the same, got {list(x.shape)}")
     mean, active, left, like = x.mean(0), 0, 0., 0.
     for part in x.split(batch):
         f = dictionary.encode(part)

@@ -98,13 +98,13 @@ def _model_folder(id, revision, hub, weights=True):
     if weights: _check_files(id, os.listdir(folder) if folder else [f.rfilename for f in info.siblings])
     return folder or snapshot_download(id, revision=revision, **files, **hub)
 
-def _check_weights(id, folder):
+def _check_weights(call, id, folder):
     "ValueError that names a safetensors file which is damaged or cut short."
     from safetensors import safe_open
     for file in sorted(Path(folder).glob("model*.safetensors")):
         try: safe_open(file, "pt").keys()
         except Exception as e:
-            raise ValueError(f"load_lm: {file.name} of {id} is damaged or cut short ({e}); load it anew with load_lm({id!r}, force_download=True), or copy the folder again") from e
+            raise ValueError(f"{call}: {file.name} of {id} is damaged or cut short ({e}); copy the folder again, or load it anew with " + (f"load_lm({id!r}, force_download=True)" if call == "load_lm" else "`hf download --force-download`")) from e
 
 # %% ../nbs/04_stories.ipynb #c04-75
 def _tokenizer(id, folder, bos, hub):
@@ -138,7 +138,7 @@ def load_lm(name: str | None = None,       # "stories" (or $COURSE_MODEL), a pre
     hub = {k: kwargs.pop(k) for k in ("force_download", "token", "cache_dir") if k in kwargs}
     with _explained("load_lm", name, list(PRESETS), id, revision):
         folder = _model_folder(id, revision, hub)
-        _check_weights(id, folder)
+        _check_weights("load_lm", id, folder)
         tok = _tokenizer(id, folder, bos, hub)
         model, found = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, use_safetensors=True, output_loading_info=True, **kwargs)
         if lost := sorted(found["missing_keys"]): raise ValueError(f"load_lm: the weights of {id} lack {', '.join(lost[:3])} ({len(lost)} in all), which {type(model).__name__} needs")

@@ -9,7 +9,7 @@ __all__ = ['KINDS', 'ALPHA', 'SAE', 'Tied', 'TopK', 'BatchTopK', 'Matryoshka', '
            'train_sae', 'refit', 'tune_decoder']
 
 # %% ../nbs/07_sae.ipynb #c07-8
-import json, warnings
+import hashlib, json, warnings
 from itertools import islice, product
 from pathlib import Path
 from safetensors import SafetensorError, safe_open
@@ -287,13 +287,16 @@ class _Run:
     def keep(self, done):
         moments = {f"{name}.{key}": t for name, p in self.sae.named_parameters() for key, t in self.optimizer.state.get(p, {}).items()}
         self.file.parent.mkdir(parents=True, exist_ok=True)
-        save_file({name: t.detach().contiguous() for name, t in (self.own() | moments).items()}, part := self.file.with_suffix(".part"), metadata=dict(done=str(done), began=self.began))
+        for half in self.file.parent.glob(".tmp??????"): half.unlink()                 # of a stop in mid-writing
+        kept = {name: t.detach().contiguous() for name, t in (self.own() | moments).items()}
+        save_file(kept, part := self.file.with_suffix(".part"), metadata=dict(done=str(done), began=self.began, sha256=_mark(kept)))
         part.replace(self.file)
 
     @torch.no_grad()
     def go_on(self):
         try:
             with safe_open(self.file, "pt", device=str(self.sae.W_dec.device)) as f: kept, told = {name: f.get_tensor(name) for name in f.keys()}, f.metadata()
+            if (mark := told.get("sha256")) and _mark(kept) != mark: raise OSError("its checksum differs")
         except (SafetensorError, OSError) as e: raise ValueError(f"train_sae: {self.file} is damaged ({e}); delete it to begin afresh") from e
         began, now = json.loads(told["began"]), json.loads(self.began)
         if differs := {name: f"{began.get(name)} there, {now.get(name)} now" for name in began | now if began.get(name) != now.get(name)}: raise ValueError(f"train_sae: {self.file} was begun with other settings: {differs}; give another folder, or delete it")
@@ -302,20 +305,28 @@ class _Run:
             if moments := {key: kept[f"{name}.{key}"] for key in ("step", "exp_avg", "exp_avg_sq") if f"{name}.{key}" in kept}: self.optimizer.state[p] = moments
         self.done = int(told["done"])
 
+def _mark(tensors):                           # sha256
+    mark = hashlib.sha256()
+    for name in sorted(tensors): mark.update(name.encode() + tensors[name].reshape(-1).view(torch.uint8).cpu().numpy().tobytes())
+    return mark.hexdigest()
+
 # %% ../nbs/07_sae.ipynb #c07-95
 def _checked(kind, alpha, steps):
     "alpha as a tensor, [] or [S]; ValueError for what cannot be trained."
     if kind not in KINDS: raise ValueError(f"train_sae: kind={kind!r}, expected one of {', '.join(KINDS)}")
     alpha = torch.as_tensor(alpha, dtype=torch.float)
     if alpha.dim() and issubclass(KINDS[kind], TopK): raise ValueError(f"train_sae: kind={kind!r} takes one alpha, the weight of its auxiliary loss (sparsity is set by k); got {alpha.tolist()}")
-    if alpha.dim() > 1 or not (alpha >= 0).all(): raise ValueError(f"train_sae: expected alpha of at least 0, one or a list, got {alpha.tolist()}")
+    if alpha.dim() > 1 or not alpha.numel() or not (alpha >= 0).all(): raise ValueError(f"train_sae: expected alpha of at least 0, one or a list, got {alpha.tolist()}")
     if steps < 1: raise ValueError(f"train_sae: expected steps of at least 1, got {steps}")
     return alpha
 
 def _units(x):                                # [n, d] -> mean [d], scale: the centred x / scale has mean square 1 a coordinate
-    finite(x, "train_sae")
+    if x.dim() != 2: raise ValueError(f"train_sae: expected activations [N, d], got {list(x.shape)}")
+    finite(x := x.float(), "train_sae")
     mean = x.mean(0)
-    return mean, (x - mean).pow(2).mean().sqrt().clamp(min=1e-12)
+    scale = (x - mean).pow(2).mean().sqrt()
+    if not 1e-12 < scale < torch.inf: raise ValueError(f"train_sae: expected activations that vary, in units fit for float32; around their mean they are of size {scale:.3g}")
+    return mean, scale
 
 @torch.no_grad()
 def refit(sae, x, ridge: float = 1e-4, batch: int = 8192):         # [N, d]
@@ -325,7 +336,7 @@ def refit(sae, x, ridge: float = 1e-4, batch: int = 8192):         # [N, d]
     for part in x.split(batch):
         f = sae.encode(part)
         ff += f.T @ f; fx += f.T @ (part - sae.decode(f))
-    moved = torch.linalg.solve(ff + ridge * ff.diagonal().mean() * torch.eye(n, device=x.device), fx)      # a feature that never fires stays where it is
+    moved = torch.linalg.solve(ff + (ridge * ff.diagonal().mean()).clamp(min=1e-30) * torch.eye(n, device=x.device), fx)      # a feature that never fires stays where it is
     new = _untied(sae)
     new.W_dec.add_(moved)
     return new

@@ -1,4 +1,4 @@
-"""What does it cost?
+"""What does it cost, how far does it go, and what breaks it?
 
 Docs: https://codebook-tutorial.github.io/codebook_tutorial/scale.html.md"""
 
@@ -8,7 +8,8 @@ Docs: https://codebook-tutorial.github.io/codebook_tutorial/scale.html.md"""
 __all__ = ['SIZES', 'blank', 'one_pass', 'Counter', 'count', 'seconds', 'CostModel', 'training_bytes', 'measured_bytes']
 
 # %% ../nbs/14_scale.ipynb #c14-4
-import statistics, threading, time, weakref
+import os, statistics, threading, time, weakref
+from contextlib import contextmanager
 from multiprocessing import get_context
 import numpy as np, torch, torch.nn.functional as F
 from scipy.optimize import nnls
@@ -27,7 +28,7 @@ def blank(size,                            # a name of SIZES, or (d_model, layer
     if isinstance(size, str) and size not in SIZES: raise ValueError(f"blank: size={size!r}, expected one of {', '.join(SIZES)}, or (d_model, layers, heads)")
     d, layers, heads = SIZES[size] if isinstance(size, str) else size
     config = GPTNeoXConfig(hidden_size=d, num_hidden_layers=layers, num_attention_heads=heads, intermediate_size=4 * d, vocab_size=vocab, max_position_embeddings=2048)
-    with torch.device(where): return AutoModelForCausalLM.from_config(config).eval()
+    with torch.device(where): return AutoModelForCausalLM.from_config(config, attn_implementation="eager").eval()         # attention in plain products, which can be counted
 
 def one_pass(model, rows: int = 1, length: int = 512, train: bool = False):
     "A function that runs the model once over rows * length tokens, forward or forward and backward (next-token loss; with codebooks, their reconstruction too)."
@@ -51,7 +52,7 @@ class Counter(TorchDispatchMode):
         out, name = func(*args, **(kwargs or {})), func._overloadpacket
         made = [t for t in tree_leaves(out) if isinstance(t, torch.Tensor)]
         for t in made: self.hold(t.untyped_storage())
-        if func.is_view: return out
+        if func.is_view or name is torch.ops.aten._unsafe_view: return out
         self.calls += 1
         if name in flop_registry: self.flops += flop_registry[name](*args, **(kwargs or {}), out_val=out)
         else: self.bytes += sum(t.numel() * t.element_size() for t in [*tree_leaves((args, kwargs)), *made] if isinstance(t, torch.Tensor))
@@ -133,12 +134,23 @@ def _train_here(size, vocab, codes, rows, length, pipe):
     for _ in range(3): step(); optimizer.step()
     done.set(); pipe.send(high[0] - before)
 
+@contextmanager
+def _returning():
+    "Children begun here have a C library that gives memory back at once, so that what is held is what is used (glibc; elsewhere it changes nothing)."
+    name = "MALLOC_MMAP_THRESHOLD_"
+    was, os.environ[name] = os.environ.get(name), "65536"
+    try: yield
+    finally:
+        if was is None: del os.environ[name]
+        else: os.environ[name] = was
+
 def measured_bytes(size, vocab: int, codes: dict | None = None, rows: int = 8, length: int = 512) -> int:      # codes: as add_codebooks takes them
     "What three real steps of training take on this machine's CPU, measured in a process of its own ."
     context = get_context("spawn")
     ours, theirs = context.Pipe()
     child = context.Process(target=_train_here, args=(size, vocab, codes, rows, length, theirs))
-    child.start(); theirs.close()
+    with _returning(): child.start()
+    theirs.close()
     try: return ours.recv()
     except EOFError: raise ValueError(f"measured_bytes: the process that trained {size} ended without an answer, probably for want of memory; try fewer rows or a smaller size") from None
     finally: child.join()

@@ -20,6 +20,7 @@ from .core import seeded
 from .dictionary import Dictionary, random_directions
 from .effects import best_within, effect_and_price
 from .fsm import TokFSM, state_labels
+from .kmeans import finite
 from .metrics import measure, replaced_loss
 from .models import _evaluating
 from .patching import patch_curve
@@ -47,9 +48,11 @@ def sparse_probes(f,                       # [N, F] features at ordinary tokens
                   ks: tuple = (1, 2, 5), ridge: float = 1e-3) -> dict:
     "For every concept a linear probe on its k best features (arXiv 2305.01610; chosen one after the other by what they still explain, least squares, the threshold of the best F1), all on the first half of the tokens: k -> f1 [C] and fires [N / 2, C] on the second; `chosen` [C, max k]; 'all': a probe on every feature."
     f, truth = (torch.as_tensor(t) for t in (f, truth))
-    if f.dim() != 2 or truth.dim() != 2 or len(f) != len(truth): raise ValueError(f"sparse_probes: expected features [N, F] and truth [N, C] of the same tokens, got {list(f.shape)} and {list(truth.shape)}")
+    if f.dim() != 2 or truth.dim() != 2 or not 2 <= len(f) == len(truth): raise ValueError(f"sparse_probes: expected features [N, F] and truth [N, C], of two rows or more, of the same tokens, got {list(f.shape)} and {list(truth.shape)}")
+    finite(f, "sparse_probes")
     if not 1 <= min(ks) <= max(ks) <= f.shape[1]: raise ValueError(f"sparse_probes: ks={ks} of {f.shape[1]} features")
-    half, f, own = len(f) // 2, f.float(), truth.float()
+    half, f, truth = len(f) // 2, f.float(), truth.bool()
+    own = truth.float()
     z = (f - f[:half].mean(0)) * (1 / f[:half].std(0)).nan_to_num(posinf=0.)             # a feature that never changes explains nothing
     alike, wanted = z[:half].T @ z[:half] / half, z[:half].T @ (own[:half] - own[:half].mean(0)) / half       # [F, F], [F, C]
     left, chosen, out = wanted, wanted.new_zeros(0, truth.shape[1], dtype=torch.long), {}
@@ -86,7 +89,7 @@ def absorbed(fires, f1, feature, truth,    # [N / 2, C] bool: a concept's best f
 # %% ../nbs/13_scoreboard.ipynb #c13-91
 def concept_board(f, truth, at_least: int = 20, gain: float = .1, precise: float = .8) -> dict:      # [N, F], [N, C] bool
     "How known concepts stand in features, on tokens that chose nothing: f1 of the best feature, probe_k of the best k (all: of every feature; None where there are fewer), precise (share of concepts whose best feature has at least that precision), split (of all concepts: precise, and yet only a part: five features find `gain` more; a lower bound, since of frequent concepts the best feature may be one that fires nearly always), absorbed of `families`; how many concepts are too rare (skipped)."
-    truth, f = np.asarray(truth), np.asarray(f)
+    truth, f = np.asarray(truth, bool), np.asarray(f)
     half, ks = len(truth) // 2, tuple(k for k in (1, 2, 5) if k <= f.shape[1])
     asked = np.flatnonzero(np.minimum(truth[:half].sum(0), truth[half:].sum(0)) >= at_least)
     if not len(asked): raise ValueError(f"concept_board: none of the {truth.shape[1]} concepts holds at {at_least} tokens or more in both halves; give more text, or a lower at_least")
@@ -188,6 +191,8 @@ def stability(dictionaries: list,
               states=None) -> dict:        # [N, d]: the controls' states; centred, where the dictionaries read centred ones
     "Of dictionaries that differ by seed: the cosine (either sign) of each feature to its partner in the other, one to one, so that the mean is largest; mean over pairs. `values`: one a pair; controls: as many `random` directions; as many `states` drawn at random, which have learnt nothing."
     if len(dictionaries) < 2 or len({one.directions.shape[1] for one in dictionaries}) > 1: raise ValueError(f"stability: expected two dictionaries or more of one width, got {[list(one.directions.shape) for one in dictionaries]}")
+    n, d = max(len(one.directions) for one in dictionaries), dictionaries[0].directions.shape[1]
+    if states is not None and (states.shape[1:] != (d,) or len(states) < n): raise ValueError(f"stability: expected states [N, {d}], at least the {n} that are drawn, got {list(states.shape)}")
     unit = [F.normalize(one.directions.float().cpu(), dim=-1) for one in dictionaries]
     def mean(some):
         alike = [(some[i] @ some[j].T).abs().numpy() for i in range(len(some)) for j in range(i)]

@@ -100,7 +100,7 @@ def strip(tokens: list,       # the text, one string a token
           top: float | None = None) -> Html:      # the value shown in full colour; None: the largest of these
     "Tokens with their activation as background colour; the number on hover."
     values = torch.as_tensor(values, dtype=torch.float)
-    if len(tokens) != len(values): raise ValueError(f"strip: expected one value a token, got {len(tokens)} tokens and {len(values)} values")
+    if not tokens or len(tokens) != len(values): raise ValueError(f"strip: expected one value a token, got {len(tokens)} tokens and {len(values)} values")
     top = top or float(values.abs().max()) or 1.
     cell = lambda t, v: (f'<span title="{v:.3g}" style="background:rgba({"0,114,178" if v >= 0 else "213,94,0"},{.75 * min(1, abs(v) / top):.3f});'
                          f'padding:2px 3px;border-radius:3px">{escape(t)}</span>')
@@ -113,6 +113,7 @@ def table(rows: list[dict],   # one dict a row, the same keys
           title: str = "", digits: int = 3) -> Html:
     "Rows as a table: numbers rounded, text escaped, missing values as a dash."
     fmt = lambda v: "–" if v is None else f"{v:,.{digits}f}" if isinstance(v, float) else str(v)
+    if not rows: raise ValueError("table: got no rows; expected at least one")
     keys = list(rows[0])
     cells = [[fmt(r.get(k)) for k in keys] for r in rows]
     head = "".join(f"<th>{escape(k)}</th>" for k in keys)
@@ -131,6 +132,7 @@ def marked(a: list, b: list) -> list:      # words twice -> two lists of [word, 
 
 def beside(texts: dict) -> Html:           # {title: text}; the first is what the others are compared with
     "Texts beside one another, words marked where they differ from the first."
+    if not texts: raise ValueError("beside: got no texts; expected at least one")
     plain, cells = next(iter(texts.values())).split(), []
     for title, text in texts.items():
         body = " ".join(f"<mark>{escape(w)}</mark>" if new else escape(w) for w, new in marked(plain, text.split())[1])

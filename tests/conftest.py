@@ -7,6 +7,15 @@ torch.set_num_threads(1)
 transformers.logging.set_verbosity_error(); transformers.logging.disable_progress_bar()
 
 
+def pytest_configure(config): config.addinivalue_line("markers", "nightly: a second case of what another test shows, run by the nightly workflow (COURSE_NIGHTLY=1)")
+
+
+def pytest_collection_modifyitems(items):
+    if os.environ.get("COURSE_NIGHTLY", "") in ("", "0"):
+        for item in items:
+            if item.get_closest_marker("nightly"): item.add_marker(pytest.mark.skip(reason="nightly: set COURSE_NIGHTLY=1"))
+
+
 @pytest.hookimpl(trylast=True)
 def pytest_terminal_summary(terminalreporter):
     "What was found on a real language model, and a line that says whether there was one."

@@ -53,6 +53,10 @@ def _next_by_hand(z, y, chosen):
     size = ((y - q @ (q.T @ y)) @ z).abs()
     return max((j for j in range(z.shape[1]) if j not in chosen), key=lambda j: size[j])
 
+def _renamed_by_hand(ids, girls, boys, seed=0):
+    other = {int(a): int(b) for some in (girls, boys) for a, b in zip(some, some.roll(1))}
+    return ids.clone().apply_(lambda i: other.get(i, i))
+
 def _batchtopk(x, n, k):
     from codebook_tutorial.sae import train_sae
     return train_sae(x, n, "batchtopk", k=k, steps=400, batch=512)
@@ -183,6 +187,13 @@ CASES = {
     "paired_interval": (lambda a, b, t=4.303: ((a - b).mean() - t * ((a - b).var() / len(a)).sqrt(), (a - b).mean() + t * ((a - b).var() / len(a)).sqrt()), [lambda a, b, t=4.303: ((a.mean() - b.mean()) - t * ((a.var() + b.var()) / 3).sqrt(), (a.mean() - b.mean()) + t * ((a.var() + b.var()) / 3).sqrt()), lambda a, b, t=4.303: ((a - b).mean() - t * (a - b).std(), (a - b).mean() + t * (a - b).std()), lambda a, b, t=4.303: ((a - b).min(), (a - b).max())], "take the differences first"),
     "answer_13_5": (raw("b"), [raw("a"), raw("c"), raw("")], "Random directions would report nearly the same"),
     "my_dictionary": (_batchtopk, [lambda x, n, k: random_directions(n, x.shape[1], seed=9), lambda x, n, k: _sparse_random(n, x.shape[1], k), lambda x, n, k: random_directions(2 * n, x.shape[1]), lambda x, n, k: x], "a dense dictionary"),
+    "added": (lambda d, C, g=1: C / d / 6, [lambda d, C, g=1: C / d / 12, lambda d, C, g=1: g * C / d / 6, lambda d, C, g=1: 4 * C * d, lambda d, C, g=1: 0.], "two sites a block"),
+    "fit_prices": (lambda c, t: __import__("scipy.optimize", fromlist=["lsq_linear"]).lsq_linear(c / t[:, None] / np.abs(c / t[:, None]).max(0), np.ones(len(t)), (0, np.inf), tol=1e-14).x / np.abs(c / t[:, None]).max(0), [lambda c, t: __import__("scipy.optimize", fromlist=["nnls"]).nnls(c, t)[0], lambda c, t: np.linalg.lstsq(c / t[:, None], np.ones(len(t)), rcond=None)[0], lambda c, t: np.zeros(3)], "the slowest case decides alone"),
+    "training_state": (lambda w, c, ema: 16 * w + (12 if ema else 16) * c, [lambda w, c, ema: 16 * (w + c), lambda w, c, ema: 4 * w + 3 * c, lambda w, c, ema: 16 * w + (4 if ema else 16) * c, lambda w, c, ema: 12 * (w + c)], "no gradient and no moments"),
+    "precision_change": (lambda a, s, b, t: torch.stack([b_[t_].sum() / b_.sum() - a_[s_].sum() / a_.sum() for a_, s_, b_, t_ in zip(a.T.float(), s.T, b.T.float(), t.T) if a_.any() and b_.any()]).mean(),
+                         [lambda a, s, b, t: ((b & t).sum(0) / b.sum(0)).nanmean() - ((a & s).sum(0) / a.sum(0)).nanmean(), lambda a, s, b, t: (b & t).sum() / b.sum() - (a & s).sum() / a.sum(), lambda a, s, b, t: ((b & t).sum(0) / b.sum(0).clamp(min=1) - (a & s).sum(0) / a.sum(0).clamp(min=1)).mean()], "ask the same ones in both"),
+    "answer_14_5": (raw("b"), [raw("a"), raw("c"), raw("")], "The block still does all its products|More sites, but more blocks"),
+    "renamed": (_renamed_by_hand, [lambda ids, girls, boys, seed=0: ids, lambda ids, girls, boys, seed=0: torch.where(torch.isin(ids, torch.cat([girls, boys])), girls[0], ids), lambda ids, girls, boys, seed=0: _renamed_by_hand(ids, torch.cat([girls, boys]), boys[:0]), lambda ids, girls, boys, seed=0: ids + 1], "two names became one|must become|stayed itself"),
     "word_lists": (lambda groups, ids: {n: [ids[w] for w in ws if w in ids and sum(w in o for o in groups.values()) == 1] for n, ws in groups.items()}, [lambda groups, ids: {n: [ids[w] for w in ws if w in ids] for n, ws in groups.items()}, lambda groups, ids: {}, lambda groups, ids: {"wet": [3, 4, 5], "dry": [6, 7]}], "leave it out"),
     "ablate_feature": (lambda x, e, b, d: x - (e @ d > 0) * ((x @ e + b).clamp(min=0) / (e @ d))[:, None] * d[None], [lambda x, e, b, d: x - (x @ e + b).relu()[:, None] * d, lambda x, e, b, d: x - ((x @ e + b) / (e @ d))[:, None] * d, lambda x, e, b, d: x - ((x @ e + b).relu() / (e @ d))[:, None] * d, lambda x, e, b, d: x - ((x @ e) / (e @ d))[:, None] * d], "divide by it"),
     "child_effect": (lambda a, b: (a - b).sum() / a.sum(), [lambda a, b: (1 - b / a).mean(), lambda a, b: b.sum() / a.sum(), lambda a, b: (a - b).sum(), lambda a, b: ((a - b).sum() / a.sum()).abs()], "not the mean of shares"),

@@ -410,6 +410,8 @@ def test_loading_refuses_what_does_not_fit(base, tmp_path):
     (tmp_path / "codebooks.json").write_text(json.dumps(settings))
     cb.remove()
     with pytest.raises(ValueError, match=r"mlp.1 in .*: expected .*21, 32.*got .*20, 32"): load_codebooks(base, tmp_path)
+    (tmp_path / "codebooks.json").write_text(json.dumps(settings | dict(format=2)))
+    with pytest.raises(ValueError, match="format 2; expected 1"): load_codebooks(base, tmp_path)
     assert not any(m._forward_hooks or m._forward_pre_hooks for m in base.modules())
 
 

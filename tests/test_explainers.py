@@ -465,7 +465,7 @@ def test_a_broken_write_leaves_no_answer(tmp_path, monkeypatch):
             m.setattr(Path, "replace", breaks)
             with pytest.raises(OSError, match="disk full"): at(api, tmp_path).explain(FEATURES)
         assert not [f for f in files(tmp_path) if f.suffix == ".json"]
-        assert at(api, tmp_path).explain(FEATURES)[0] == "w0"
+        assert at(api, tmp_path).explain(FEATURES)[0] == "w0" and {f.suffix for f in files(tmp_path)} == {".json"}
 
 
 @pytest.mark.parametrize("bound", [1, 3])

@@ -33,20 +33,18 @@ KILLS = int(os.environ.get("COURSE_KILLS", 2))
 @functools.cache
 def stories(): return load_lm("stories"), load_text(load_lm("stories")[1], "stories", n_tokens=64 * 256, length=256)
 
-USAGE = ("dead_share", "usage_entropy", "code_norm")      # a run that was taken up has them from its first whole window on
-
 def tuned(folder):
     cb = with_codes()
-    logs = finetune(cb, some_text(), steps=24, batch=8, folder=folder, save_every=4, log_every=4, revive_every=8, revive_until=1.)
-    cb.save_pretrained(folder / "end"); (folder / "logs.json").write_text(json.dumps([{n: v for n, v in row.items() if n not in USAGE} for row in logs], sort_keys=True))
+    logs = finetune(cb, some_text(), steps=12, batch=8, folder=folder, save_every=3, log_every=3, revive_every=4, revive_until=1.)
+    cb.save_pretrained(folder / "end"); (folder / "logs.json").write_text(json.dumps(logs, sort_keys=True))
 
 def harvested(folder): make(folder, text=cut_text(500), shard=64)
 
 def indexed(folder):
     (model, tok), text = stories()
-    build_index(model, tok, text, folder / "index", dictionaries={site: train_sae(torch.randn(500, 96, generator=seeded(i)), 64, steps=1, batch=500) for i, site in enumerate(("resid.0", "mlp.2"))}, batch=4, overwrite=True)
+    build_index(model, tok, text[:32], folder / "index", dictionaries={site: train_sae(torch.randn(500, 96, generator=seeded(i)), 64, steps=1, batch=500) for i, site in enumerate(("resid.0", "mlp.2"))}, batch=4, overwrite=True)
 
-def trained(folder): save_sae(train_sae(torch.randn(4000, 32, generator=seeded(0)), 64, steps=450, batch=512), folder)
+def trained(folder): save_sae(train_sae(torch.randn(4000, 32, generator=seeded(0)), 64, steps=300, batch=512, folder=folder, save_every=100), folder)
 
 def interpreted(folder):
     "Behind an address, whose server stands in the same process; answers are kept one by one."
@@ -81,12 +79,10 @@ def driver():
     with subprocess.Popen([sys.executable, "-c", DRIVER], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
                           env={**os.environ, "OMP_NUM_THREADS": "1", "COURSE_DEVICE": "cpu", "TQDM_DISABLE": "1", "TOKENIZERS_PARALLELISM": "false", "HF_HUB_OFFLINE": "1"}) as process:
         yield process
-        process.stdin.close()
+        process.kill()
 
 
-TRAINERS = {"optimizer.pt", "scheduler.pt", "rng_state.pth", "training_args.bin", "trainer_state.json"}        # transformers' own
-
-LEFT = dict(finetune=".tmp", train_sae=".tmp", interpret=".part")     # what a kill in the midst of a file may leave there for good
+TRAINERS = {"optimizer.pt", "scheduler.pt", "rng_state.pth", "training_args.bin", "training.safetensors"}        # transformers' own; and one whose header keeps no order
 
 def contents(folder): return {str(p.relative_to(folder)): None if p.name in TRAINERS else p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}
 def half(name): return [end for end in (".part", ".tmp") if Path(name).name.endswith(end) or Path(name).name.startswith(end)]
@@ -100,16 +96,18 @@ def test_killed_at_any_moment_and_called_again_it_ends_with_the_same_files(drive
     whole = contents(tmp_path / "whole")
     for i in range(KILLS):
         found = contents(tmp_path / str(i))
-        assert [n for n in found if half(n) != [LEFT.get(name)]] == list(whole) and not [n for n in whole if found[n] != whole[n]], i
+        assert list(found) == list(whole) and not [n for n in whole if found[n] != whole[n]], i
     assert {p.name for p in tmp_path.iterdir()} == {"whole", *map(str, range(KILLS))} and not any(map(half, whole))
 
 
 # ---- damaged in any way ----------------------------------------------------------------------------------------------
+def begun(folder): return train_sae(torch.randn(100, 6, generator=seeded(0)), 10, steps=2, batch=20, folder=folder)
 def resumed(folder): return finetune(with_codes(), some_text(), steps=4, batch=4, folder=folder, save_every=2)
 
 # kind -> its files, what writes and what reads them
 DAMAGED = {
     "codes": (["config.json", "model.safetensors", "codebooks.json", "codebooks.safetensors"], lambda folder: with_codes().save_pretrained(folder), CodebookModel.from_pretrained),
+    "training": (["training.safetensors"], begun, begun),
     "checkpoint": (["finetune.json", *(f"checkpoint-2/{name}" for name in ("config.json", "model.safetensors", "codebooks.json", "codebooks.safetensors", "codebooks_training.safetensors"))],
                    lambda folder: finetune(with_codes(), some_text(), steps=2, batch=4, folder=folder, save_every=2), resumed),
     "store": (["activations.json", "shard-00002.json", "shard-00002.safetensors"], make, lambda folder: open_activations(folder, verify=True)),
@@ -122,13 +120,8 @@ DAMAGED = {
 FAULTS = {"half": lambda raw: raw[:len(raw) // 2], "flipped": lambda raw: raw[:len(raw) // 2] + bytes([raw[len(raw) // 2] ^ 255]) + raw[len(raw) // 2 + 1:], "deleted": None,
           "another version": lambda raw: json.dumps(json.loads(raw) | dict(format=2)).encode()}
 VERSIONED = {("codes", "codebooks.json"), ("checkpoint", "checkpoint-2/codebooks.json"), ("store", "activations.json"), ("store, unverified", "activations.json"), ("index", "index.json"), ("ours", "sae.json")}
-NO_CHECKSUM = {(*where, "flipped") for where in (
-    ("codes", "model.safetensors"), ("codes", "codebooks.safetensors"), ("checkpoint", "checkpoint-2/model.safetensors"), ("checkpoint", "checkpoint-2/codebooks.safetensors"), ("checkpoint", "checkpoint-2/codebooks_training.safetensors"),
-    ("store, unverified", "shard-00002.safetensors"), ("index", "text.safetensors"), ("index", "mlp.0.safetensors"), ("language model", "model.safetensors"),
-    ("ours", "sae_state.safetensors"), ("saelens", "sae_weights.safetensors"), ("dictionary_learning", "ae.pt"), ("sparsify", "sae.safetensors"))}
-NOT_NEEDED = {("language model", "tokenizer_config.json", "deleted")}
-OPEN = {("codes", "model.safetensors", "half"), ("codes", "codebooks.json", "another version"), ("checkpoint", "checkpoint-2/model.safetensors", "half"), ("checkpoint", "checkpoint-2/codebooks.json", "another version"),
-        ("checkpoint", "checkpoint-2/codebooks_training.safetensors", "half"), *(("checkpoint", "finetune.json", fault) for fault in ("half", "flipped", "deleted"))}
+NO_CHECKSUM = {(*where, "flipped") for where in (("store, unverified", "shard-00002.safetensors"), ("index", "text.safetensors"), ("index", "mlp.0.safetensors"), ("language model", "model.safetensors"))}
+NOT_NEEDED = {("language model", "tokenizer_config.json", "deleted"), ("training", "training.safetensors", "deleted")}
 CASES = [(kind, file, fault) for kind, (files, _, _) in DAMAGED.items() for file in files for fault in FAULTS if fault != "another version" or (kind, file) in VERSIONED]
 
 @pytest.fixture(scope="module")
@@ -138,14 +131,14 @@ def undamaged(tmp_path_factory):
     def folder(kind): DAMAGED[kind][1](where := tmp_path_factory.mktemp("undamaged") / "x"); DAMAGED[kind][2](shutil.copytree(where, where.parent / "read")); return where
     return folder
 
-@pytest.mark.parametrize("kind,file,fault", [case for case in CASES if case not in NO_CHECKSUM | NOT_NEEDED | OPEN])
+@pytest.mark.parametrize("kind,file,fault", [case for case in CASES if case not in NO_CHECKSUM | NOT_NEEDED])
 def test_damage_is_told_and_the_file_named(undamaged, tmp_path, kind, file, fault):
     path = shutil.copytree(undamaged(kind), tmp_path / "x") / file
     path.unlink() if fault == "deleted" else path.write_bytes(FAULTS[fault](path.read_bytes()))
     with pytest.raises((ValueError, OSError)) as e: DAMAGED[kind][2](tmp_path / "x")
     assert path.name in str(e.value) or str(tmp_path / "x") in str(e.value), e.value
 
-def test_every_exception_is_a_case(): assert NO_CHECKSUM | NOT_NEEDED | OPEN <= set(CASES)
+def test_every_exception_is_a_case(): assert NO_CHECKSUM | NOT_NEEDED <= set(CASES)
 
 
 # ---- what must stand in no file --------------------------------------------------------------------------------------

@@ -155,7 +155,7 @@ def run(folder, family="neox", kind="averages, residual", batch=8, stop=0, proce
                           env={**os.environ, "STOP": str(stop), "OMP_NUM_THREADS": "1", "COURSE_DEVICE": "cpu", **more})
 
 
-@pytest.mark.parametrize("family,kind", [("neox", "averages, residual"), ("gpt2", "gradient, k=1")])
+@pytest.mark.parametrize("family,kind", [("neox", "averages, residual"), pytest.param("gpt2", "gradient, k=1", marks=pytest.mark.nightly)])
 def test_killed_and_resumed_it_ends_with_the_same_weights(tmp_path, family, kind):
     "The checkpoint lies in the middle of a window of counting; tied embeddings too."
     whole, cut = tmp_path / "whole" / "x", tmp_path / "cut" / "x"
@@ -171,7 +171,7 @@ def test_killed_and_resumed_it_ends_with_the_same_weights(tmp_path, family, kind
     assert first[-1] == second[-1]
 
 
-@pytest.mark.parametrize("kind,codes", [("averages, residual", 24), ("the paper's", 40)])
+@pytest.mark.parametrize("kind,codes", [("averages, residual", 24), pytest.param("the paper's", 40, marks=pytest.mark.nightly)])
 def test_two_processes_reach_what_one_does(tmp_path, kind, codes):
     "In float64 and with few codes, so that neither rounding nor two equal codes can turn a choice: what is left to differ is an error."
     logs = []
@@ -192,7 +192,40 @@ def test_a_checkpoint_that_was_not_written_to_its_end_is_passed_over(tmp_path):
     for step, state in ((9, "{}"), (20, '{"global_step": 20}'), (100, '{"global'), (110, None), (120, "")):
         (tmp_path / f"checkpoint-{step}").mkdir()
         if state is not None: (tmp_path / f"checkpoint-{step}" / "trainer_state.json").write_text(state)
+        for name in ("optimizer.pt", "scheduler.pt"): (tmp_path / f"checkpoint-{step}" / name).touch()
     assert last_checkpoint(tmp_path) == str(tmp_path / "checkpoint-20")
+
+
+@pytest.mark.parametrize("lost", ["optimizer.pt", "scheduler.pt"])
+def test_a_checkpoint_without_optimizer_or_scheduler_is_passed_over(tmp_path, lost):
+    cb, kw = with_codes(), dict(steps=3, batch=4, folder=tmp_path, save_every=1, log_every=1)
+    finetune(cb, some_text(), **kw)
+    (tmp_path / "checkpoint-3" / lost).unlink(); (tmp_path / "checkpoint-3" / ".tmpAb12Cd").touch()
+    assert last_checkpoint(tmp_path) == str(tmp_path / "checkpoint-2")
+    finetune(again := with_codes(), some_text(), **kw)
+    assert apart(state(again), state(cb)) == 0 and not list(tmp_path.rglob(".tmp*"))
+
+
+def test_a_run_whose_settings_are_lost_or_incomplete_is_not_taken_up(tmp_path):
+    finetune(with_codes(), some_text(), steps=1, batch=4, folder=tmp_path, save_every=1)
+    kept, file = json.loads((tmp_path / "finetune.json").read_text()), tmp_path / "finetune.json"
+    for told in (None, [1], {n: v for n, v in kept.items() if n != "lr"}):
+        file.unlink(missing_ok=True) if told is None else file.write_text(json.dumps(told))
+        with pytest.raises(ValueError, match="finetune.json, which tells .* resume=False"): finetune(with_codes(), some_text(), steps=2, batch=4, folder=tmp_path)
+    assert finetune(with_codes(), some_text(), steps=2, batch=4, folder=tmp_path, log_every=1, resume=False)[0]["step"] == 1
+
+
+def test_checkpoints_without_checksums_are_taken_up_and_damage_is_told_all_the_same(tmp_path):
+    finetune(cb := with_codes(), some_text(), steps=2, batch=4, folder=tmp_path, save_every=2)
+    told = json.loads((file := tmp_path / "checkpoint-2" / "codebooks.json").read_text())
+    assert set(told.pop("sha256")) == {"model.safetensors", "codebooks.safetensors", "codebooks_training.safetensors"}
+    file.write_text(json.dumps(told))
+    finetune(again := with_codes(), some_text(), steps=2, batch=4, folder=tmp_path)
+    assert apart(state(again), state(cb)) == 0
+    for name in ("codebooks_training.safetensors", "model.safetensors"):
+        path = tmp_path / "checkpoint-2" / name
+        path.write_bytes(path.read_bytes()[:-40])
+        with pytest.raises(ValueError, match=f"{name} .*damaged"): finetune(with_codes(), some_text(), steps=2, batch=4, folder=tmp_path)
 
 
 def test_resuming_refuses_other_codebooks(tmp_path):
@@ -259,7 +292,7 @@ def test_every_family_trains_resumes_and_loads(tmp_path, family):
 
 def test_bf16_trains_and_averages_stay_exact():
     cb = with_codes()
-    logs = finetune(cb, some_text(), steps=20, batch=8, lr=3e-3, bf16=True, log_every=5)
+    logs = finetune(cb, some_text(), steps=20, batch=8, lr=3e-3, bf16=True, log_every=5, revive_every=4)
     assert logs[-1]["lm_loss"] < logs[0]["lm_loss"] and all(b.total.dtype == torch.float32 for b in cb.codebooks.values())
 
 

@@ -6,7 +6,7 @@ from pathlib import Path
 from safetensors.numpy import load_file as numpy_file
 from safetensors.torch import load_file, save_file
 from codebook_tutorial import formats
-from codebook_tutorial.core import seeded
+from codebook_tutorial.core import data_path, seeded
 from codebook_tutorial.dictionary import random_directions
 from codebook_tutorial.formats import WRITES, convert_alpha, export_sae, load_sae, save_sae
 from codebook_tutorial.sae import KINDS
@@ -142,7 +142,8 @@ def change(file, **more):
     file.write_text(json.dumps(config))
 
 def retensor(file, fn):
-    "A weights file with fn(tensors) in place of its tensors."
+    "A weights file with fn(tensors) in place of its tensors, as a peer would have written it: without a checksum."
+    for told in file.parent.glob("*.json"): told.write_text(json.dumps({k: v for k, v in json.loads(told.read_text()).items() if k != "sha256"}))
     tensors = torch.load(file, weights_only=True) if file.suffix == ".pt" else load_file(file)
     (torch.save if file.suffix == ".pt" else save_file)(fn(tensors), file)
 
@@ -358,7 +359,7 @@ def test_two_layouts_in_one_folder(tmp_path):
     export_sae(random_sae("topk"), tmp_path / "x", "sparsify"); export_sae(random_sae("untied"), tmp_path / "x", "saelens")      # they fight over cfg.json
     refused(tmp_path / "x", "is ", path="sae.safetensors")
     export_sae(random_sae("topk"), tmp_path / "x", "sparsify")
-    refused(tmp_path / "x", "n_feats is 0", path="sae_weights.safetensors")
+    refused(tmp_path / "x", "is not what cfg.json was written for", path="sae_weights.safetensors")
 
 
 def test_nothing_there(tmp_path):
@@ -397,6 +398,21 @@ def test_a_broken_write_leaves_the_old_files(tmp_path, monkeypatch):
     monkeypatch.setattr(Path, "replace", once)
     with pytest.raises(OSError): save_sae(random_sae("topk"), tmp_path / "new")
     refused(tmp_path / "new", "no autoencoder")                                             # no settings without their weights
+    done.clear()
+    with pytest.raises(OSError): save_sae(random_sae("untied", seed=1), tmp_path)           # nor old settings with new weights
+    refused(tmp_path, "sae_state.safetensors", "is not what sae.json was written for")
+    monkeypatch.undo()
+    (tmp_path / ".tmpAb12Cd").touch()                                                       # safetensors' own, of a process that was killed
+    save_sae(random_sae("untied", seed=1), tmp_path)
+    assert not list(tmp_path.glob(".tmp*"))
+    same(load_sae(tmp_path), random_sae("untied", seed=1))
+
+
+def test_files_without_a_checksum_load_as_before(tmp_path):
+    save_sae(random_sae("gated"), tmp_path)
+    retensor(tmp_path / "sae_state.safetensors", lambda t: t)
+    same(load_sae(tmp_path), random_sae("gated"))
+    assert "sha256" not in load_sae(data_path("sae/tied")).source["config"]
 
 
 def test_a_later_format_of_ours_is_refused(tmp_path):

@@ -14,6 +14,7 @@ import finetune_model as launch  # noqa: E402
 BASE = {"tokens": 2048, "length": 256, "codes": 60, "k": 2, "steps": 6, "lr": .003, "batch": 4, "revive-every": 3, "save-every": 2, "log-every": 1}      # 8 rows of the stories, padded: two steps an epoch
 MORE = {"gradient": {"learn": "gradient", "select": "euclidean", "k": 1}, "ema": {}}
 
+GRADIENT, NIGHTLY = pytest.param("gradient", marks=pytest.mark.nightly), os.environ.get("COURSE_NIGHTLY", "") not in ("", "0")
 COMMANDS = {"torchrun --fsdp": (["torch.distributed.run", "--nproc-per-node", "2", "--rdzv-backend", "c10d", "--rdzv-endpoint", "127.0.0.1:0"], dict(fsdp=True, batch=2, codes=12)),
             "accelerate launch": (["accelerate.commands.accelerate_cli", "launch", "--multi_gpu", "--num_processes", "2", "--main_process_port", "0"], dict(batch=2, codes=12, **MORE["gradient"]))}
 
@@ -75,7 +76,7 @@ def model(tmp_path_factory):
 def commands(model, tmp_path_factory):
     "Started as a reader types them, and left to run beside the other tests: most of their time goes into imports."
     running, where = {}, tmp_path_factory.mktemp("commands")
-    for i, (how, (tool, kw)) in enumerate(COMMANDS.items()):
+    for i, (how, (tool, kw)) in enumerate(list(COMMANDS.items())[:None if NIGHTLY else 1]):
         with open(where / f"{i}.err", "w") as err:
             running[how] = subprocess.Popen([sys.executable, "-m", *tool, str(ROOT / "scripts" / "finetune_model.py"), *command(model, where / str(i), **kw)], stdout=err, stderr=err, env=os.environ | dict(COURSE_DEVICE="cpu", TQDM_DISABLE="1", OMP_NUM_THREADS="1")), where / str(i)
     yield running
@@ -114,7 +115,7 @@ def same_logs(a, b, rel=1e-5):
         for name in set(x) & set(y) - {"epoch"}: assert x[name] == pytest.approx(y[name], rel=rel, abs=1e-6), (name, x["step"])
 
 
-@pytest.mark.parametrize("learn", ["gradient", "ema"])
+@pytest.mark.parametrize("learn", [GRADIENT, "ema"])
 def test_split_over_two_processes_it_trains_as_in_one(two, model, start, tmp_path, learn):
     assert start(1, command(model, tmp_path / "one", fsdp=True, **MORE[learn])) == [0]
     difference, rows = apart(tmp_path / "one", two(learn)), logs(two(learn))
@@ -123,6 +124,7 @@ def test_split_over_two_processes_it_trains_as_in_one(two, model, start, tmp_pat
     same_logs(tmp_path / "one", two(learn))
 
 
+@pytest.mark.nightly
 def test_tied_embeddings_and_an_odd_number_of_codes(start, tmp_path):
     gpt2, same = tiny(tmp_path / "gpt2", "gpt2"), dict(fsdp=True, learn="gradient", select="cosine", codes=31, steps=3)
     assert start(2, command(gpt2, tmp_path / "two", batch=2, **same)) == [0, 0] and start(1, command(gpt2, tmp_path / "one", **same)) == [0]
@@ -131,6 +133,7 @@ def test_tied_embeddings_and_an_odd_number_of_codes(start, tmp_path):
     assert found.lm_head.weight is found.transformer.wte.weight
 
 
+@pytest.mark.nightly
 @pytest.mark.parametrize("fsdp", [True, False])
 def test_bfloat16_keeps_parameters_and_codes_in_float32(two, model, start, tmp_path, fsdp):
     "Codes are revived meanwhile."
@@ -140,7 +143,7 @@ def test_bfloat16_keeps_parameters_and_codes_in_float32(two, model, start, tmp_p
     if fsdp: assert [r["lm_loss"] for r in logs(tmp_path / "x")] == pytest.approx([r["lm_loss"] for r in logs(two("ema"))][:4], rel=.01)
 
 
-@pytest.mark.parametrize("learn", ["gradient", "ema"])
+@pytest.mark.parametrize("learn", [GRADIENT, "ema"])
 def test_its_loop_is_the_librarys(model, start, tmp_path, learn):
     "As many rows as a step takes, so that their order, which differs, does not matter; nothing is revived, for that draws by order."
     same = dict(tokens=1024, revive_every=0, **MORE[learn])
@@ -152,7 +155,7 @@ def test_its_loop_is_the_librarys(model, start, tmp_path, learn):
     assert {"lm_loss", "grad_norm", "error heads.0", "error mlp.1"} <= set(a) & set(b)
 
 
-@pytest.mark.parametrize("learn", ["gradient", "ema"])
+@pytest.mark.parametrize("learn", [GRADIENT, "ema"])
 def test_each_process_holds_about_half(two, learn):
     for rank in range(2):
         held = json.loads((two(learn) / f"held-{rank}.json").read_text())
@@ -160,7 +163,7 @@ def test_each_process_holds_about_half(two, learn):
         assert all(.4 * held["whole"] < held[n] < .6 * held["whole"] for n in ("parameters", "gradients")) and .8 * held["whole"] < held["moments"] < 1.2 * held["whole"]
 
 
-@pytest.mark.parametrize("learn", ["gradient", "ema"])
+@pytest.mark.parametrize("learn", [GRADIENT, "ema"])
 def test_killed_and_resumed_it_ends_with_the_same_weights(two, model, start, tmp_path, learn):
     "Killed while a checkpoint is written; the one before lies in the middle of a window of counting. Another number of processes may go on."
     argv, difference = command(model, tmp_path / "x", fsdp=True, batch=2, **MORE[learn]), partial(apart, two(learn))
@@ -171,7 +174,7 @@ def test_killed_and_resumed_it_ends_with_the_same_weights(two, model, start, tmp
     if learn == "gradient": assert start(1, command(model, tmp_path / "y", fsdp=True, **MORE[learn])) == [0] and difference(tmp_path / "y") < 1e-5
 
 
-@pytest.mark.parametrize("how", COMMANDS)
+@pytest.mark.parametrize("how", [how if i == 0 else pytest.param(how, marks=pytest.mark.nightly) for i, how in enumerate(COMMANDS)])
 def test_the_commands_of_the_recipes(commands, model, start, tmp_path, how):
     "As typed, in float32 and with few codes; against one process."
     process, folder = commands[how]

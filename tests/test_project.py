@@ -30,7 +30,8 @@ CLAIMS = {"01": ["fsm.bayes_loss", "fsm.trigrams", "fsm.state_accuracy", "fsm.le
           "12": [f"steering.topic_rate_at_budget.{m}" for m in ("codebook", "sae_tied", "codebook_start", "sae_tied_start", "codebook_swap", "sae_tied_swap", "codebook_forced", "sae_tied_added", "mean_difference", "mean_difference_at_places", "mean_difference_at_words", "random_codes", "random")]
                 + [f"steering.{n}" for n in ("baseline_rate", "off_target", "recogniser", "forced_mentions", "suppressed", "month_rate", "mood_rate", "talk_rate", "two_at_once", "row_again")],
           "13": [f"scoreboard.{what}.{m}" for what in ("concept_f1", "steered") for m in BOARD] + [f"scoreboard.stability.{m}" for m in BOARD if m not in ("neurons", "basis")] + [f"scoreboard.fsm_f1.{m}" for m in BOARD if m != "codebook_tuned"]
-                + [f"scoreboard.{n}" for n in ("row_again", "one_code_one_machine", "one_code_three_machines", "ica_three_machines")]}
+                + [f"scoreboard.{n}" for n in ("row_again", "one_code_one_machine", "one_code_three_machines", "ica_three_machines")],
+          "14": ["scale.codebook_overhead", "scale.prediction_error", "scale.shift_precision"] + [f"scale.seed_stability.{m}" for m in ("sae_tied", "sae_topk", "sae_jumprelu", "codebook", "kmeans", "ica", "pca", "random")]}
 
 def tracked():
     "Files of the project: those git knows, or would know."
@@ -151,7 +152,7 @@ def test_the_library_is_exported_not_written():
 
 
 def test_modules_import_only_from_earlier_rows():
-    order = ["core", "show", "sites", "fsm", "dictionary", "kmeans", "codebook", "states", "stories", "models", "concepts", "finetune", "index", "codes", "units", "browser", "activations", "metrics", "sae", "formats", "baselines", "autointerp", "explainers", "endpoint", "predicates", "puzzles", "feature_pages", "pairs", "patching", "reading", "circuits", "steering", "effects", "steering_pages", "answers", "scoreboard"]
+    order = ["core", "show", "sites", "fsm", "dictionary", "kmeans", "codebook", "states", "stories", "models", "concepts", "finetune", "index", "codes", "units", "browser", "activations", "metrics", "sae", "formats", "baselines", "autointerp", "explainers", "endpoint", "predicates", "puzzles", "feature_pages", "pairs", "patching", "reading", "circuits", "steering", "effects", "steering_pages", "answers", "scoreboard", "scale", "robust"]
     for i, name in enumerate(order):
         used = re.findall(r"^from \.(\w+)|^from codebook_tutorial\.(\w+)", (ROOT / "codebook_tutorial" / f"{name}.py").read_text(), re.M)
         assert {a or b for a, b in used} <= set(order[:i]), f"{name} imports {used}"
@@ -159,7 +160,7 @@ def test_modules_import_only_from_earlier_rows():
 
 def test_the_shipped_autoencoder_is_the_one_described():
     for name in ("tied", "last"): assert hashlib.sha256((ROOT / "data/sae" / name / "sae_state.safetensors").read_bytes()).hexdigest() in (ROOT / "data/README.md").read_text()
-    for number, name in (("07", "stories/model.safetensors"), ("08", "stories/model.safetensors"), ("08", "sae/tied/sae_state.safetensors"), ("09", "sae/tied/sae_state.safetensors"), ("09", "codes/single/model.safetensors"), ("10", "stories/model.safetensors"), ("10", "codes/residual/model.safetensors"), ("11", "stories/model.safetensors"), ("11", "sae/tied/sae_state.safetensors"), ("12", "stories/model.safetensors"), ("12", "sae/last/sae_state.safetensors"), ("12", "codes/single/codebooks.safetensors"), ("13", "stories/model.safetensors"), ("13", "sae/tied/sae_state.safetensors"), ("13", "fsm_0/model.safetensors")):
+    for number, name in (("07", "stories/model.safetensors"), ("08", "stories/model.safetensors"), ("08", "sae/tied/sae_state.safetensors"), ("09", "sae/tied/sae_state.safetensors"), ("09", "codes/single/model.safetensors"), ("10", "stories/model.safetensors"), ("10", "codes/residual/model.safetensors"), ("11", "stories/model.safetensors"), ("11", "sae/tied/sae_state.safetensors"), ("12", "stories/model.safetensors"), ("12", "sae/last/sae_state.safetensors"), ("12", "codes/single/codebooks.safetensors"), ("13", "stories/model.safetensors"), ("13", "sae/tied/sae_state.safetensors"), ("13", "fsm_0/model.safetensors"), ("14", "stories/model.safetensors")):
         full = json.loads((ROOT / f"claims/{number}.full.json").read_text())
         assert full["inputs_sha256"][f"data/{name}"] == hashlib.sha256((ROOT / "data" / name).read_bytes()).hexdigest() and full["commit"] and full["rows"]
 

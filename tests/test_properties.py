@@ -48,7 +48,9 @@ def refuses(call, says=""):
 # ---- codes
 @given(array(size(), 3), array(size(1), 3), st.booleans(), size(1), FLOATS)
 def test_nearest_are_the_k_nearest_best_first(x, codes, cosine, k, dtype):
-    x, codes, k = x.to(dtype), codes.to(dtype), min(k, len(codes))
+    x, codes = x.to(dtype), codes.to(dtype)
+    refuses(lambda: nearest(x[:, :2], codes, cosine, 1), "of one width")
+    if k > len(codes): return refuses(lambda: nearest(x, codes, cosine, k), "k from 1 to")
     ids = nearest(x, codes, cosine, k, rows=2)
     far = 1 - F.normalize(x, dim=-1).double() @ F.normalize(codes, dim=-1).double().T if cosine else torch.cdist(x.double(), codes.double())**2
     assert ids.shape == (len(x), k) and all(len(set(row)) == k for row in ids.tolist())
@@ -75,9 +77,11 @@ def test_a_codebook_gives_the_sum_of_the_codes_it_names(x, select, k, groups, dt
     if width != 4: return refuses(lambda: book(x.new_zeros(2, width)), "expected activations")
     ids, f = book.choose(x), book.encode(x)
     assert ids.shape == (*x.shape[:-1], groups, k) and f.shape == (*x.shape[:-1], groups * 3) and torch.equal(f.sum(-1), torch.full(x.shape[:-1], groups * k, dtype=dtype))
-    if not len(x): return
     out, same, recon = book(x)
     assert torch.equal(same, ids) and torch.equal(out, book.decode_ids(ids)) and int(book.counts.sum()) == ids.numel() and not recon.isnan()
+    assert x.numel() or recon == 0
+    _, _, nothing = book(x, mask=torch.zeros(x.shape[:-1], dtype=torch.bool))
+    assert nothing == 0 and int(book.counts.sum()) == ids.numel()
     torch.testing.assert_close(out, book.decode(f)); torch.testing.assert_close(out, book.decode_sparse(*book.encode_sparse(x)))
 
 @given(array(size(1, 3), 4, of=ORDINARY | BAD), st.sampled_from(["cosine", "euclidean", "residual"]))
@@ -111,7 +115,9 @@ def test_an_autoencoder_makes_no_finite_features_of_nan(kind, x):
 def test_measure_is_what_plain_loops_count(x, directions, relu):
     d = Directions(directions, relu)
     if not x.isfinite().all(): return refuses(lambda: measure(d, x), "expected finite")
-    if (x == x[0]).all(): return
+    if (x == x[0]).all(): return refuses(lambda: measure(d, x), "not all the same")
+    for some in (x[:1], x[:0], x[0]): refuses(lambda: measure(d, some), "not all the same"); refuses(lambda: fvu(some, some), "not all the same")
+    refuses(lambda: fvu(x, x[:1]), "of one shape")
     found, f = measure(d, x, batch=2), d.encode(x)
     left, all = (x - d.decode(f)).double().pow(2).sum(), (x - x.mean(0)).double().pow(2).sum()
     assert found["fvu"] == pytest.approx((left / all).item(), rel=1e-3) and found["fvu"] == pytest.approx(fvu(x, d.decode(f)), rel=1e-3) and -1.001 <= found["cosine"] <= 1.001
@@ -119,10 +125,13 @@ def test_measure_is_what_plain_loops_count(x, directions, relu):
 
 
 # ---- baselines
-@given(array(size(0, 9), size(0, 4), of=ORDINARY | BAD), st.none() | size(1, 5), FLOATS)
-def test_pca_explains_what_svd_does(x, n, dtype):
+@given(array(size(0, 9), size(0, 4), of=ORDINARY | BAD), st.none() | size(1, 5), st.sampled_from([torch.float32, torch.float64, torch.bfloat16]), size(1, 9))
+def test_pca_explains_what_svd_does(x, n, dtype, batch):
     if not x.isfinite().all() or not 1 <= (n or x.shape[1]) <= min(x.shape): return refuses(lambda: pca(x.to(dtype), n), "pca: expected")
+    if batch < (n or x.shape[1]): return refuses(lambda: pca(x.to(dtype), n, batch), "as many rows as directions")
     x, found = x.to(dtype), pca(x.to(dtype), n)
+    torch.testing.assert_close(pca(x, n, batch).mean.double(), x.double().mean(0), atol=1e-4, rtol=1e-4)         # every row counts
+    x = x.to(found.mean.dtype)
     centred = (x - x.mean(0)).double()
     left, tail = (x - found.decode(found.encode(x))).double().pow(2).sum(), torch.linalg.svdvals(centred)[n or x.shape[1]:].pow(2).sum()
     assert found.directions.shape == (n or x.shape[1], x.shape[1]) and left.item() == pytest.approx(tail.item(), abs=1e-3 * (1 + centred.pow(2).sum().item()))
@@ -149,19 +158,19 @@ def best_of(f, truth):
     "The best F1 over features, signs and thresholds, by trying all."
     return max(2 * ((s * f[:, j] >= t) & truth).sum() / ((s * f[:, j] >= t).sum() + truth.sum()) for j in range(f.shape[1]) for s in (1, -1) for t in s * f[:, j])
 
+@pytest.mark.filterwarnings("error")
 @given(labelled(2, size(1, 3), ORDINARY | HUGE), size(1, 3))
 def test_concept_scores_choose_the_best_and_score_it_elsewhere(told, at_least):
     f, truth = (t.numpy() for t in told)
-    half = len(f) // 2
-    if not (np.minimum(truth[:half].sum(0), truth[half:].sum(0)) >= at_least).any(): return
-    found = concept_scores(f, truth, at_least=at_least, points=500)
+    half, found = len(f) // 2, concept_scores(f, truth.astype(int), at_least=at_least, points=500)
     for c in range(truth.shape[1]):
         few = min(truth[:half, c].sum(), truth[half:, c].sum()) < at_least
         assert np.isnan(found["f1"][c]) == np.isnan(found["chosen_f1"][c]) == few
         if few: continue
         fires = found["sign"][c] * f[half:, found["feature"][c]] >= found["threshold"][c]
         assert found["chosen_f1"][c] == pytest.approx(best_of(f[:half], truth[:half, c])) and found["f1"][c] == pytest.approx(2 * (fires & truth[half:, c]).sum() / (fires.sum() + truth[half:, c].sum()))
-        if not truth[half:, c].all(): assert 0 <= found["auroc"][c] <= 1
+        assert np.isnan(found["auroc"][c]) if truth[half:, c].all() else 0 <= found["auroc"][c] <= 1
+    refuses(lambda: concept_scores(np.where(np.arange(len(f))[:, None] == 1, np.nan, f), truth), "finite"); refuses(lambda: concept_scores(f[:, :0], truth), "of the same tokens"); refuses(lambda: concept_scores(f[:1], truth[:1]), "of the same tokens")
     refuses(lambda: concept_scores(f, truth[:-1]), "of the same tokens"); refuses(lambda: concept_scores(f[:, 0], truth), "of the same tokens")
 
 @given(labelled(4, size(1, 4), ORDINARY | HUGE), st.sampled_from([(1,), (1, 2), (2,), (0,), (5,)]))
@@ -171,7 +180,9 @@ def test_sparse_probes_take_what_explains_most(told, ks):
     found, half = sparse_probes(f, truth, ks), len(f) // 2
     assert found["chosen"].shape == (truth.shape[1], max(ks)) and all(len(set(row)) == max(ks) for row in found["chosen"].tolist())
     for k in (*ks, "all"): assert ((0 <= found[k]["f1"]) & (found[k]["f1"] <= 1)).all() and found[k]["fires"].shape == truth[half:].shape
-    refuses(lambda: sparse_probes(f, truth[:-1], (1,)), "of the same tokens")
+    same = sparse_probes(f, truth.long(), ks)
+    assert torch.equal(found["chosen"], same["chosen"]) and torch.equal(found["all"]["f1"], same["all"]["f1"])
+    refuses(lambda: sparse_probes(f, truth[:-1], (1,)), "of the same tokens"); refuses(lambda: sparse_probes(f[:1], truth[:1], (1,)), "of the same tokens"); refuses(lambda: sparse_probes(f.clone().fill_(torch.nan), truth, (1,)), "finite")
 
 @given(labelled(4, size(1, 3)), size(1, 3))
 def test_feature_concepts_are_what_is_counted(told, at_least):
@@ -179,7 +190,8 @@ def test_feature_concepts_are_what_is_counted(told, at_least):
     half = len(f) // 2
     asked = [c for c in range(truth.shape[1]) if min(truth[:half, c].sum(), truth[half:, c].sum()) >= at_least and not truth[:half, c].all()]
     if not asked: return refuses(lambda: feature_concepts(f, truth, at_least), "no concept holds")
-    found = feature_concepts(f, truth, at_least)
+    found = feature_concepts(f, truth.astype(int), at_least)
+    refuses(lambda: feature_concepts(f * np.nan, truth, at_least), "finite"); refuses(lambda: feature_concepts(f[:, :0], truth, at_least), "of the same tokens")
     assert set(found["concept"]) <= set(asked) and all(np.isfinite(v).all() for v in found.values()) and all(((0 <= found[k]) & (found[k] <= 1)).all() for k in ("precision", "recall", "f1"))
     assert np.allclose(found["f1"], 2 * found["precision"] * found["recall"] / np.maximum(found["precision"] + found["recall"], 1e-12))
 
@@ -191,6 +203,7 @@ def test_the_same_directions_in_another_order_are_stable(a, draw):
     found = stability([Directions(keep), Directions(-2 * keep[order])])
     assert found["stability"] == pytest.approx(1, abs=1e-5) and 0 <= found["random"] <= 1 + 1e-6
     refuses(lambda: stability([Directions(keep)]), "expected two"); refuses(lambda: stability([Directions(keep), Directions(keep[:, :2])]), "of one width")
+    for states in (torch.zeros(len(keep), 2), torch.zeros(len(keep) - 1, 3), torch.zeros(3)): refuses(lambda: stability([Directions(keep), Directions(keep)], states), "stability: expected states")
 
 
 # ---- explanations
@@ -204,6 +217,7 @@ def test_a_correlation_lies_between_its_bounds(a, b):
 SCORES = st.lists(st.none() | ORDINARY, max_size=8)
 @given(SCORES, SCORES, st.none() | ORDINARY)
 def test_summaries_count_every_score(a, b, none):
+    refuses(lambda: summary(a, none, 0), "at least 1"); refuses(lambda: difference(a, b, none, 0), "at least 1")
     one, two, gap = summary(a, none, 50), summary(b, none, 50), difference(a, b, none, 50)
     kept = [none if s is None else s for s in a if s is not None or none is not None]
     assert one["n"] == len(kept) and one["no_score"] == a.count(None) and (one["mean"] is None) == (not kept)
@@ -218,7 +232,9 @@ def test_moments_are_scipys(f):
         if np.ptp(a) > 0: assert [found[k][j] for k in ("mean", "variance", "skew", "kurtosis")] == pytest.approx([a.mean(), a.var(), stats.skew(a), stats.kurtosis(a)], abs=1e-6)
 
 @given(array(size(), of=ORDINARY | HUGE), st.floats(1e-3, 1e30))
-def test_integers_are_0_to_10(a, top): assert integers(a.double().numpy(), top) == [min(10, math.floor(10 * max(float(x), 0) / top + 1e-6)) for x in a.double()]
+def test_integers_are_0_to_10(a, top):
+    for no in (0, -top, math.nan): refuses(lambda: integers(a.double().numpy(), no), "above 0")
+    assert integers(a.double().numpy(), top) == [min(10, math.floor(10 * max(float(x), 0) / top + 1e-6)) for x in a.double()]
 
 class Knows(Explainer):
     "Told a feature's own activations as its explanation."
@@ -279,6 +295,7 @@ def test_escaped_text_is_text(token):
 @given(st.lists(TOKENS, min_size=1, max_size=4), st.data(), st.none() | st.floats(.1, 9), TOKENS)
 def test_a_strip_shows_any_tokens_as_text(tokens, data, top, title):
     values = data.draw(array(size(0, 5) if data.draw(st.booleans()) else len(tokens), of=ORDINARY | HUGE))
+    refuses(lambda: show.strip([], []), "one value a token"); refuses(lambda: show.table([]), "no rows"); refuses(lambda: show.beside({}), "no texts")
     if len(values) != len(tokens): return refuses(lambda: show.strip(tokens, values, title, top), "one value a token")
     read = Read(show.strip(tokens, values, title, top).source)
     assert read.tags == [("div", ("style",)), ("b", ()), ("br", ())] + [("span", ("title", "style"))] * len(tokens) and read.text[1] == shown(title)
@@ -335,13 +352,15 @@ def test_walks_follow_edges_and_read_back(n_states, n_edges, n, length, seed):
     states = fsm.walk(n, length, seeded(seed))
     ids = fsm.tokens(states)
     assert (fsm.legal.sum(1) == n_edges).all() and torch.equal(state_labels(ids)[:, 2::2], states) and (state_labels(ids)[:, 1::2] == -1).all() and legal_steps(ids, fsm).shape == (n, length - 1) and (legal_steps(ids, fsm) == 1).all()
-    assert torch.equal(fsm.sample(n, length, seeded(seed)), fsm.tokens(fsm.walk(n, length // 2, seeded(seed)))[:, :length])
+    assert torch.equal(fsm.sample(n, length, seeded(seed)), fsm.tokens(fsm.walk(n, max(1, length // 2), seeded(seed)))[:, :length])
+    refuses(lambda: fsm.walk(n, 0), "at least 1"); refuses(lambda: bayes(fsm, 1), "at least 2")
     if length > 1: loss, accuracy = bayes(fsm, length); assert 0 <= loss <= math.log(10) and .1 - 1e-9 <= accuracy <= 1 + 1e-9
 
 @given(array(size(1, 9), size(0, 2), of=ORDINARY | HUGE), st.data())
 def test_detectors_are_what_plain_loops_count(acts, data):
     labels = torch.tensor(data.draw(st.lists(st.integers(-1, 2), min_size=len(acts), max_size=len(acts))))
     scores, thresholds = best_f1(acts, labels, 3)
+    if acts.numel(): refuses(lambda: best_f1(acts * math.nan, labels, 3), "finite")
     for j in range(acts.shape[1]):
         for s in range(3):
             own = (labels == s).numpy()

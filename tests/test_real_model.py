@@ -193,6 +193,12 @@ def test_the_scoreboard_chapter_runs_on_the_real_model(tmp_path):
     assert not found and "no concepts known" in printed and "explained" in printed and "patched" in printed
 
 
+def test_the_scale_chapter_runs_on_the_real_model(tmp_path):
+    "Counts, prices and memory are asked of any model; changed stories of the stories alone."
+    found, printed = run_chapter("14_scale", tmp_path)
+    assert found["scale.codebook_overhead"]["value"] > 0 and "scale.prediction_error" in found and "One word before, exchanged\\n" not in printed
+
+
 def test_features_of_the_real_model_have_explanations_and_pages(tmp_path):
     "Words of real text: an autoencoder's features are explained better than random directions. As an explainer the model itself is too short-sighted, and is told so."
     from codebook_tutorial.activations import harvest

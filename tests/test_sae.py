@@ -2,6 +2,8 @@
 import math, os
 from pathlib import Path
 import pytest, torch, torch.nn.functional as F
+from safetensors import safe_open
+from safetensors.torch import save_file
 from codebook_tutorial.activations import harvest
 from codebook_tutorial.core import seeded
 from codebook_tutorial.dictionary import random_directions
@@ -202,6 +204,8 @@ def test_refitting_leaves_features_that_never_fire():
     with torch.no_grad(): sae.b_enc[4] = -1e6
     new = refit(sae, x)
     assert torch.isfinite(new.W_dec).all() and torch.allclose(new.W_dec[4], sae.W_dec[4], atol=1e-6)
+    with torch.no_grad(): sae.b_enc.fill_(-1e6)
+    assert torch.equal(refit(sae, x).W_dec, sae.W_dec)                             # nor does it break where none does
 
 
 # ---- measures
@@ -307,9 +311,21 @@ def test_states_of_another_width_are_refused():
 
 
 @pytest.mark.parametrize("kw,says", [(dict(kind="relu"), "kind='relu', expected one of tied"), (dict(n_feats=0), "n_feats"), (dict(kind="topk", k=99), "k=99"), (dict(alpha=-1.), "alpha"), (dict(steps=0), "steps"),
-                                     (dict(kind="topk", alpha=[.1, .2]), "one alpha"), (dict(batch=10**6), "rows")])
+                                     (dict(kind="topk", alpha=[.1, .2]), "one alpha"), (dict(alpha=[]), "one or a list"), (dict(batch=10**6), "rows")])
 def test_impossible_settings_are_refused(kw, says):
     with pytest.raises(ValueError, match=says): train_sae(X, **dict(n_feats=8, steps=2, batch=16) | kw)
+
+
+@pytest.mark.parametrize("x,says", [(X[:, 0], "expected activations"), (X * 0, "that vary"), (X * 1e-20, "that vary"), (X * 1e30, "that vary"), (X.double() * 1e60, "finite")])
+def test_states_that_cannot_be_scaled_are_refused(x, says):
+    with pytest.raises(ValueError, match=f"train_sae: .*{says}"): train_sae(x, 8, steps=1, batch=16)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.int])
+def test_states_of_other_types_are_trained_on_in_float32(dtype):
+    x = (X * 8).round()                             # whole numbers that every type holds
+    a, b = (train_sae(some, 8, steps=5, batch=16) for some in (x, x.to(dtype)))
+    assert all(torch.equal(p, q) for p, q in zip(a.parameters(), b.parameters()))
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
@@ -352,5 +368,8 @@ def test_a_training_does_not_go_on_with_other_settings_or_a_damaged_file(tmp_pat
     file = tmp_path / "training.safetensors"
     with pytest.raises(ValueError, match="begun with other settings: .*'steps': '4 there, 8 now'.*give another folder"): train_sae(x, folder=tmp_path, **kw | dict(steps=8))
     with pytest.raises(ValueError, match="begun with other settings: .*'mean'"): train_sae(x + 1, folder=tmp_path, **kw)
+    with safe_open(file, "pt") as f: kept, told = {n: f.get_tensor(n) for n in f.keys()}, f.metadata()
+    save_file(kept, file, metadata={n: told[n] for n in ("done", "began")})        # as before there were checksums
+    train_sae(x, folder=tmp_path, **kw)
     file.write_bytes(file.read_bytes()[:-40])
     with pytest.raises(ValueError, match="training.safetensors is damaged .*delete it"): train_sae(x, folder=tmp_path, **kw)

@@ -226,6 +226,7 @@ def sources():
         write_book(SRC / "_extra" / "learner" / path.name, learner_copy(read_book(path)))
     api(mods, used)
     write_text(SRC / "answer_key.md", answer_key())
+    subprocess.run([sys.executable, ROOT / "benchmarks" / "report.py", SRC], check=True)
     for path in SRC.glob("*.md"): write_text(path, links(path.read_text(encoding="utf-8").replace("<!-- findings -->", findings()).replace("<!-- minutes -->", "\n".join(minutes())), path.stem, index, {}))
     shutil.copy(ROOT / "CHANGELOG.md", SRC / "changes.md")
     statics()
