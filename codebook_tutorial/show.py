@@ -100,7 +100,7 @@ def strip(tokens: list,       # the text, one string a token
           top: float | None = None) -> Html:      # the value shown in full colour; None: the largest of these
     "Tokens with their activation as background colour; the number on hover."
     values = torch.as_tensor(values, dtype=torch.float)
-    if not tokens or len(tokens) != len(values): raise ValueError(f"strip: expected one value a token, got {len(tokens)} tokens and {len(values)} values")
+    if not len(tokens) or len(tokens) != len(values): raise ValueError(f"strip: expected tokens, and one value a token, got {len(tokens)} tokens and {len(values)} values")
     top = top or float(values.abs().max()) or 1.
     cell = lambda t, v: (f'<span title="{v:.3g}" style="background:rgba({"0,114,178" if v >= 0 else "213,94,0"},{.75 * min(1, abs(v) / top):.3f});'
                          f'padding:2px 3px;border-radius:3px">{escape(t)}</span>')
