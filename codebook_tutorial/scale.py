@@ -30,12 +30,13 @@ def blank(size,                            # a name of SIZES, or (d_model, layer
     config = GPTNeoXConfig(hidden_size=d, num_hidden_layers=layers, num_attention_heads=heads, intermediate_size=4 * d, vocab_size=vocab, max_position_embeddings=2048)
     with torch.device(where): return AutoModelForCausalLM.from_config(config, attn_implementation="eager").eval()         # attention in plain products, which can be counted
 
-def one_pass(model, rows: int = 1, length: int = 512, train: bool = False):
+def one_pass(model, rows: int = 1, length: int = 512, train: bool = False,
+             keep_grads: bool = False):    # gradients of the last pass are set to zero, not freed
     "A function that runs the model once over rows * length tokens, forward or forward and backward (next-token loss; with codebooks, their reconstruction too)."
     where = next(model.parameters()).device
     ids, see = torch.zeros(rows, length, dtype=torch.long, device=where), torch.ones(1, 1, length, length, dtype=torch.bool, device=where).tril()
     def run():
-        model.train(train); model.zero_grad(set_to_none=True)
+        model.train(train); model.zero_grad(set_to_none=not keep_grads)
         with torch.set_grad_enabled(train): logits = model(input_ids=ids, attention_mask=see, use_cache=False).logits
         if train: (F.cross_entropy(logits[:, :-1].flatten(0, 1), ids[:, 1:].flatten()) + (model.recon_loss() if hasattr(model, "codebooks") else 0.)).backward()
     return run
@@ -110,12 +111,13 @@ def _bytes(tensors): return sum(t.numel() * t.element_size() for t in tensors)
 def training_bytes(model, rows: int = 8, length: int = 512,
                    shards: int = 1,        # FSDP over so many processes: each holds a part of all but what its own rows need
                    ) -> dict:
-    "What one process holds in a training step with AdamW: weights (with buffers), moments, gradients, activations (at the peak of both passes, from counts of one and two rows), total."
-    learnt = _bytes(p for p in model.parameters() if p.requires_grad)
-    one, two = (count(one_pass(model, n, length, train=True))["peak"] - learnt for n in (1, 2))
+    "What one process holds in a training step with AdamW: weights (with buffers), moments, gradients, activations (the peak of both passes), total."
+    learnt = [p for p in model.parameters() if p.requires_grad]
+    for p in learnt: p.grad = torch.zeros_like(p)                        # from the second step on they are there, so they are no part of the peak
+    peak = count(one_pass(model, rows, length, train=True, keep_grads=True))["peak"]
     model.zero_grad(set_to_none=True)
-    parts = dict(weights=_bytes([*model.parameters(), *model.buffers()]), gradients=learnt, moments=2 * learnt)
-    parts = {name: n / shards for name, n in parts.items()} | dict(activations=max(0, one + (rows - 1) * (two - one)))
+    parts = dict(weights=_bytes([*model.parameters(), *model.buffers()]), gradients=_bytes(learnt), moments=2 * _bytes(learnt))
+    parts = {name: n / shards for name, n in parts.items()} | dict(activations=peak)
     return parts | dict(total=sum(parts.values()))
 
 def _train_here(size, vocab, codes, rows, length, pipe):
@@ -130,7 +132,7 @@ def _train_here(size, vocab, codes, rows, length, pipe):
     threading.Thread(target=watch, daemon=True).start()
     model = blank(size, vocab, where="cpu")
     if codes: model = add_codebooks(model, ["heads.*", "mlp.*"], **codes)
-    step, optimizer = one_pass(model, rows, length, train=True), torch.optim.AdamW(p for p in model.parameters() if p.requires_grad)
+    step, optimizer = one_pass(model, rows, length, train=True, keep_grads=True), torch.optim.AdamW(p for p in model.parameters() if p.requires_grad)
     for _ in range(3): step(); optimizer.step()
     done.set(); pipe.send(high[0] - before)
 
