@@ -1,7 +1,7 @@
 """Every exercise: its solution passes, its stub fails, another right answer passes, plausible wrong answers fail, and at least one is told by name."""
 import importlib.util, re, sys
 from pathlib import Path
-import nbformat, pytest, torch, torch.nn.functional as F
+import nbformat, numpy as np, pytest, torch, torch.nn.functional as F
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / "tools"))
