@@ -159,7 +159,7 @@ def main():
     p = argparse.ArgumentParser(prog="course.py bench", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     every = [*RACES, *INSIDE]
     p.add_argument("--only", nargs="+", choices=every, default=every, metavar="PART", help=", ".join(every)); p.add_argument("--rounds", type=int, default=5); p.add_argument("--threads", type=int, default=1)
-    p.add_argument("--quick", action="store_true", help="small sizes, to see that it runs; writes nothing"); p.add_argument("--no-peers", action="store_true"); p.add_argument("--device", default="cpu")
+    p.add_argument("--quick", action="store_true", help="small sizes, to see that it runs; writes nothing"); p.add_argument("--no-peers", action="store_true"); p.add_argument("--device", default="cpu"); p.add_argument("--note", default="", help="what a reader of the results must know, e.g. that the machine was not quiet")
     args = p.parse_args()
     races = [(part, some) for part in args.only if part in RACES for some in RACES[part](args.quick)]
     peers = {} if args.no_peers else {name: environment(name) for name in dict.fromkeys(who for _, some in races for who, *_ in some if who != COURSE)}
@@ -167,7 +167,7 @@ def main():
     found = json.loads(path.read_text()) if path.exists() else {}
     def keep(part, rows):                                        # as soon as a part is done
         if args.quick: return
-        found.update({part: rows, "machine": machine(args.threads)})
+        found.update({part: rows, "machine": machine(args.threads) | {"note": args.note or found.get("machine", {}).get("note", "")}})
         RESULTS.mkdir(exist_ok=True)
         half = path.with_suffix(".part"); half.write_text(json.dumps(found, indent=1) + "\n"); half.replace(path)
     with tqdm(total=len(races), desc="bench", unit="race") as bar:

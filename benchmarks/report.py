@@ -65,7 +65,7 @@ def slopes(races):
 def report(device, found, folder):
     "The part of the page for one device."
     m, page = found["machine"], []
-    page.append(f"## {m['gpu'] if device != 'cpu' else 'CPU'}\n\n{m['cpu']}, {m['threads']} thread(s), torch {m['torch']}, Python {m['python']}; peers: {', '.join(f'{n} ({v})' for n, v in m['peers'].items())}.")
+    page.append(f"## {m['gpu'] if device != 'cpu' else 'CPU'}\n\n{m['cpu']}, {m['threads']} thread(s), torch {m['torch']}, Python {m['python']}; peers: {', '.join(f'{n} ({v})' for n, v in m['peers'].items())}. {m.get('note', '')}")
     page.append("### What was promised\n\n" + table(["what", "measured", "bound", ""], [(w, f"{v:,.2f}" if v < 100 else f"{v:,.0f}", f"{b:,.2f}" if b < 100 else f"{b:,.0f}", "met" if ok else "**not met**") for w, v, b, ok in bounds(found)]))
     for part, title, label in (("codebook", "The codebook layer, forward and backward", lambda r: f"C={r['C']:,} k={r['k']}: "), ("lookup", "Looking up the nearest codes (floor: faiss)", lambda r: f"C={r['C']:,} k={r['k']}: "), ("sae", "A training step of an autoencoder", lambda r: "")):
         if part not in found: continue
