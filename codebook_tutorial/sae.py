@@ -45,11 +45,13 @@ class SAE(Dictionary):
 
     directions = property(lambda self: self.W_dec)
 
-    def linear(self, x):
+    def linear(self, x, bias):             # [N, d], [F] -> [N, F]
+        "W_enc (x - b_dec) + bias; in training by W_enc x + (bias - W_enc b_dec), so that no gradient has to go back to x."
         if x.shape[-1] != self.W_dec.shape[-1]: raise ValueError(f"{type(self).__name__}: expected states [.., {self.W_dec.shape[-1]}], got {list(x.shape)}")
-        return (x - _row(self.b_dec)) @ self.W_enc.mT
-    def pre(self, x): return self.linear(x) + _row(self.b_enc)
-    def encode(self, x): return self.pre(x).relu()
+        if self.training and self.b_dec.requires_grad: return (x @ self.W_enc.mT).add_(_row(bias - (self.W_enc @ self.b_dec.unsqueeze(-1)).squeeze(-1)))
+        return ((x - _row(self.b_dec)) @ self.W_enc.mT).add_(_row(bias))
+    def pre(self, x): return self.linear(x, self.b_enc)
+    def encode(self, x): return self.pre(x).relu_()
     def decode(self, f): return f @ self.W_dec + _row(self.b_dec)
     def decode_sparse(self, ids, values): return super().decode_sparse(ids, values) + self.b_dec
 
@@ -189,7 +191,7 @@ class Gated(SAE):
 
     def paths(self, x):
         "Which (before its step), how much."
-        shared = self.linear(x)
+        shared = self.linear(x, torch.zeros_like(self.b_enc))
         return shared + _row(self.b_enc), (shared * _row(self.r_mag).exp() + _row(self.b_mag)).relu()
 
     def encode(self, x):
