@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np, torch
 from tqdm.auto import tqdm
 from .codebook import CodebookModel
+from .core import checksum
 from .kmeans import finite
 from .models import Text, _check_length, _evaluating
 from .sites import capture, site_dims
@@ -206,7 +207,7 @@ def _finish(part, info, used, ones):
     out = _create(part / "text.safetensors", ids=(np.uint32, shape), mask=(np.bool_, shape))
     for name, array in out.items(): array.reshape(-1)[:] = np.memmap(part / f"{name}.raw", array.dtype, "r"); (part / f"{name}.raw").unlink()
     for site in used: _invert(part, site, used[site], ones[site], n); info["sites"][site]["active"] = int(used[site].sum())
-    info["text"] |= dict(rows=shape[0], tokens=int(out["mask"].sum()))
+    info |= dict(text=info["text"] | dict(rows=shape[0], tokens=int(out["mask"].sum())), sha256={file.name: checksum(file) for file in sorted(part.glob("*.safetensors"))})
     (part / "index.json").write_text(json.dumps(info, indent=1, default=str) + "\n")
 
 # %% ../nbs/06_codes.ipynb #c06-109
@@ -222,17 +223,18 @@ class Index:
         rows, length = self.mask.shape
         return f"Index: {self.info['text']['tokens']:,} tokens in {rows:,} rows of {length}; " + ", ".join(f"{site} ({d['n_feats']:,} features)" for site, d in self.sites.items())
 
-def open_index(folder, tok) -> Index:
+def open_index(folder, tok,
+               verify: bool = True) -> Index:    # compare all checksums, which reads everything once
     "The index in a folder, memory-mapped; ValueError if there is none, if it is damaged or was made with another tokenizer."
     folder = Path(folder)
     if not (folder / "index.json").exists():
         raise ValueError(f"open_index: no index in {folder}" + ("; the building of one was interrupted: call build_index again" if _half(folder).exists() else "; build_index makes one"))
-    info, arrays = _read(folder)
+    info, arrays = _read(folder, verify)
     if info["tokenizer"] != _tokenizer_mark(tok): raise ValueError(f"open_index: the index in {folder} (model {info['model']}) was made with another tokenizer than {tok.name_or_path!r}")
     return Index(folder, tok, info, arrays)
 
 # %% ../nbs/06_codes.ipynb #c06-110
-def _read(folder):
+def _read(folder, verify):
     "The index' description and arrays; ValueError for a file that is missing, damaged or cut short."
     from safetensors import safe_open
     file, arrays = "index.json", {}
@@ -242,6 +244,7 @@ def _read(folder):
         for name in ("text", *info["sites"]):
             file = f"{name}.safetensors"
             with safe_open(folder / file, "np") as f: f.keys()                   # checks the header against the file's size
+            if verify and checksum(folder / file) != info["sha256"][file]: raise ValueError("its checksum differs")
             arrays[name] = own = _arrays(folder / file)
             if name == "text": ok = own["ids"].shape == own["mask"].shape == (info["text"]["rows"], info["text"]["length"])
             else: ok = own["starts"][-1] == own["offsets"][-1] == len(own["features"]) == len(own["positions"]) == info["sites"][name]["active"] and len(own["starts"]) == arrays["text"]["mask"].size + 1

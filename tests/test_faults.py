@@ -82,7 +82,7 @@ def driver():
         process.kill()
 
 
-TRAINERS = {"optimizer.pt", "scheduler.pt", "rng_state.pth", "training_args.bin", "training.safetensors"}        # transformers' own; and one whose header keeps no order
+TRAINERS = {"checksums.json", "optimizer.pt", "scheduler.pt", "rng_state.pth", "training_args.bin", "training.safetensors"}        # transformers' own; and one whose header keeps no order
 
 def contents(folder): return {str(p.relative_to(folder)): None if p.name in TRAINERS else p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}
 def half(name): return [end for end in (".part", ".tmp") if Path(name).name.endswith(end) or Path(name).name.startswith(end)]
@@ -108,7 +108,7 @@ def resumed(folder): return finetune(with_codes(), some_text(), steps=4, batch=4
 DAMAGED = {
     "codes": (["config.json", "model.safetensors", "codebooks.json", "codebooks.safetensors"], lambda folder: with_codes().save_pretrained(folder), CodebookModel.from_pretrained),
     "training": (["training.safetensors"], begun, begun),
-    "checkpoint": (["finetune.json", *(f"checkpoint-2/{name}" for name in ("config.json", "model.safetensors", "codebooks.json", "codebooks.safetensors", "codebooks_training.safetensors"))],
+    "checkpoint": (["finetune.json", *(f"checkpoint-2/{name}" for name in ("checksums.json", "config.json", "model.safetensors", "codebooks.json", "codebooks.safetensors", "codebooks_training.safetensors", "optimizer.pt", "scheduler.pt", "rng_state.pth", "trainer_state.json"))],
                    lambda folder: finetune(with_codes(), some_text(), steps=2, batch=4, folder=folder, save_every=2), resumed),
     "store": (["activations.json", "shard-00002.json", "shard-00002.safetensors"], make, lambda folder: open_activations(folder, verify=True)),
     "store, unverified": (["activations.json", "shard-00002.json", "shard-00002.safetensors"], make, open_activations),
@@ -120,8 +120,8 @@ DAMAGED = {
 FAULTS = {"half": lambda raw: raw[:len(raw) // 2], "flipped": lambda raw: raw[:len(raw) // 2] + bytes([raw[len(raw) // 2] ^ 255]) + raw[len(raw) // 2 + 1:], "deleted": None,
           "another version": lambda raw: json.dumps(json.loads(raw) | dict(format=2)).encode()}
 VERSIONED = {("codes", "codebooks.json"), ("checkpoint", "checkpoint-2/codebooks.json"), ("store", "activations.json"), ("store, unverified", "activations.json"), ("index", "index.json"), ("ours", "sae.json")}
-NO_CHECKSUM = {(*where, "flipped") for where in (("store, unverified", "shard-00002.safetensors"), ("index", "text.safetensors"), ("index", "mlp.0.safetensors"), ("language model", "model.safetensors"))}
-NOT_NEEDED = {("language model", "tokenizer_config.json", "deleted"), ("training", "training.safetensors", "deleted")}
+NO_CHECKSUM = {(*where, "flipped") for where in (("store, unverified", "shard-00002.safetensors"), ("language model", "model.safetensors"))}
+NOT_NEEDED = {("checkpoint", "checkpoint-2/checksums.json", "deleted"), ("language model", "tokenizer_config.json", "deleted"), ("training", "training.safetensors", "deleted")}
 CASES = [(kind, file, fault) for kind, (files, _, _) in DAMAGED.items() for file in files for fault in FAULTS if fault != "another version" or (kind, file) in VERSIONED]
 
 @pytest.fixture(scope="module")
