@@ -116,10 +116,13 @@ def _edited(new, ids, n_codes):
     if new.numel() and not 0 <= new.min() <= new.max() < n_codes: raise ValueError(f"edit: expected ids from 0 to {n_codes - 1}, got {int(new.min())} to {int(new.max())}")
     return new.long()
 
+def _in_backward(): return not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1      # as torch.utils.checkpoint asks
+
 @patch
 @torch.no_grad()
 def note(self: Codebook, x, ids):          # [.., d], [.., groups, k]
     "Count uses; with moving averages and in training, also sum what each code was chosen for."
+    if _in_backward(): return                  # counted before
     groups = len(self.weight)
     used = _numbered(self, ids).flatten()
     self.counts.view(-1).index_add_(0, used, torch.ones_like(used))
@@ -217,7 +220,7 @@ class CodebookModel(nn.Module):
     "A model with codebooks at sites: `.model`, `.codebooks[site]`; of the last pass `.ids[site]`, `.recon[site]` and, in training, `.inputs[site]`."
     def __init__(self, model, codebooks: dict):          # {site: Codebook}
         super().__init__()
-        self.model, self.active, self.mask, self.edits, self.ids, self.recon, self.inputs = model, True, None, {}, {}, {}, {}
+        self.model, self.active, self.mask, self.masked, self.edits, self.ids, self.recon, self.inputs = model, True, None, None, {}, {}, {}, {}
         self._books = nn.ModuleDict({site.replace(".", "_"): book for site, book in codebooks.items()})     # a module's name has no dot
         if old := model.__dict__.get("_codebook_model"): old.remove()                  # a cell run twice must not stack them
         object.__setattr__(model, "_codebook_model", self)                             # not as a submodule
@@ -232,16 +235,20 @@ class CodebookModel(nn.Module):
     def _bottleneck(self, site, x):
         if not self.active: return None
         if self.training: self.inputs[site] = x.detach()
-        mask = None if self.mask is None else self.mask[:, -x.shape[1]:].bool()
+        mask = self.masked if _in_backward() else self.mask            # gradient checkpointing computes a block again, when the pass is over
+        mask = None if mask is None else mask[:, -x.shape[1]:].bool()
         out, self.ids[site], self.recon[site] = self.codebooks[site](x, self.edits.get(site), mask)
         return out
 
     def forward(self, *args, attention_mask=None, **kw):           # attention_mask [batch, seq]: 0 at padding, which then counts nowhere
         self.mask = attention_mask if torch.is_tensor(attention_mask) and attention_mask.dim() == 2 else None      # others say who may look where
         try: return self.model(*args, **kw, **({} if attention_mask is None else {"attention_mask": attention_mask}))
-        finally: self.mask = None
+        finally: self.mask, self.masked = None, self.mask
+    def gradient_checkpointing_enable(self, gradient_checkpointing_kwargs=None, **kw):
+        "As transformers'; never reentrant, for then recon would have no gradient."
+        self.model.gradient_checkpointing_enable((gradient_checkpointing_kwargs or {}) | {"use_reentrant": False}, **kw)
     def generate(self, *args, **kw): return self.model.generate(*args, **kw)
-    def __getstate__(self): return {**self.__dict__, "mask": None, "ids": {}, "recon": {}, "inputs": {}}           # a copy does not take the last pass along
+    def __getstate__(self): return {**self.__dict__, "mask": None, "masked": None, "ids": {}, "recon": {}, "inputs": {}}           # a copy does not take the last pass along
 
     def remove(self):
         "Take the codebooks out of the model for good."

@@ -68,6 +68,21 @@ def test_accumulated_parts_give_the_update_of_one_big_batch(kind):
         assert a.keys() == b.keys() and all(a[n] == pytest.approx(b[n], rel=2e-3, abs=1e-5) for n in a if n not in ("epoch",))
 
 
+@pytest.mark.parametrize("family,kind", [("gpt2", "averages, residual"), ("neox", "the paper's"), pytest.param("llama", "gradient, k=1", marks=pytest.mark.nightly)])
+def test_gradient_checkpointing_changes_nothing(family, kind, monkeypatch):
+    "A block that is computed twice counts its codes once; with padding, in parts."
+    passes = []
+    monkeypatch.setattr(CodebookModel, "_bottleneck", lambda self, site, x, plain=CodebookModel._bottleneck: [passes.append(site), plain(self, site, x)][1])
+    done = []
+    for more in ({}, {"gradient_checkpointing": True}):
+        passes.clear()
+        logs = finetune(cb := with_codes(tiny(family), **KINDS[kind]), some_text(), steps=4, batch=4, gradient_accumulation_steps=2, revive_every=2, revive_until=1., log_every=2, **more)
+        done.append((state(cb), {site: b.counts.clone() for site, b in cb.codebooks.items()}, logs, len(passes)))
+    (one, counts, logs, once), (two, again, logs2, twice) = done
+    assert apart(one, two) == 0 and all(torch.equal(n, again[site]) for site, n in counts.items())
+    assert [row["lm_loss"] for row in logs] == [row["lm_loss"] for row in logs2] and twice > 1.5 * once
+
+
 def test_a_loss_scaled_for_mixed_precision_gives_the_same_step():
     "The reconstruction term reaches the codes through autograd, so a scaled loss scales its gradient too."
     grads = []

@@ -15,7 +15,7 @@ BASE = {"tokens": 2048, "length": 256, "codes": 60, "k": 2, "steps": 6, "lr": .0
 MORE = {"gradient": {"learn": "gradient", "select": "euclidean", "k": 1}, "ema": {}}
 
 GRADIENT, NIGHTLY = pytest.param("gradient", marks=pytest.mark.nightly), os.environ.get("COURSE_NIGHTLY", "") not in ("", "0")
-COMMANDS = {"torchrun --fsdp": (["torch.distributed.run", "--nproc-per-node", "2", "--rdzv-backend", "c10d", "--rdzv-endpoint", "127.0.0.1:0"], dict(fsdp=True, batch=2, codes=12)),
+COMMANDS = {"torchrun --fsdp": (["torch.distributed.run", "--nproc-per-node", "2", "--rdzv-backend", "c10d", "--rdzv-endpoint", "127.0.0.1:0"], dict(fsdp=True, gradient_checkpointing=True, batch=2, codes=12)),
             "accelerate launch": (["accelerate.commands.accelerate_cli", "launch", "--multi_gpu", "--num_processes", "2", "--main_process_port", "0"], dict(batch=2, codes=12, **MORE["gradient"]))}
 
 
