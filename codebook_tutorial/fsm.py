@@ -168,15 +168,19 @@ def legal_mass(model, fsm: TokFSM, ids) -> float:     # ids [n, length]
 def best_f1(acts, labels, n_states: int = 100):       # acts [N, n], labels [N] with -1 for none -> two tensors [n, n_states]
     "For every unit and state the threshold with the highest F1 of 'unit >= threshold' as a detector of the state, and that F1."
     if not acts.isfinite().all(): raise ValueError("best_f1: the activations hold NaN or infinity; expected finite numbers")
-    truth = F.one_hot(labels + 1, n_states + 1)[:, 1:].float()                     # [N, states]
-    rank, total = torch.arange(1, len(labels) + 1)[:, None], truth.sum(0)
-    scores, thresholds = torch.empty(2, acts.shape[1], n_states)
+    known, total = labels >= 0, torch.bincount(labels[labels >= 0], minlength=n_states)
+    scores, thresholds = torch.zeros(2, acts.shape[1], n_states)
     for j, unit in enumerate(acts.T):
         values, order = unit.sort(descending=True)
-        f1 = 2 * truth[order].cumsum(0) / (rank + total)                           # if the top `rank` positions fire
-        f1[:-1][values[1:] == values[:-1]] = -1                                    # no threshold cuts between equal values
-        scores[j], where = f1.max(0)
-        thresholds[j] = values[where]
+        fire = torch.searchsorted(-values, -values, right=True)[known[order]]      # a threshold at this value: so many fire (no threshold cuts between equal values)
+        state, values = labels[order][known[order]], values[known[order]]          # only at a state's own positions can its F1 be highest
+        hits, by_state = torch.empty_like(state), state.argsort(stable=True)
+        hits[by_state] = torch.arange(1, len(state) + 1) - (total.cumsum(0) - total)[state[by_state]]      # the state's first, second, ...
+        f1 = 2 * hits / (fire + total[state])
+        scores[j].scatter_reduce_(0, state, f1, "amax")
+        top = f1 == scores[j, state]
+        thresholds[j] = unit.max() if len(unit) else 0.
+        thresholds[j].scatter_reduce_(0, state[top], values[top], "amax", include_self=False)
     return scores, thresholds
 
 def detector_scores(fires, labels, n_states: int = 100):      # fires [N, n_states] bool -> precision, recall, f1 [n_states]

@@ -53,19 +53,20 @@ def code_scores(codes, labels, n_codes: int, n_labels: int = 100) -> dict:      
 # %% ../nbs/03_states.ipynb #c03-25
 def neuron_precision(acts, labels, recall, n_labels: int = 100):       # [N, n], [N] with -1 for none, [n_labels] -> [n_labels]
     "Held-out precision of each label's best unit (either sign) at a given recall; unit and threshold are chosen on the first half."
-    half = len(labels) // 2
-    truth = F.one_hot(labels + 1, n_labels + 1)[:, 1:].float()
-    target = (recall * truth[:half].sum(0)).ceil().clamp(min=1)                   # visits to find
+    half, each, signed = len(labels) // 2, torch.arange(n_labels), torch.cat([acts, -acts], 1)
+    before, total = (counts := torch.bincount(labels[:half] + 1, minlength=n_labels + 1)).cumsum(0)[:-1], counts[1:]      # visits of other labels (or none) before a label's, its own
+    target = (recall * total).ceil().long().clamp(min=1)                          # visits to find
     best = torch.full((3, n_labels), -1.)                                         # precision, threshold, unit (signed)
-    for j, unit in enumerate(torch.cat([acts[:half], -acts[:half]], 1).T):
+    for j, unit in enumerate(signed[:half].T):
         values, order = unit.sort(descending=True)
-        hits = truth[:half][order].cumsum(0).T.contiguous()                       # [n_labels, rank]
-        rank = torch.searchsorted(hits, target[:, None])[:, 0].clamp(max=half - 1)
+        visits = (labels[:half][order] * half + torch.arange(half)).sort().values # label by label, the ranks at which it stands
+        rank = torch.where(target > total, half - 1, visits[(before + target - 1).clamp(max=half - 1)] % half)
         rank = torch.searchsorted(-values, -values[rank], right=True) - 1         # all that are tied fire together
-        found = torch.stack([hits[torch.arange(n_labels), rank] / (rank + 1), values[rank], torch.full((n_labels,), float(j))])
+        hits = torch.searchsorted(visits, each * half + rank, right=True) - before
+        found = torch.stack([hits / (rank + 1), values[rank], torch.full((n_labels,), float(j))])
         best = torch.where(found[0] > best[0], found, best)
-    fires = torch.cat([acts, -acts], 1)[half:, best[2].long()] >= best[1]
-    hits = (fires & truth[half:].bool()).sum(0)
+    fires = signed[half:, best[2].long()] >= best[1]
+    hits = (fires & (labels[half:, None] == each)).sum(0)
     return hits / fires.sum(0).clamp(min=1)
 
 # %% ../nbs/03_states.ipynb #c03-29

@@ -11,6 +11,7 @@ def pytest_configure(config): config.addinivalue_line("markers", "nightly: a sec
 
 
 def pytest_collection_modifyitems(items):
+    items.sort(key=lambda item: item.path.name not in ("test_real_model.py", "test_wheel.py"))        # the longest first: none is left to run alone at the end
     if os.environ.get("COURSE_NIGHTLY", "") in ("", "0"):
         for item in items:
             if item.get_closest_marker("nightly"): item.add_marker(pytest.mark.skip(reason="nightly: set COURSE_NIGHTLY=1"))
