@@ -169,7 +169,7 @@ def test_the_patching_chapter_runs_on_the_real_model(tmp_path):
     "Who gets the gift is more than it can do: the chapter says so, and goes on with a task that it can."
     found, printed = run_chapter("10_ioi", tmp_path)
     passes = found["ioi.forward_passes"]
-    print(f"\nreal model: 12 features ordered in {passes['value']:.0f} passes; greedy leaves KL {passes['context']['16 tried, KL with 4 (fixed names)']:.2f} with 4")
+    print(f"\nreal model: 8 features ordered in {passes['value']:.0f} passes; greedy leaves KL {passes['context']['16 tried, KL with 4 (fixed names)']:.2f} with 4")
     assert set(found) == {"ioi.forward_passes"} and "task 'copying'" in printed and "there is no behaviour here" in printed
 
 
