@@ -62,8 +62,8 @@ class Contestant:
         except subprocess.TimeoutExpired: self.process.kill(); self.process.wait()
 
 
-def race(contestants, rounds, least=.4, threads=1):
-    "All contestants of one setting, in turn, `rounds` times after one to warm up; rows with medians, ranges and ratios to the first, the floor."
+def race(contestants, rounds, least=1., threads=1):
+    "All contestants of one setting, in turn, `rounds` times after one to warm up, each turn `least` seconds or a step; rows with medians, ranges and ratios to the first, the floor."
     some = [Contestant(python, settings, threads) for python, settings in contestants]
     for c in some: c.ready()                                    # all import at once
     for c in some: c.run(1)

@@ -307,6 +307,7 @@ def test_puzzles(told):
     with pytest.raises(ValueError, match="answers 400"): solve(broken, puzzle_cases(told[2]))
 
 
+@pytest.mark.nightly
 def test_features_of_the_autoencoder_are_explained_better_than_random_directions(told):
     from codebook_tutorial.activations import harvest
     import tempfile

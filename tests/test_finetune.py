@@ -264,6 +264,7 @@ def test_the_best_checkpoint_is_loaded_at_the_end_and_a_longer_run_is_not_taken_
 
 
 @pytest.mark.skipif(Version(transformers.__version__) < Version("5.18"), reason="before 5.18 Trainer cannot take up a run of several processes on CPUs: it asks torch for the device cpu:0")
+@pytest.mark.nightly
 def test_counts_of_a_window_survive_a_stop_of_two_processes(tmp_path):
     "Stopped in the middle of a window and resumed, two processes end where two undisturbed ones do."
     ends = []

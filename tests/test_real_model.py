@@ -144,6 +144,7 @@ def test_the_codes_chapter_runs_on_the_real_model(tmp_path):
     assert not found and "features)" in printed and "VBox(children" in printed
 
 
+@pytest.mark.nightly
 def test_the_autoencoder_chapter_runs_on_the_real_model(tmp_path):
     "Harvest, sweep, controls, substitution, export: an autoencoder of real states explains more than random directions, and two seeds agree more than chance."
     found, printed = run_chapter("07_sae", tmp_path)
@@ -159,12 +160,14 @@ def test_the_baselines_chapter_runs_on_the_real_model(tmp_path):
     assert not found and "Unexplained with" in printed and "expected activations of at least 0" in printed
 
 
+@pytest.mark.nightly
 def test_the_autointerpretation_chapter_runs_on_the_real_model(tmp_path):
     "Every method explained by spelling and words; what needs the stories' facts is left out. The ruler is straight here, too."
     found, printed = run_chapter("09_autointerp", tmp_path)
     assert set(found) == {"autointerp.perfect_simulator"} and "Differences of means" in printed and "what has none" in printed
 
 
+@pytest.mark.nightly
 def test_the_patching_chapter_runs_on_the_real_model(tmp_path):
     "Who gets the gift is more than it can do: the chapter says so, and goes on with a task that it can."
     found, printed = run_chapter("10_ioi", tmp_path)
@@ -173,6 +176,7 @@ def test_the_patching_chapter_runs_on_the_real_model(tmp_path):
     assert set(found) == {"ioi.forward_passes"} and "task 'copying'" in printed and "there is no behaviour here" in printed
 
 
+@pytest.mark.nightly
 def test_the_circuits_chapter_runs_on_the_real_model(tmp_path):
     "Two frequent tokens that it is surest of, the trees of their features, and the check; what needs the stories is left out."
     found, printed = run_chapter("11_circuits", tmp_path)
