@@ -107,7 +107,7 @@ def forward(self: Codebook, x, edit=None, mask=None):      # [.., d], fn(ids) ->
     counts = slice(None) if mask is None else mask
     self.note(x.detach()[counts], ids[counts])
     recon = recon[counts]
-    return out + (x - x.detach()), ids, recon.mean() if recon.numel() else recon.sum()          # 0 where nothing counts
+    return (x - x.detach()).add_(out), ids, recon.mean() if recon.numel() else recon.sum()          # 0 where nothing counts
 
 # %% ../nbs/02_codebook.ipynb #c02-44
 def _edited(new, ids, n_codes):
