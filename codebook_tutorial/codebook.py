@@ -245,7 +245,7 @@ class CodebookModel(nn.Module):
         try: return self.model(*args, **kw, **({} if attention_mask is None else {"attention_mask": attention_mask}))
         finally: self.mask, self.masked = None, self.mask
     def gradient_checkpointing_enable(self, gradient_checkpointing_kwargs=None, **kw):
-        "As transformers'; never reentrant, for then recon would have no gradient."
+        "As transformers'; never reentrant, for then recon would have no gradient. One backward a pass: a block is computed again under the last pass' mask."
         self.model.gradient_checkpointing_enable((gradient_checkpointing_kwargs or {}) | {"use_reentrant": False}, **kw)
     def generate(self, *args, **kw): return self.model.generate(*args, **kw)
     def __getstate__(self): return {**self.__dict__, "mask": None, "masked": None, "ids": {}, "recon": {}, "inputs": {}}           # a copy does not take the last pass along

@@ -37,7 +37,7 @@ def options(argv=None):
     add("--save-every", 100, "steps between checkpoints"); add("--log-every", 25, "steps between logs"); add("--seed", 0, "of codes and order of rows")
     p.add_argument("--folder", type=Path, required=True, help="checkpoints, logs.json and result/ go here")
     p.add_argument("--bf16", action="store_true", help="compute in bfloat16; parameters, moments and codes stay float32")
-    p.add_argument("--gradient-checkpointing", action="store_true", help="keep no block's inside for the backward pass, compute it again there: less memory, about a third more to compute")
+    p.add_argument("--gradient-checkpointing", action="store_true", help="keep no block's inside for the backward pass, compute it again there: less memory, the forward pass twice")
     p.add_argument("--fsdp", action="store_true", help="split parameters, gradients and moments over the processes (torch's fully_shard)")
     return p.parse_args(argv)
 
