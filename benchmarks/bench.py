@@ -1,6 +1,6 @@
-"""The course beside its peers and beside bare floors: every contestant in a process (and a peer in an environment) of its own, in turn, round by round; medians and ranges.
+"""The course beside its peers and beside bare floors: every contestant in a process (and a peer in an environment) of its own, in turn, round by round, in several processes; medians and ranges.
 
-    python course.py bench [--only codebook sae ...] [--rounds 5] [--quick] [--no-peers] [--device cuda]
+    python course.py bench [--only codebook sae ...] [--rounds 3] [--processes 3] [--quick] [--no-peers] [--device cuda]
 
 Writes benchmarks/results/<device>.json. Peers live in out/bench/<peer>, never in the course's environment."""
 import argparse, json, os, platform, re, statistics, subprocess, sys, tempfile
@@ -34,12 +34,16 @@ def environment(peer):
     return python
 
 
+# glibc keeps what is freed: else it is luck, from process to process, whether each step asks the system for its pages again (up to a third of a short step)
+KEEPS = {"MALLOC_TRIM_THRESHOLD_": str(2**30), "MALLOC_MMAP_THRESHOLD_": str(2**25)}
+
+
 class Contestant:
     "A process that runs steps when asked."
     def __init__(self, python, settings, threads=1):
         self.settings, self.seconds, self.peak, self.said = settings, [], 0, ""
         self.errors = tempfile.TemporaryFile("w+")                  # not a pipe: what nobody reads would stop it
-        env = os.environ | {"OMP_NUM_THREADS": str(threads), "MKL_NUM_THREADS": str(threads)}
+        env = os.environ | {"OMP_NUM_THREADS": str(threads), "MKL_NUM_THREADS": str(threads)} | KEEPS
         self.process = subprocess.Popen([str(python), str(HERE / "contestants.py"), json.dumps(settings)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self.errors, text=True, env=env, cwd=HERE)
 
     def ready(self): self.alive = self._line() == "ready"
@@ -62,8 +66,8 @@ class Contestant:
         except subprocess.TimeoutExpired: self.process.kill(); self.process.wait()
 
 
-def race(contestants, rounds, least=1., threads=1):
-    "All contestants of one setting, in turn, `rounds` times after one to warm up, each turn `least` seconds or a step; rows with medians, ranges and ratios to the first, the floor."
+def turns(contestants, rounds, least, threads):
+    "Contestants of one setting in fresh processes, in turn, `rounds` times after one to warm up, each turn `least` seconds or a step."
     some = [Contestant(python, settings, threads) for python, settings in contestants]
     for c in some: c.ready()                                    # all import at once
     for c in some: c.run(1)
@@ -71,11 +75,17 @@ def race(contestants, rounds, least=1., threads=1):
     for c in some: c.seconds = []
     for _ in range(rounds):
         for c in some: c.run(min(steps.get(c, 1), 200))
-    rows = []
-    for c in some:
-        c.end()
-        if not c.seconds: rows.append(c.settings | dict(failed=c.said or "no answer")); continue
-        rows.append(c.settings | dict(seconds=statistics.median(c.seconds), low=min(c.seconds), high=max(c.seconds), peak_mb=c.peak))
+    for c in some: c.end()
+    return some
+
+
+def race(contestants, rounds, processes=1, least=1., threads=1):
+    "Rows with medians, ranges and ratios to the first, the floor. In several fresh processes one after the other, for one process is a tenth faster than the next without a cause."
+    times, rows = [turns(contestants, rounds, least, threads) for _ in range(processes)], []
+    for same in zip(*times):
+        taken = [s for c in same for s in c.seconds]
+        if not taken: rows.append(same[0].settings | dict(failed=same[0].said or "no answer")); continue
+        rows.append(same[0].settings | dict(seconds=statistics.median(taken), low=min(taken), high=max(taken), peak_mb=max(c.peak for c in same)))
     floor = rows[0].get("seconds")
     for row in rows:
         if floor and "seconds" in row: row["x_floor"] = row["seconds"] / floor
@@ -158,7 +168,8 @@ def show_rows(rows):
 def main():
     p = argparse.ArgumentParser(prog="course.py bench", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     every = [*RACES, *INSIDE]
-    p.add_argument("--only", nargs="+", choices=every, default=every, metavar="PART", help=", ".join(every)); p.add_argument("--rounds", type=int, default=5); p.add_argument("--threads", type=int, default=1)
+    p.add_argument("--only", nargs="+", choices=every, default=every, metavar="PART", help=", ".join(every)); p.add_argument("--rounds", type=int, default=3, help="turns of each contestant in one process (default %(default)s)")
+    p.add_argument("--processes", type=int, default=3, help="fresh processes of each contestant, one after the other (default %(default)s)"); p.add_argument("--threads", type=int, default=1)
     p.add_argument("--quick", action="store_true", help="small sizes, to see that it runs; writes nothing"); p.add_argument("--no-peers", action="store_true"); p.add_argument("--device", default="cpu"); p.add_argument("--note", default="", help="what a reader of the results must know, e.g. that the machine was not quiet")
     args = p.parse_args()
     races = [(part, some) for part in args.only if part in RACES for some in RACES[part](args.quick)]
@@ -175,7 +186,7 @@ def main():
             done = []
             for some in (some for name, some in races if name == part):
                 settings = [(COURSE if who == COURSE else peers.get(who), dict(who=name, device=args.device, **size)) for who, name, size in some]
-                done.append(race([s for s in settings if s[0]], 2 if args.quick else args.rounds, threads=args.threads))
+                done.append(race([s for s in settings if s[0]], *((2, 1) if args.quick else (args.rounds, args.processes)), threads=args.threads))
                 show_rows(done[-1]); bar.update()
             if part in INSIDE: done = INSIDE[part](args.quick, args.threads); show_rows(done)
             keep(part, done)
