@@ -12,7 +12,7 @@ __all__ = ['Fragment', 'Unreadable', 'Explainer', 'fragments', 'pieces', 'some_f
 # %% ../nbs/09_autointerp.ipynb #c09-3
 from dataclasses import dataclass
 import numpy as np, torch
-from .baselines import _best_f1, _levels
+from .baselines import _best_f1
 from .core import seeded
 from .index import Surface
 from .kmeans import finite
@@ -231,7 +231,7 @@ def feature_concepts(f,                               # [N, F] features at ordin
     always = lambda n, of: 2 * n / (n + of)
     for j in range(f.shape[1]):
         order = f[:half, j].argsort()
-        value, threshold = _best_f1(*_levels(order, f[:half, j][order].astype(np.float64), levels), counts, at, concept)
+        (value, threshold), = _best_f1(order, f[:half, j][order].astype(np.float64), levels, counts, at, concept)
         base = always(counts, half)
         best = int(((value - base) / (1 - base)).argmax())
         fires, own = f[half:, j] >= threshold[best], truth[half:, asked[best]]

@@ -111,20 +111,19 @@ def overlap(a: Dictionary, b: Dictionary):    # -> [Fa]
     return (F.normalize(a.directions, dim=-1) @ F.normalize(b.directions, dim=-1).T).abs().amax(-1)
 
 # %% ../nbs/08_baselines.ipynb #c08-90
-def _levels(order, ascending, picks):         # [n] twice, ranks [q] from the top -> thresholds [q] ascending, how many fire [q], how many thresholds each token reaches [n]
-    "Thresholds are the values at some ranks."
-    thresholds, reached = ascending[len(order) - picks][::-1], np.empty(len(order), int)
-    reached[order] = thresholds.searchsorted(ascending, "right")
-    return thresholds, len(order) - ascending.searchsorted(thresholds, "left"), reached
-
-def _best_f1(thresholds, fired, reached, counts, at, concept):         # [q] twice, [n], [C], the true (token, concept) pairs [P] twice -> F1 [C], threshold [C]
-    "The best F1 over thresholds for every concept: one count of the true tokens by how many thresholds they reach."
-    size = len(thresholds) + 1
-    hits = np.bincount(concept * size + reached[at], minlength=len(counts) * size).reshape(len(counts), size)
-    hits = hits[:, ::-1].cumsum(1)[:, ::-1][:, 1:]                     # [C, q]: true tokens that reach each threshold
-    f1 = 2 * hits / (fired + counts[:, None])
-    best = f1.argmax(1)
-    return f1.max(1), thresholds[best]
+def _best_f1(order, ascending, picks, counts, at, concept, signs=(1,)):     # [n] tokens by value, their values, ranks [q], [C], the true (token, concept) pairs [P] twice -> for each sign F1 [C], threshold [C]
+    "The best F1 for every concept over thresholds at some ranks, from the top (1) and from the bottom (-1): one count of the true tokens by the stretch of the order in which they lie serves both."
+    n, levels = len(order), {1: ascending[len(order) - picks][::-1], -1: ascending[picks - 1][::-1]}
+    cut = {sign: ascending.searchsorted(levels[sign], "left" if sign == 1 else "right") for sign in signs}       # equal values fall on one side
+    edges, stretch = np.unique(np.concatenate(list(cut.values()))), np.empty(n, int)
+    size = len(edges) + 1
+    stretch[order] = np.repeat(np.arange(size), np.diff(edges, prepend=0, append=n))
+    before = np.bincount(concept * size + stretch[at], minlength=len(counts) * size).reshape(len(counts), size).cumsum(1)
+    for sign in signs:
+        hits, fired = before[:, edges.searchsorted(cut[sign])], cut[sign]
+        if sign == 1: hits, fired = counts[:, None] - hits, n - fired
+        f1 = 2 * hits / (fired + counts[:, None])
+        yield f1.max(1), sign * levels[sign][f1.argmax(1)]
 
 def _above(order, ascending, counts, at, concept):                     # -> AUROC [C]
     "The share of (true, other) pairs of tokens in which the true one is larger, from ranks; equal values share theirs."
@@ -150,7 +149,7 @@ def concept_scores(f,                         # [N, F] features at ordinary toke
     counts, n = counts[asked], len(asked)
     levels = np.unique(np.geomspace(1, half, points).astype(int))
     top = {key: np.full((3, n), -1.) for key in ("f1", "auroc")}                  # score, feature, sign; and for F1 the threshold
-    threshold = np.zeros(n)
+    threshold, ways = np.zeros(n), (1, -1)[:1 + signs]
     def offer(key, value, j, sign, t=None):
         better = value > top[key][0]
         top[key][:, better] = np.stack([value, np.full(n, j), np.full(n, sign)])[:, better]
@@ -159,8 +158,7 @@ def concept_scores(f,                         # [N, F] features at ordinary toke
         order = f[:half, j].argsort()
         ascending = f[:half, j][order].astype(np.float64)
         above = _above(order, ascending, counts, at, concept)
-        for sign in (1, -1)[:1 + signs]:                               # turned round: the same order, read backwards
-            value, t = _best_f1(*_levels(order[::sign], sign * ascending[::sign], levels), counts, at, concept)
+        for sign, (value, t) in zip(ways, _best_f1(order, ascending, levels, counts, at, concept, ways)):
             offer("f1", value, j, sign, t)
             offer("auroc", above if sign == 1 else 1 - above, j, sign)
     return _scored(f[half:], truth[half:, asked], top, threshold, asked, truth.shape[1])

@@ -267,11 +267,12 @@ def load_text(tok,                             # load_lm's tokenizer
 # %% ../nbs/04_stories.ipynb #c04-86
 @contextmanager
 def _evaluating(model):
-    "Eval mode inside, the mode it was in afterwards."
-    was = model.training
-    model.eval()
+    "Eval mode inside, afterwards every part in the mode it was in."
+    training = [part for part in model.modules() if part.training]
+    for part in training: part.training = False
     try: yield
-    finally: model.train(was)
+    finally:
+        for part in training: part.training = True
 
 def _check_length(model, length, call):
     "ValueError for a row longer than the model reads."

@@ -52,7 +52,7 @@ def test_codebooks_on_a_real_language_model(text, tmp_path):
     own = loss_of(model, held_out)
     cb = add_codebooks(model, ["heads.*", "mlp.*"], n_codes=256, k=4, select="residual", learn="ema", commitment=.25).eval()
     random = loss_of(cb, held_out)
-    cb.init_from_data([train[:160]], generator=seeded(0))
+    cb.init_from_data([train[:100]], generator=seeded(0))
     untrained = loss_of(cb, held_out)
     cb.reset_counts()
     trained = loss_of(finetune(cb, train), held_out)
@@ -126,7 +126,7 @@ def test_names_after_named_have_codes_on_the_real_model(tmp_path):
     own = lm_loss(model, held_out[:40])
     cb = add_codebooks(model, ["heads.*", "mlp.*"], 256, select="euclidean", learn="ema", commitment=.25).init_from_data(train.ids[:60], generator=seeded(0), pad=train.pad)
     begun = lm_loss(cb, held_out[:40])
-    train_codes(cb, train, steps=80)
+    train_codes(cb, train, steps=50)
     trained = lm_loss(cb, held_out[:40])
     index = build_index(cb, tok, held_out, tmp_path / "index")
     marked, line = index.mark(r"named (\w+)"), index.best(r"named (\w+)", min_recall=.1)[0]
