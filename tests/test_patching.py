@@ -41,11 +41,11 @@ def overrides(model): return sum("forward" in m.__dict__ for m in model.modules(
 # ---------- pairs
 def test_ioi_pairs_differ_in_the_receiver_alone_and_stand_in_both_orders(lm):
     tok = lm[1]
-    pairs, orders = task_pairs(tok, "ioi", 60), []
+    pairs, orders, known = task_pairs(tok, "ioi", 60), [], set(one_token_names(tok))
     for a, b, n, right, wrong in zip(pairs.base, pairs.target, pairs.last, pairs.base_answers, pairs.target_answers):
         differs = (a != b).nonzero()[:, 0]
         assert len(differs) == 1 and a[differs] == right and b[differs] == wrong and a[0] == tok.bos_token_id
-        names = [t for t in a[:n + 1].tolist() if tok.decode(t) in one_token_names(tok)]
+        names = [t for t in a[:n + 1].tolist() if tok.decode(t) in known]
         assert len(names) == 3 and names.count(right.item()) == 1                  # giver, receiver, giver: in one of two orders
         orders.append(names.index(right.item()) == 0)
         assert (a[n + 1:] == tok.pad_token_id).all() and (a[1:n + 1] != tok.pad_token_id).all()

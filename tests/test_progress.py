@@ -29,10 +29,10 @@ def copies(tmp_path_factory):
 
 
 def test_each_exercise_is_told_apart(copies):
-    got = subprocess.run([sys.executable, ROOT / "tools" / "progress.py", copies, "--limit", "15"], capture_output=True, text=True, timeout=400, encoding="utf-8")
+    got = subprocess.run([sys.executable, ROOT / "tools" / "progress.py", copies, "--limit", "10"], capture_output=True, text=True, timeout=400, encoding="utf-8")
     assert got.returncode == 1 and not got.stderr, got.stderr[-2000:]          # one could not be read
     assert "00_sites         ■□××··   1 of 6" in got.stdout and "00.2 not yet: your code stopped with RuntimeError: what?" in got.stdout
-    assert "00.3 stopped: took longer than 15 seconds" in got.stdout and "00.4 stopped: ended the process (status 3)" in got.stdout
+    assert "00.3 stopped: took longer than 10 seconds" in got.stdout and "00.4 stopped: ended the process (status 3)" in got.stdout
     assert "03_states        ■■■■■■·  6 of 7" in got.stdout and "03.7 not begun: its cell, or the line #| exercise in it, was deleted" in got.stdout and "05_finetune      cannot be read as a notebook" in got.stdout and "7 of 13 exercises pass" in got.stdout
 
 
