@@ -88,6 +88,7 @@ def parser():
     sub = p.add_subparsers(dest="verb", required=True, metavar="VERB")
     run = sub.add_parser("run", help="execute the chapters; results go to out/, the work tree stays as it was")
     run.add_argument("--only", nargs="+", metavar="NN", default=[], help="these chapters alone, e.g. --only 02")
+    run.add_argument("--outputs", action="store_true", help="for authors: name the cells whose committed outputs this run does not give again to the letter (another machine draws and rounds otherwise)")
     run.add_argument("--jobs", type=int, default=min(2, os.cpu_count() or 1), help="chapters at a time (default %(default)s)")
     sub.add_parser("test", help="run the tests; further arguments go to pytest, e.g. test -k codebook")
     sub.add_parser("lab", help="open the chapters in JupyterLab; further arguments go to it")

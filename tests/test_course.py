@@ -98,6 +98,17 @@ def test_run_executes_into_out_and_leaves_the_tree(school):
     assert nbformat.read(root / "out" / "nbs" / "02_b.ipynb", 4).cells[0].outputs[0].data["text/plain"] == "2"
 
 
+def test_outputs_of_older_code_are_named(school):
+    root, write, command = school
+    write("01_a.ipynb", "# 01 a", "6 * 7", "print('same')")
+    assert "passed; committed outputs differ in cells 1, 2" in call(command("run", "--outputs")).stdout
+    (root / "nbs" / "01_a.ipynb").write_bytes((root / "out" / "nbs" / "01_a.ipynb").read_bytes())
+    assert "differ" not in call(command("run", "--outputs")).stdout
+    nb = books.read_book(root / "nbs" / "01_a.ipynb"); nb.cells[1].source = "6 * 8"; books.write_book(root / "nbs" / "01_a.ipynb", nb)
+    assert call(command("run", "--outputs")).stdout.splitlines()[0].endswith("passed; committed outputs differ in cells 1")
+    assert "differ" not in call(command("run")).stdout
+
+
 def test_a_failing_cell_is_shown_and_the_exit_says_so(school):
     _, write, command = school
     write("01_a.ipynb", "x = 1", "x / 0")

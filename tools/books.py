@@ -93,6 +93,12 @@ def compare_claims(number):
     return sorted(lines)
 
 
+def other_outputs(path, nb):
+    "Cells of a fresh run whose committed outputs are not the same to the letter: of older code, or of another machine."
+    kept = {c.id: c.outputs for c in read_book(path).cells if c.cell_type == "code"}
+    return [i for i, c in enumerate(nb.cells) if c.cell_type == "code" and kept.get(c.id) != c.outputs]
+
+
 def save_figures(nb, stem, folder=None):
     "Put a chapter's pictures into a folder (out/figures/); their names and alt texts."
     folder, saved = folder or OUT / "figures", []
@@ -123,6 +129,7 @@ def run(args):
         problems = [failure] if failure else [f"claim {line}" for line in compare_claims(path.name[:2])]
         if problems: failed.append((path, problems))
         state = f"FAILED at {failure.split(':')[0]}" if failure else "FAILED: claims differ" if problems else "passed"
+        if args.outputs and not failure and (other := other_outputs(path, nb)): state += f"; committed outputs differ in cells {', '.join(map(str, other))}"
         print(f"{path.stem:<16} {sum(s for s, _ in seconds):6.1f} s   slowest cell {slow[1]:3}: {slow[0]:5.1f} s   {memory:5} MB   {state}", flush=True)
     asyncio.run(execute_all(books, max(1, args.jobs), done))
     for path, problems in failed: print(f"\n{path.stem}:", *problems, sep="\n  ")

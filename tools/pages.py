@@ -206,7 +206,7 @@ def statics():
     missing = [n for n in STATIC if not page_of(n)]
     if missing:
         print(f"docs: running chapter {', '.join(missing)}: the site shows the pages that they write", flush=True)
-        if books.run(argparse.Namespace(only=missing, jobs=2)): sys.exit("docs: a chapter failed, so its page is missing")
+        if books.run(argparse.Namespace(only=missing, jobs=2, outputs=False)): sys.exit("docs: a chapter failed, so its page is missing")
     for n, name in STATIC.items(): shutil.copy(page_of(n), SRC / "_extra" / name)
 
 
