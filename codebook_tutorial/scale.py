@@ -43,24 +43,27 @@ def one_pass(model, rows: int = 1, length: int = 512, train: bool = False,
 
 # %% ../nbs/14_scale.ipynb #c14-6
 class Counter(TorchDispatchMode):
-    "While it is on: FLOPs of the matrix products (a multiplication and an addition each), bytes that all other operations read and write, calls; and the most bytes alive at once of what was made meanwhile."
+    "While it is on: FLOPs of the matrix products (a multiplication and an addition each), bytes that all other operations read and write, calls; and the most bytes alive at once of what was made meanwhile (what was there before, weights say, is no part of it)."
     def __init__(self):
         super().__init__()
         self.flops = self.bytes = self.calls = self.alive = self.peak = 0
         self.held = set()
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        out, name = func(*args, **(kwargs or {})), func._overloadpacket
-        made = [t for t in tree_leaves(out) if isinstance(t, torch.Tensor)]
-        for t in made: self.hold(t.untyped_storage())
+        tensors = lambda some: [t for t in tree_leaves(some) if isinstance(t, torch.Tensor)]
+        given, name = tensors((args, kwargs)), func._overloadpacket
+        for t in given: self.hold(t.untyped_storage(), made=False)          # not seen yet, so it was there before
+        out = func(*args, **(kwargs or {}))
+        made = tensors(out)
+        for t in made: self.hold(t.untyped_storage())                       # a view's is its source's
         if func.is_view or name is torch.ops.aten._unsafe_view: return out
         self.calls += 1
         if name in flop_registry: self.flops += flop_registry[name](*args, **(kwargs or {}), out_val=out)
-        else: self.bytes += sum(t.numel() * t.element_size() for t in [*tree_leaves((args, kwargs)), *made] if isinstance(t, torch.Tensor))
+        else: self.bytes += sum(t.numel() * t.element_size() for t in given + made)
         return out
 
-    def hold(self, storage):
-        key, size = storage._cdata, storage.nbytes()
+    def hold(self, storage, made=True):
+        key, size = storage._cdata, made * storage.nbytes()
         if key in self.held: return
         self.held.add(key); self.alive += size; self.peak = max(self.peak, self.alive)
         weakref.finalize(storage, self.let_go, key, size)
@@ -109,15 +112,15 @@ class CostModel:
 def _bytes(tensors): return sum(t.numel() * t.element_size() for t in tensors)
 
 def training_bytes(model, rows: int = 8, length: int = 512,
-                   shards: int = 1,        # FSDP over so many processes: each holds a part of all but what its own rows need
+                   shards: int = 1,        # FSDP over so many processes: each holds a part of what learns by gradient, and all of the rest
                    ) -> dict:
-    "What one process holds in a training step with AdamW: weights (with buffers), moments, gradients, activations (the peak of both passes), total."
+    "What one process holds in a training step with AdamW: weights that learn by gradient, their gradients and moments; the other numbers (codes that learn by averages, with their sums; buffers); activations (the peak of both passes); total."
     learnt = [p for p in model.parameters() if p.requires_grad]
     for p in learnt: p.grad = torch.zeros_like(p)                        # from the second step on they are there, so they are no part of the peak
     peak = count(one_pass(model, rows, length, train=True, keep_grads=True))["peak"]
     model.zero_grad(set_to_none=True)
-    parts = dict(weights=_bytes([*model.parameters(), *model.buffers()]), gradients=_bytes(learnt), moments=2 * _bytes(learnt))
-    parts = {name: n / shards for name, n in parts.items()} | dict(activations=peak)
+    own = _bytes(learnt) / shards
+    parts = dict(weights=own, gradients=own, moments=2 * own, others=_bytes([p for p in model.parameters() if not p.requires_grad] + list(model.buffers())), activations=peak)
     return parts | dict(total=sum(parts.values()))
 
 def _train_here(size, vocab, codes, rows, length, pipe):

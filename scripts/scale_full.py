@@ -28,7 +28,7 @@ COSTS += [dict(d=d, layers=2, C=C, k=k, rows=4, train=True) for d in (64, 128, 2
 HELD_OUT = [dict(d=d, layers=4, C=C, k=k, rows=8) for d in (512, 768) for C, k in ((0, 1), (4000, 1), (4000, 8), (10_000, 1))] + [dict(d=512, layers=4, C=C, k=k, rows=4, train=True) for C, k in ((0, 1), (4000, 1), (4000, 8))]
 MEMORY = [dict(size=(d, layers, heads), vocab=2000, codes=codes, rows=8, length=256) for d, layers, heads in ((128, 4, 4), (256, 4, 4), (512, 4, 8)) for codes in (None, dict(n_codes=2000, k=1), dict(n_codes=2000, k=4, learn="ema", select="residual"))]
 SHA = {f"data/{name}": hashlib.sha256(data_path(name.rpartition("/")[0]).joinpath(name.rpartition("/")[2]).read_bytes()).hexdigest() for name in ("stories/model.safetensors",)}
-KEY = hashlib.sha256(json.dumps([1, SITE, N_FEATS, K, TOKENS, METHODS, LONGER, COSTS, HELD_OUT, MEMORY, SHA]).encode()).hexdigest()[:8]      # raise the first number when what a row means changes
+KEY = hashlib.sha256(json.dumps([2, SITE, N_FEATS, K, TOKENS, METHODS, LONGER, COSTS, HELD_OUT, MEMORY, SHA]).encode()).hexdigest()[:8]      # raise the first number when what a row means changes
 
 
 def model_of(d, layers, C, k, where, **_):

@@ -37,6 +37,9 @@ def test_what_is_counted():
     x, w = torch.randn(10, 20), torch.randn(20, 30)
     assert count(lambda: x @ w) == dict(flops=2 * 10 * 20 * 30, bytes=0, calls=1, peak=4 * 300)
     assert count(lambda: (x + x).T.reshape(-1)) == dict(flops=0, bytes=4 * 200 * 3 + 4 * 200 * 2, calls=2, peak=2 * 800)       # views are free, a copy is not
+    def first_layer(): w.T; w.grad.zero_(); return x @ w.T.T
+    w.grad = torch.zeros_like(w)
+    assert count(first_layer)["peak"] == 4 * 300                                     # a view of what was there before is nothing new, nor is what is written into it
     def chain():
         y = x
         for _ in range(5): y = y * 2.
@@ -70,15 +73,15 @@ def test_memory_is_the_sum_of_its_parts(codes):
     if codes: model = add_codebooks(model, "mlp.*", **codes)
     need, half = training_bytes(model, 4, 32), training_bytes(model, 4, 32, shards=2)
     learnt = own + (2 * 100 * 64 if codes and "learn" not in codes else 0)
-    assert need["gradients"] == 4 * learnt and need["moments"] == 8 * learnt and need["weights"] >= 4 * own and need["total"] == sum(v for k, v in need.items() if k != "total")
-    assert half["activations"] == need["activations"] and half["weights"] == need["weights"] / 2
+    assert need["gradients"] == 4 * learnt and need["moments"] == 8 * learnt and need["weights"] == 4 * learnt and need["others"] >= (4 * 3 * 2 * 100 * 64 if codes and "learn" in codes else 0) and need["total"] == sum(v for k, v in need.items() if k != "total")
+    assert half["activations"] == need["activations"] and half["weights"] == need["weights"] / 2 and half["others"] == need["others"]
     assert training_bytes(model, 8, 32)["activations"] > 1.6 * need["activations"] > 0
 
 
 def test_the_count_of_memory_is_near_what_training_takes():
     counted = training_bytes(blank((128, 2, 4), 2000), 16, 256)["total"]
     was = dict(os.environ)
-    assert .6 * counted < measured_bytes((128, 2, 4), 2000, rows=16, length=256) < 1.6 * counted and os.environ == was
+    assert .8 * counted < measured_bytes((128, 2, 4), 2000, rows=16, length=256) < 1.3 * counted and os.environ == was
 
 
 # ---- changed text
