@@ -94,7 +94,7 @@ def relied_on(best, f, truth, asked, at_least: int = 10) -> dict:      # [n, F],
 def one_word_attack(model, site: str, text: Text, truth,             # [rows, length, C] bool
                     dictionaries: dict,    # {name: (Dictionary, what `trusted` found)}
                     n: int = 40, words: int = 300, seed: int = 0) -> dict:
-    "Places where a concept of the word itself holds; the word before is exchanged for each of many. {name: asked (places where the trusted feature fires), worst (share at which some word silences it), usual (share of words that do), control (share at which a drawn word does)}."
+    "Places where a concept of the word itself holds; the word before is exchanged for each of many. {name: asked (places where the trusted feature fires), worst (share at which some word silences it), usual (share of words that do)}."
     draw, where = np.random.default_rng(seed), next(model.parameters()).device
     tokens = np.array([CONCEPTS[name.split("=")[0]].kind == "token" for name in ATOMS])
     candidates = torch.as_tensor(draw.choice(len(VOCABULARY) - len(SPECIAL), words, replace=False) + len(SPECIAL))

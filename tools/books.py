@@ -326,8 +326,9 @@ REPRODUCES = [
     ("Features of two seeds, partnered one to one: mean cosine, TopK autoencoder", "13", "scoreboard.stability.sae_topk", "control: as many raw states drawn at random", "asked for by its reviewers"),
     ("Codes looked up at every head and MLP of the course's model: time added, as a multiple of its own", "14", "scale.codebook_overhead", "2048 codes at six sites, one CPU core", "asked for by its reviewers"),
     ("Seconds of sizes never timed, predicted from three prices: median |log ratio|", "14", "scale.prediction_error", "up to 768 wide and 10,000 codes; control: FLOPs alone", "none"),
-    ("Precision of trusted features on changed text: tied autoencoder", "14", "scale.shift_precision", "mean of five changes; control: firing always", "asked for by its reviewers"),
-    ("Features of two seeds and texts, partnered one to one: mean cosine, codes from data", "14", "scale.seed_stability.codebook", "eleven codes a state; control: random directions", "asked for by its reviewers"),
+    ("Memory of a training step, counted without running it: median |log ratio| to the measured", "14", "scale.memory_error", "nine small models on a CPU; control: all but activations", "none"),
+    ("Precision of trusted features on changed text: tied autoencoder", "14", "scale.shift_precision", "mean of five changes; control: random directions chosen alike", "asked for by its reviewers"),
+    ("Features of two seeds and texts, partnered one to one: mean cosine, codes from data", "14", "scale.seed_stability.codebook", "eleven codes a state; control: raw states drawn at random", "asked for by its reviewers"),
     ("Writing another sentence's codes at the heads makes the model name its receiver", "05", "finetune.written_receiver", "control: codes of the same sentence with another giver", "none"),
 ]
 
