@@ -74,10 +74,15 @@ def ensure_env():
     print(f".venv is ready ({PYTHON})", flush=True)
 
 
+def own_paths():
+    "The environment, with the reader's model and text named from the root of the disk: chapters run in folders of their own."
+    return os.environ | {name: os.path.abspath(path) for name in ("COURSE_MODEL", "COURSE_TEXT") if os.path.exists(path := os.path.expanduser(os.environ.get(name, "")))}
+
+
 def call(*args):
     "Run the environment's Python at the root; its exit status is ours."
     ensure_env()
-    child = subprocess.Popen([PYTHON, *map(str, args)], cwd=ROOT)
+    child = subprocess.Popen([PYTHON, *map(str, args)], cwd=ROOT, env=own_paths())
     while True:
         try: return child.wait()
         except KeyboardInterrupt: pass      # Ctrl-C reaches the child too: let it close its kernels and report
@@ -95,7 +100,7 @@ def parser():
     author = sub.add_parser("author", help="for authors: text -> notebook, execute, normalise, clean, export, put claims in place")
     author.add_argument("only", nargs="*", metavar="NN", help="chapters (default: all)")
     author.add_argument("--text", action="store_true", help="only write the chapters as text to out/text/, to be edited there")
-    sub.add_parser("check", help="export and clean, then fail if that changed any tracked file")
+    sub.add_parser("check", help="export, clean, make README's tables, then fail on any change there that is not committed")
     learner = sub.add_parser("learner", help="write the learner's copies: exercises as stubs, no solutions")
     learner.add_argument("folder", metavar="FOLDER")
     learner.add_argument("--force", action="store_true", help="overwrite notebooks that are already there")

@@ -172,6 +172,7 @@ def main():
     p.add_argument("--processes", type=int, default=3, help="fresh processes of each contestant, one after the other (default %(default)s)"); p.add_argument("--threads", type=int, default=1)
     p.add_argument("--quick", action="store_true", help="small sizes, to see that it runs; writes nothing"); p.add_argument("--no-peers", action="store_true"); p.add_argument("--device", default="cpu"); p.add_argument("--note", default="", help="what a reader of the results must know, e.g. that the machine was not quiet")
     args = p.parse_args()
+    os.environ["COURSE_DEVICE"] = args.device                    # for the parts that load models
     races = [(part, some) for part in args.only if part in RACES for some in RACES[part](args.quick)]
     peers = {} if args.no_peers else {name: environment(name) for name in dict.fromkeys(who for _, some in races for who, *_ in some if who != COURSE)}
     path = RESULTS / f"{args.device}.json"

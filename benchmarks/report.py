@@ -85,7 +85,7 @@ def main(folder):
     folder = Path(folder)
     show.style()
     parts = [report(path.stem, json.loads(path.read_text()), folder) for path in sorted(RESULTS.glob("*.json"))]
-    (folder / "benchmarks.md").write_text("# Benchmarks\n\nThe course beside its peers and beside bare floors, all in one run: each contestant in processes (a peer in an environment) of its own, several one after the other, taking turns; medians and ranges of the processor's own seconds. On Linux the C library is told to keep freed memory, for everybody alike: otherwise it is luck whether a process asks the system for the same pages at each step, which moves a short step by up to a third. Repeat it with `python course.py bench`. A *floor* is the least code that does the same work: nothing checked, counted or edited. "
+    (folder / "benchmarks.md").write_text("# Benchmarks\n\nThe course beside its peers and beside bare floors, each race in one run: each contestant in processes (a peer in an environment) of its own, several one after the other, taking turns; medians and ranges of the processor's own seconds (the clock's on a GPU, and for harvest, patching, index and chapters). On Linux the C library is told to keep freed memory, for everybody alike: otherwise it is luck whether a process asks the system for the same pages at each step, which moves a short step by up to a third. Repeat it with `python course.py bench`. A *floor* is the least code that does the same work: nothing checked, counted or edited. "
                                            "What is measured, and how, stands in `benchmarks/`.\n\n" + "\n\n".join(parts) + "\n", encoding="utf-8")
 
 

@@ -98,6 +98,24 @@ def test_run_executes_into_out_and_leaves_the_tree(school):
     assert nbformat.read(root / "out" / "nbs" / "02_b.ipynb", 4).cells[0].outputs[0].data["text/plain"] == "2"
 
 
+def test_a_readers_own_files_are_found_from_any_folder(monkeypatch, tmp_path):
+    monkeypatch.syspath_prepend(str(ROOT))
+    import course as module
+    monkeypatch.chdir(tmp_path); (tmp_path / "mine.txt").touch()
+    monkeypatch.setenv("COURSE_TEXT", "mine.txt"); monkeypatch.setenv("COURSE_MODEL", "gpt2")
+    assert module.own_paths()["COURSE_TEXT"] == str(tmp_path / "mine.txt") and module.own_paths()["COURSE_MODEL"] == "gpt2"
+    monkeypatch.delenv("COURSE_TEXT")
+    assert "COURSE_TEXT" not in module.own_paths()
+
+@pytest.mark.parametrize("model,offline", [("", "1"), (".", "1"), ("somebody/some-model", "None")])
+def test_the_hub_is_asked_only_for_a_model_of_the_hub(school, model, offline):
+    root, write, command = school
+    write("01_a.ipynb", "import os; str(os.environ.get('HF_HUB_OFFLINE'))")
+    env = {k: v for k, v in os.environ.items() if k != "HF_HUB_OFFLINE"} | {"COURSE_MODEL": model}
+    assert call(command("run"), env=env).returncode == 0
+    assert nbformat.read(root / "out" / "nbs" / "01_a.ipynb", 4).cells[0].outputs[0].data["text/plain"] == repr(offline)
+
+
 def test_outputs_of_older_code_are_named(school):
     root, write, command = school
     write("01_a.ipynb", "# 01 a", "6 * 7", "print('same')")
