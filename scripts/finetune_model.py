@@ -16,11 +16,15 @@ from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 from tqdm.auto import tqdm
 from transformers import AutoModelForCausalLM, PrinterCallback, TrainingArguments, get_cosine_schedule_with_warmup
-from codebook_tutorial.codebook import Codebook, CodebookModel, _like, add_codebooks
+from codebook_tutorial.dictionary.codebook import Codebook
+from codebook_tutorial.dictionary.bottleneck import CodebookModel, _like, add_codebooks
 from codebook_tutorial.core import device, seeded, set_seed
-from codebook_tutorial.finetune import CodebookTrainer, _same_run, as_dataset, finetune
-from codebook_tutorial.models import _check_length, load_lm, load_text
-from codebook_tutorial.sites import _structure
+from codebook_tutorial.dictionary.trainer import CodebookTrainer
+from codebook_tutorial.dictionary.finetune import _same_run, as_dataset, finetune
+from codebook_tutorial.model.run import check_length
+from codebook_tutorial.model.hub import load_lm
+from codebook_tutorial.model.text import load_text
+from codebook_tutorial.model.sites import structure
 
 def options(argv=None):
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -54,7 +58,7 @@ def begin(args):
     set_seed(args.seed)
     model, tok = load_lm(args.model)
     text = load_text(tok, args.text, args.tokens, args.length, args.split)
-    _check_length(model, args.length, "finetune_model")
+    check_length(model, args.length, "finetune_model")
     cb = add_codebooks(model, args.sites, args.codes, args.k, select=args.select, learn=args.learn, commitment=args.commitment)
     cb.init_from_data(text.ids[:args.start or -(-20 * args.codes // args.length)].split(8), generator=seeded(args.seed), pad=text.pad)
     for book in cb.codebooks.values(): book.revive = partial(revive, book)
@@ -71,7 +75,7 @@ def shard(cb, args):
     precision = dict(mesh=mesh, mp_policy=MixedPrecisionPolicy(torch.bfloat16, torch.float32) if args.bf16 else MixedPrecisionPolicy())
     by_code = lambda w: next((Shard(d) for d in (1, 2) if w.shape[d] % mesh.size() == 0), Shard(0))                 # [groups, codes, width]: there may be one group only
     for book in cb.codebooks.values() if args.learn == "gradient" else (): fully_shard(book, mesh=mesh, shard_placement_fn=by_code)        # float32 also with --bf16
-    for block in _structure(cb.model)[1]: fully_shard(block, **precision)
+    for block in structure(cb.model)[1]: fully_shard(block, **precision)
     fully_shard(cb, ignored_params={b.weight for b in cb.codebooks.values() if b.learn == "ema"}, **precision)
     parts = dict(cb.named_parameters())
     return torch.optim.AdamW([g | dict(params=[parts[n] for n in g["params"]]) for g in groups], betas=(.9, .98))

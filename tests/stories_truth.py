@@ -1,8 +1,8 @@
 "What holds at every word of a story, found again from the words alone (the generator's records are not looked at)."
-from codebook_tutorial.concepts import CLASSES
-from codebook_tutorial.stories import GIRLS, KINDS, MARKS, NAMES
+from codebook_tutorial.world.concepts import CLASSES
+from codebook_tutorial.world.grammar import GIRLS, SENTENCE_KINDS, MARKS, NAMES
 
-AGREEMENT, CLASS = KINDS.index("agreement"), {w: kind for kind, words in CLASSES.items() for w in words}
+AGREEMENT, CLASS = SENTENCE_KINDS.index("agreement"), {w: kind for kind, words in CLASSES.items() for w in words}
 
 
 def sentences(words):

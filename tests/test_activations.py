@@ -4,12 +4,13 @@ from pathlib import Path
 from types import SimpleNamespace
 import pytest, torch
 from safetensors.torch import load_file
-from codebook_tutorial import activations
-from codebook_tutorial.activations import harvest, open_activations
-from codebook_tutorial.codebook import add_codebooks
+from codebook_tutorial.dictionary import store as activations
+from codebook_tutorial.dictionary.store import harvest, open_activations
+from codebook_tutorial.dictionary.bottleneck import add_codebooks
 from codebook_tutorial.core import seeded
-from codebook_tutorial.models import Text, load_lm, load_text, pack
-from codebook_tutorial.sites import capture, intervene
+from codebook_tutorial.model.text import Text, load_text, pack
+from codebook_tutorial.model.hub import load_lm
+from codebook_tutorial.model.sites import capture, intervene
 
 SMALL = dict(vocab_size=50, bos_token_id=0, eos_token_id=0)
 CONFIGS = {"gpt2": ("GPT2Config", dict(n_embd=32, n_layer=2, n_head=2, n_positions=32)),

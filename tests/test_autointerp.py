@@ -1,16 +1,17 @@
 """The protocol of chapter 09 against slow forms, its scorers where the answer is known, the language of predicates, puzzles and pages."""
 import math, re
 import numpy as np, pytest, torch
-from codebook_tutorial import autointerp as ai
-from codebook_tutorial.autointerp import Case, Explainer, Fragment, concept_fit, correlation, detection, difference, feature_concepts, fragments, fuzzing, integers, interpret, make_cases, moments, pieces, some_features, summary
-from codebook_tutorial.baselines import ica, pca
+from codebook_tutorial.feature.explain import protocol as ai
+from codebook_tutorial.feature.explain.protocol import Case, Explainer, Fragment, concept_fit, correlation, detection, difference, feature_concepts, fragments, fuzzing, integers, interpret, make_cases, moments, pieces, some_features, summary
+from codebook_tutorial.dictionary.baselines import ica, pca
 from codebook_tutorial.core import data_path, seeded
-from codebook_tutorial.dictionary import random_directions
-from codebook_tutorial.feature_pages import explained, export_features, feature_table
-from codebook_tutorial.formats import load_sae
-from codebook_tutorial.models import Text, load_lm, load_text
-from codebook_tutorial.predicates import PREDICATES, SHAPES, PredicateExplainer, story_words
-from codebook_tutorial.puzzles import PUZZLES, Puzzle, puzzle_cases, solve
+from codebook_tutorial.dictionary.base import random_directions
+from codebook_tutorial.show.features import explained_strips, export_features, feature_table
+from codebook_tutorial.dictionary.formats import load_sae
+from codebook_tutorial.model.text import Text, load_text
+from codebook_tutorial.model.hub import load_lm
+from codebook_tutorial.feature.explain.rules import PREDICATES, SHAPES, PredicateExplainer, story_words
+from codebook_tutorial.feature.explain.puzzles import PUZZLES, Puzzle, puzzle_cases, solve
 
 BOS, PAD = 1, 0
 
@@ -309,7 +310,7 @@ def test_puzzles(told):
 
 @pytest.mark.nightly
 def test_features_of_the_autoencoder_are_explained_better_than_random_directions(told):
-    from codebook_tutorial.activations import harvest
+    from codebook_tutorial.dictionary.store import harvest
     import tempfile
     model, text, words = told
     with tempfile.TemporaryDirectory() as folder: x = harvest(model, text, "resid.1", folder + "/acts", verbose=False).load("resid.1")
@@ -336,7 +337,7 @@ def test_pages_are_escaped_and_whole(tmp_path):
     html = path.read_text()
     assert "<script" not in html and "<img" not in html and "A &lt;title&gt;" in html and html.count("<details>") == 2 and "1 more are active too seldom" in html and "default-src 'none'" in html
     assert "alert(2)" in html and [p.name for p in tmp_path.iterdir()] == ["f.html"] and not re.search(r'(src|href)="?http', html)
-    shown = explained(cases[0], rows[0], n=1)
+    shown = explained_strips(cases[0], rows[0], n=1)
     assert "<script" not in shown.source and "as simulated" in shown.words and "r 1.00" in shown.words and shown.source.count("<div") == 4
     with pytest.raises(ValueError): export_features(cases, rows[:-1], tmp_path / "g.html")
     assert not (tmp_path / "g.html").exists()

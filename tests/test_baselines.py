@@ -1,8 +1,9 @@
 "Baselines: what each computes, in its own words; concept scores against a slow form."
 import numpy as np, pytest, torch, torch.nn.functional as F
 from codebook_tutorial.core import seeded
-from codebook_tutorial.dictionary import fvu, random_directions
-from codebook_tutorial.baselines import NMF, Affine, concept_scores, ica, keep_largest, overlap, pca, pursue
+from codebook_tutorial.dictionary.base import fvu, random_directions
+from codebook_tutorial.dictionary.baselines import NMF, Affine, ica, keep_largest, overlap, pca, pursue
+from codebook_tutorial.feature.detect import concept_scores
 
 X = torch.randn(3000, 8, generator=seeded(0)) @ torch.randn(8, 8, generator=seeded(1)) + 3
 

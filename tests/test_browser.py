@@ -2,13 +2,13 @@
 import contextlib, json, os, re, shutil, socket, subprocess, sys, time, urllib.request
 from pathlib import Path
 import numpy as np, pytest, torch
-from codebook_tutorial.browser import _json, browse, export_browser
-from codebook_tutorial.codebook import add_codebooks
+from codebook_tutorial.show.browser import script_json, browse, export_browser
+from codebook_tutorial.dictionary.bottleneck import add_codebooks
 from codebook_tutorial.core import seeded
-from codebook_tutorial.dictionary import random_directions
-from codebook_tutorial.index import build_index, open_index
-from codebook_tutorial.models import Text, pack
-from codebook_tutorial.show import escape
+from codebook_tutorial.dictionary.base import random_directions
+from codebook_tutorial.feature.index import build_index, open_index
+from codebook_tutorial.model.text import Text, pack
+from codebook_tutorial.show.html import escape
 
 EVIL = "the <script>window.hacked=1</script> dog & <img src=x onerror=window.hacked=1> </script><!-- \u2028 naïve 日本 👍 end"
 DOCS = [EVIL, *(f"the dog saw the {w} and the cat ran home to the {w}" for w in ("cat", "bird", "“king”", "tree", "house", "sea")), "a 👍 b 日 c the end"]
@@ -41,9 +41,9 @@ def data_of(path): return json.loads(re.search(r'<script type="application/json"
 
 def test_json_cannot_leave_its_script():
     for text in ("</script><script>x()", "<!--<script>", "a & b", "\u2028\u2029", "日本 👍 \ud800"):
-        written = _json({"t": text})
+        written = script_json({"t": text})
         assert json.loads(written) == {"t": text} and not set("<>&\u2028\u2029") & set(written) and written.isascii()
-    with pytest.raises(ValueError): _json([float("nan")])
+    with pytest.raises(ValueError): script_json([float("nan")])
 
 
 def test_the_file_holds_no_markup_of_the_text_and_is_written_at_once(built, tmp_path):
@@ -230,9 +230,9 @@ def test_values_are_shown_strongest_first_in_light_and_dark(built, browser, tmp_
 
 def test_the_page_of_explained_features_opens_without_scripts_or_network(page, browser, tmp_path):
     "Tokens and explanations full of markup are text; a feature opens by a click; light and dark."
-    from codebook_tutorial.autointerp import interpret, make_cases
-    from codebook_tutorial.feature_pages import export_features
-    from codebook_tutorial.predicates import PredicateExplainer
+    from codebook_tutorial.feature.explain.protocol import interpret, make_cases
+    from codebook_tutorial.show.features import export_features
+    from codebook_tutorial.feature.explain.rules import PredicateExplainer
     words = [[EVIL[:40], "</details>", f"w{i}", "<img src=x onerror=window.hacked=1>"] for i in range(40)]
     f = np.zeros((160, 3)); f[0::4, 0] = np.arange(40) + 1; f[3::4, 1] = 5.; f[0:40:4, 2] = 1.
     cases = make_cases(f, words)
@@ -254,7 +254,7 @@ def test_the_page_of_explained_features_opens_without_scripts_or_network(page, b
 
 def test_the_page_of_steered_texts_offers_what_there_is_and_marks_what_changed(page, browser, tmp_path):
     "Four choices, each offering what the ones before leave; markup in texts is text; no network."
-    from codebook_tutorial.steering_pages import export_steering
+    from codebook_tutorial.show.steering import export_steering
     samples = [dict(prompt=p, way=None, text=f"{p} a b </script><img src=x onerror=window.hacked=1>") for p in ("one", "two")]
     samples += [dict(prompt=p, way=w, towards=t, strength=s, text=f"{p} a {t}{s} <b>", note="loss 1.2") for p in ("one", "two") for w, t in (("switch", "dragon"), ("switch", "space"), ("vector", "dragon")) for s in ((1., 2.) if w == "switch" else (4.,))]
     path = export_steering(tmp_path / "s.html", samples, "Steering <i>here</i>")
@@ -317,7 +317,7 @@ def run_all(page, address):
 @pytest.fixture
 def lab(tmp_path, built):
     _, _, folder = built
-    with jupyter(tmp_path, [f"from codebook_tutorial.browser import browse\nfrom codebook_tutorial.index import open_index\nfrom transformers import AutoTokenizer",
+    with jupyter(tmp_path, [f"from codebook_tutorial.show.browser import browse\nfrom codebook_tutorial.feature.index import open_index\nfrom transformers import AutoTokenizer",
                             f"browse(open_index({str(folder / 'codes')!r}, AutoTokenizer.from_pretrained({str(folder / 'tok')!r})))"]) as address: yield address
 
 

@@ -7,7 +7,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / "tools"))
 import books  # noqa: E402
 from codebook_tutorial.core import jsd  # noqa: E402
-from codebook_tutorial.dictionary import random_directions  # noqa: E402
+from codebook_tutorial.dictionary.base import random_directions  # noqa: E402
 
 def raw(v): return lambda *a: v
 def cdist_ids(x, codes, k): return torch.cdist(x, codes).topk(k, largest=False).indices
@@ -58,16 +58,16 @@ def _renamed_by_hand(ids, girls, boys, seed=0):
     return ids.clone().apply_(lambda i: other.get(i, i))
 
 def _batchtopk(x, n, k):
-    from codebook_tutorial.sae import train_sae
+    from codebook_tutorial.dictionary.train import train_sae
     return train_sae(x, n, "batchtopk", k=k, steps=400, batch=512)
 
 def _sparse_random(n, d, k):
-    from codebook_tutorial.baselines import Affine
+    from codebook_tutorial.dictionary.baselines import Affine
     return Affine(random_directions(n, d, seed=9).directions, k=k)
 
 
 def _attention_share(model, ids, layer, a="attn", b="mlp", mean=None):
-    from codebook_tutorial.sites import capture
+    from codebook_tutorial.model.sites import capture
     with torch.no_grad(), capture(model, [f"{kind}.{layer}" for kind in ("attn", "mlp")]) as acts: model(input_ids=ids)
     a, b = (acts[f"{kind}.{layer}"].pow(2).sum(-1).sqrt() for kind in (a, b))
     return a.mean() / (a + b).mean() if mean else 1 - (b / (a + b)).mean()

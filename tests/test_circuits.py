@@ -1,15 +1,17 @@
 """Reading a feature, taking it out, effects on logits, causal trees: against plain versions of themselves, for every kind of dictionary and family of models."""
 import pytest, torch
 from transformers import AutoModelForCausalLM
-from codebook_tutorial.baselines import Affine
-from codebook_tutorial.circuits import Ablation, FeatureTree, ablate_nodes, causal_tree, check_tree, direct_effects, draw_tree, feature_effects, edit_lengths, logit_effects, nearest_across, others_active
-from codebook_tutorial.reading import Contexts, best_features, draw_histogram, feature_acts, strong_contexts, token_histogram
-from codebook_tutorial.codebook import Codebook, add_codebooks
+from codebook_tutorial.dictionary.baselines import Affine
+from codebook_tutorial.feature.trace import Ablation, FeatureTree, ablate_nodes, causal_tree, check_tree, direct_effects, draw_tree, feature_effects, edit_lengths, logit_effects, nearest_across, others_active
+from codebook_tutorial.feature.read import Contexts, best_features, draw_histogram, feature_acts, strong_contexts, token_histogram
+from codebook_tutorial.dictionary.codebook import Codebook
+from codebook_tutorial.dictionary.bottleneck import add_codebooks
 from codebook_tutorial.core import seeded
-from codebook_tutorial.dictionary import basis, random_directions
-from codebook_tutorial.models import Text
-from codebook_tutorial.sae import KINDS, refit, train_sae
-from codebook_tutorial.sites import capture, intervene
+from codebook_tutorial.dictionary.base import basis, random_directions
+from codebook_tutorial.model.text import Text
+from codebook_tutorial.dictionary.sae import KINDS
+from codebook_tutorial.dictionary.train import refit, train_sae
+from codebook_tutorial.model.sites import capture, intervene
 from test_sites import CONFIGS, D, V, hooks
 
 BOS, PAD = 1, 0
@@ -183,7 +185,7 @@ def test_a_code_gives_way_to_the_mean_of_its_book(combine, k, neox):
 
 @pytest.mark.filterwarnings("ignore:Maximum number of iterations")
 def test_an_nmf_states_of_another_pass_and_numbers_that_are_not_there_are_refused(neox):
-    from codebook_tutorial.baselines import NMF
+    from codebook_tutorial.dictionary.baselines import NMF
     with pytest.raises(ValueError, match="features of an NMF are read all together"): Ablation(neox, "neurons.0", NMF(torch.rand(50, 4, generator=seeded(0)) @ torch.eye(4, 8), 4, steps=400))
     with pytest.raises(ValueError, match="resid.0 has features 0 to 31, got 2 to 32"): feature_acts(neox, "resid.0", basis(D), some_text(), [2, 32])
     cb = add_codebooks(neox, "mlp.1", n_codes=8).eval()

@@ -3,11 +3,12 @@ import copy, json
 import pytest, torch, torch.nn.functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoModelForCausalLM, GPT2Config, GPTNeoXConfig, LlamaConfig
-from codebook_tutorial.codebook import Codebook, CodebookModel, add_codebooks, load_codebooks
+from codebook_tutorial.dictionary.codebook import Codebook
+from codebook_tutorial.dictionary.bottleneck import CodebookModel, add_codebooks, load_codebooks
 from codebook_tutorial.core import seeded
-from codebook_tutorial.dictionary import Dictionary, basis, fvu, random_directions
-from codebook_tutorial.kmeans import kmeans, kmeans_parallel, nearest
-from codebook_tutorial.sites import capture, intervene
+from codebook_tutorial.dictionary.base import Dictionary, basis, fvu, random_directions
+from codebook_tutorial.dictionary.kmeans import kmeans, kmeans_parallel, nearest
+from codebook_tutorial.model.sites import capture, intervene
 
 FORMS = [dict(select="cosine"), dict(select="cosine", combine="mean"), dict(select="euclidean"), dict(select="euclidean", combine="mean"), dict(select="residual")]
 X = torch.randn(3, 20, 16, generator=seeded(0))

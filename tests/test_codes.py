@@ -2,18 +2,19 @@
 import functools, gc, itertools, json, os, shutil, signal, subprocess, sys, tracemalloc
 from pathlib import Path
 import numpy as np, pytest, re, torch
-import codebook_tutorial.index as index_module
-from codebook_tutorial.codebook import add_codebooks
-from codebook_tutorial.codes import nearest, scores, shared
-from codebook_tutorial.concepts import atoms, story_text
+import codebook_tutorial.feature.index as index_module
+from codebook_tutorial.dictionary.bottleneck import add_codebooks
+from codebook_tutorial.feature.search import nearest_features, scores, shared
+from codebook_tutorial.world.concepts import atoms, story_text
 from codebook_tutorial.core import seeded
-from codebook_tutorial.dictionary import Directions, random_directions
-from codebook_tutorial.index import Surface, build_index, open_index
-from codebook_tutorial.models import Text, load_lm, pack
-from codebook_tutorial.sites import capture
-from codebook_tutorial.states import neuron_precision
-from codebook_tutorial.stories import ID, VOCABULARY
-from codebook_tutorial.units import against_neurons, neuron_acts, unit_scores
+from codebook_tutorial.dictionary.base import Directions, random_directions
+from codebook_tutorial.feature.index import Surface, build_index, open_index
+from codebook_tutorial.model.text import Text, pack
+from codebook_tutorial.model.hub import load_lm
+from codebook_tutorial.model.sites import capture
+from codebook_tutorial.feature.states import neuron_precision
+from codebook_tutorial.world.grammar import ID, VOCABULARY
+from codebook_tutorial.feature.neurons import against_neurons, neuron_acts, unit_scores
 
 SHARED = Path(os.environ.get("COURSE_SHARED") or next((p / "shared" for p in Path(__file__).resolve().parents if (p / "shared" / "models").exists()), "shared"))
 STORIES260K = SHARED / "models" / "stories260K"
@@ -231,10 +232,10 @@ def test_a_killed_build_is_told_and_can_be_run_again(stories, tmp_path):
     code = f"""
 import os, signal
 import codebook_tutorial
-from codebook_tutorial.index import build_index
-from codebook_tutorial.concepts import story_text
-from codebook_tutorial.dictionary import random_directions
-from codebook_tutorial.models import load_lm
+from codebook_tutorial.feature.index import build_index
+from codebook_tutorial.world.concepts import story_text
+from codebook_tutorial.dictionary.base import random_directions
+from codebook_tutorial.model.hub import load_lm
 (model, tok), (text, _) = load_lm('stories'), story_text(1024)
 def stream(): yield text; os.kill(os.getpid(), signal.SIGKILL)
 build_index(model, tok, stream(), {str(tmp_path / 'i')!r}, dictionaries={{'mlp.1': random_directions(8, 96)}})"""
@@ -580,11 +581,11 @@ def test_nearest_directions(stories):
     w = book.weight.detach()[0]
     cosine = [float(torch.cosine_similarity(w[5], w[j], dim=0)) for j in range(64)]
     want = sorted((j for j in range(64) if j != 5), key=lambda j: -cosine[j])[:4]
-    got = nearest(book, 5, n=4)
+    got = nearest_features(book, 5, n=4)
     assert [r["feature"] for r in got] == want and [r["cosine"] for r in got] == pytest.approx([cosine[j] for j in want], abs=1e-5)
-    assert all(64 <= r["feature"] < 128 for r in nearest(stories[3].codebooks["heads.1"], 70, n=3))       # of its own head
-    assert len(nearest(random_directions(3, 8), 0, n=9)) == 2
-    with pytest.raises(ValueError, match="expected a feature from 0 to 63, got 64"): nearest(book, 64)
+    assert all(64 <= r["feature"] < 128 for r in nearest_features(stories[3].codebooks["heads.1"], 70, n=3))       # of its own head
+    assert len(nearest_features(random_directions(3, 8), 0, n=9)) == 2
+    with pytest.raises(ValueError, match="expected a feature from 0 to 63, got 64"): nearest_features(book, 64)
 
 
 @pytest.mark.parametrize("a,b,rows", [("mlp.0", "mlp.2", None), ("mlp.2", "mlp.2", None), ("mlp.0", "heads.1", 9)])

@@ -1,8 +1,9 @@
 """Claims, data, and the one place that draws."""
 import json, re
 import numpy as np, pytest, torch
-from codebook_tutorial import core, show
-from codebook_tutorial.core import ClaimError, claim, data_path, full_claims, jsd, seeded, set_seed
+from codebook_tutorial import claims, core, show
+from codebook_tutorial.claims import ClaimError, claim, full_claims
+from codebook_tutorial.core import data_path, jsd, seeded, set_seed
 
 
 @pytest.fixture(autouse=True)

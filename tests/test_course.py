@@ -25,7 +25,7 @@ def school(tmp_path):
 
 def call(command, **kw): return subprocess.run(command, capture_output=True, text=True, timeout=200, **kw)
 
-CLAIM = "from codebook_tutorial.core import claim\nclaim('a.b', {}, unit='nats')"
+CLAIM = "from codebook_tutorial.claims import claim\nclaim('a.b', {}, unit='nats')"
 
 
 def test_help_names_every_verb():

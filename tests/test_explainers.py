@@ -3,10 +3,10 @@ import json, math, os, signal, sys, threading, time, traceback
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 import pytest, torch, transformers
-from codebook_tutorial import autointerp, endpoint, explainers
-from codebook_tutorial.autointerp import Fragment
-from codebook_tutorial.endpoint import APIExplainer
-from codebook_tutorial.explainers import SHOTS, LocalLMExplainer, explain_messages, judge_messages, simulate_messages
+from codebook_tutorial.feature.explain import api as endpoint, local as explainers, protocol as autointerp
+from codebook_tutorial.feature.explain.protocol import Fragment
+from codebook_tutorial.feature.explain.api import APIExplainer
+from codebook_tutorial.feature.explain.local import SHOTS, LocalLMExplainer, explain_messages, judge_messages, simulate_messages
 
 torch.set_num_threads(1)
 KEY = "sk-test-0123456789abcdefSECRET"
@@ -17,9 +17,9 @@ FEATURE = [Fragment(["a", " storm", " came", " in", " the", " night"], [0, 10, 0
 # ---- prompts
 def test_a_line_stays_a_line():
     tokens = ["\t", "\n", "\\t", "\\", "\r\n", " ", "\x0b\u2028", "t"]
-    lines = explainers._lines(tokens, range(8)).split("\n")
+    lines = explainers.token_lines(tokens, range(8)).split("\n")
     assert len(lines) == 8 and all(line.count("\t") == 1 for line in lines) and len({line.split("\t")[0] for line in lines}) == 8
-    with pytest.raises(ValueError): explainers._lines(["a", "b"], [1])
+    with pytest.raises(ValueError): explainers.token_lines(["a", "b"], [1])
 
 
 @pytest.mark.parametrize("fires, of, again", [(1, 5, False), (1, 6, True), (0, 6, True), (5, 5, False)])
@@ -32,7 +32,7 @@ def test_the_numbers_above_0_once_more_where_they_are_few(fires, of, again):
 
 def test_the_examples_are_whole_and_no_answer_is_given_away():
     for some, why in SHOTS:
-        autointerp._check_features("shots", [some])
+        autointerp.check_features("shots", [some])
         assert all(max(f.acts) > 0 for f in some)
     for messages in (explain_messages(FEATURE), simulate_messages("x"), simulate_messages("x", ["a"])):
         assert [m["role"] for m in messages] == ["user", "assistant"] * len(SHOTS) + ["user"]
@@ -153,7 +153,7 @@ def test_the_prompt_reads_as_written(kind, chat):
     explainer = LocalLMExplainer(*local(kind, chat=chat))
     tokens = [t for t in TOKENS if kind != "letters" or t.isascii()]
     ids, slots = explainer._prompt("why", tokens)
-    lines = [explainers._escape(t) + "\t" for t in tokens]
+    lines = [explainers.escape_token(t) + "\t" for t in tokens]
     text = tok.decode(ids)
     assert text.endswith(("<|assistant|>" if chat else "\n") + "\n".join(line + "unknown" for line in lines)) and text.count("unknown") == len(tokens) + 7
     for i, slot in enumerate(slots):
@@ -202,12 +202,12 @@ def test_explain_is_greedy_and_takes_the_first_line(chat):
     for feature, got in zip(features, explainer.explain(features), strict=True):
         ids = explainer._ids(explainer._text(explain_messages(feature)))
         for _ in range(12): ids.append(model(torch.tensor([ids])).logits[0, -1].argmax().item())
-        assert got == explainers._phrase(tok.decode(ids[-12:], skip_special_tokens=True)) and "\n" not in got
+        assert got == explainers.clean_phrase(tok.decode(ids[-12:], skip_special_tokens=True)) and "\n" not in got
 
 
 def test_the_first_line_of_an_answer():
     for text, phrase in [("\n  \"months\" \nand more", "months"), ("<think>hm\nhm</think>\n\nnames", "names"), ("<think>never ends\nx", ""), ("", ""), ("a\tb", "a\tb"),
-                         ('the word that follows "very"', 'the word that follows "very"'), ('"gave" or "handed"', '"gave" or "handed"'), ("`x`", "x"), ("Okay, hm\n</think>\n\nmonths", "months"), ('"', '"')]: assert explainers._phrase(text) == phrase
+                         ('the word that follows "very"', 'the word that follows "very"'), ('"gave" or "handed"', '"gave" or "handed"'), ("`x`", "x"), ("Okay, hm\n</think>\n\nmonths", "months"), ('"', '"')]: assert explainers.clean_phrase(text) == phrase
 
 
 def test_a_prompt_too_long_says_so_and_the_mode_is_left_as_it_was():
@@ -298,7 +298,7 @@ def alone(monkeypatch):
 
 def at(api, tmp_path, **more): return APIExplainer("m", api if isinstance(api, str) else api.url, tmp_path / "cache", **dict(backoff=.001, timeout=5., max_concurrency=1) | more)
 def files(tmp_path): return sorted((tmp_path / "cache").glob("*"))
-def written(tokens): return [float(number(explainers._escape(t))) for t in tokens]
+def written(tokens): return [float(number(explainers.escape_token(t))) for t in tokens]
 ASK = [("ten", TOKENS)]
 MANY = [(f"why {i}", [f"a{i}", " b", f" {i}0"]) for i in range(6)]
 FEATURES = [[Fragment([f"w{i}", "x"], [10, 0])] for i in range(6)]
@@ -313,7 +313,7 @@ def test_what_goes_over_the_wire_and_comes_back(tmp_path):
     assert found[:2] == found[6:] and all(len(x) == 3 for x in found)
     for feature, request in zip(FEATURES, api.asked): assert request == dict(model="m", messages=explain_messages(feature), max_tokens=100, seed=3)
     for (why, tokens), request in zip(MANY, api.asked[6:]):
-        assert request.pop("max_tokens") >= len(explainers._lines(tokens))
+        assert request.pop("max_tokens") >= len(explainers.token_lines(tokens))
         assert request == dict(model="m", messages=simulate_messages(why, tokens), seed=3, logprobs=True, top_logprobs=20)
 
 

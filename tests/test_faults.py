@@ -2,22 +2,25 @@
 import ast, functools, json, os, random, re, shutil, signal, subprocess, sys, time, traceback
 from pathlib import Path
 import numpy as np, pytest, torch
-from codebook_tutorial.activations import open_activations
-from codebook_tutorial.autointerp import Case, Fragment, detection, fragments, fuzzing, interpret, make_cases
-from codebook_tutorial.baselines import NMF
-from codebook_tutorial.codebook import Codebook, CodebookModel
+from codebook_tutorial.dictionary.store import open_activations
+from codebook_tutorial.feature.explain.protocol import Case, Fragment, detection, fragments, fuzzing, interpret, make_cases
+from codebook_tutorial.dictionary.baselines import NMF
+from codebook_tutorial.dictionary.codebook import Codebook
+from codebook_tutorial.dictionary.bottleneck import CodebookModel
 from codebook_tutorial.core import seeded, set_seed
-from codebook_tutorial.dictionary import random_directions
-from codebook_tutorial.finetune import finetune
-from codebook_tutorial.formats import FILES, export_sae, load_sae, save_sae
-from codebook_tutorial.fsm import TokFSM, fsm_model, generate_walks, train_fsm
-from codebook_tutorial.index import build_index, open_index
-from codebook_tutorial.kmeans import kmeans
-from codebook_tutorial.models import load_lm, load_text
-from codebook_tutorial.predicates import PredicateExplainer
-from codebook_tutorial.sae import KINDS, train_sae
-from codebook_tutorial.scoreboard import METHODS, make_dictionary, stability
-from codebook_tutorial.steering import find_choices, find_switches
+from codebook_tutorial.dictionary.base import random_directions
+from codebook_tutorial.dictionary.finetune import finetune
+from codebook_tutorial.dictionary.formats import FILES, export_sae, load_sae, save_sae
+from codebook_tutorial.world.fsm import TokFSM, fsm_model, generate_walks, train_fsm
+from codebook_tutorial.feature.index import build_index, open_index
+from codebook_tutorial.dictionary.kmeans import kmeans
+from codebook_tutorial.model.hub import load_lm
+from codebook_tutorial.model.text import load_text
+from codebook_tutorial.feature.explain.rules import PredicateExplainer
+from codebook_tutorial.dictionary.sae import KINDS
+from codebook_tutorial.dictionary.train import train_sae
+from codebook_tutorial.score.scoreboard import METHODS, make_dictionary, stability
+from codebook_tutorial.feature.steer import find_choices, find_switches
 from test_activations import make
 from test_activations import some_text as cut_text
 from test_explainers import Endpoint, at

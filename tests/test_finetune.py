@@ -5,10 +5,12 @@ import pytest, torch, transformers
 from packaging.version import Version
 from safetensors.torch import load_file
 from transformers import GPT2Config, GPT2LMHeadModel, GPTNeoXConfig, GPTNeoXForCausalLM, LlamaConfig, LlamaForCausalLM, Trainer, TrainingArguments
-from codebook_tutorial.codebook import CodebookModel, add_codebooks
+from codebook_tutorial.dictionary.bottleneck import CodebookModel, add_codebooks
 from codebook_tutorial.core import seeded
-from codebook_tutorial.finetune import CodebookTrainer, as_dataset, bits_per_activation, code_usage, finetune, last_checkpoint, token_nats
-from codebook_tutorial.models import Text, token_losses
+from codebook_tutorial.dictionary.trainer import CodebookTrainer, code_usage, last_checkpoint, token_nats
+from codebook_tutorial.dictionary.finetune import as_dataset, bits_per_activation, finetune
+from codebook_tutorial.model.text import Text
+from codebook_tutorial.model.run import token_losses
 
 SMALL = dict(vocab_size=50, bos_token_id=0, eos_token_id=0)
 CONFIGS = {"neox": (GPTNeoXForCausalLM, GPTNeoXConfig(hidden_size=32, num_hidden_layers=2, num_attention_heads=2, intermediate_size=64, max_position_embeddings=32, **SMALL)),
@@ -151,7 +153,7 @@ from transformers import TrainerCallback
 class Stop(TrainerCallback):
     def on_step_end(self, args, state, control, **kw):
         if state.global_step == int(os.environ.get("STOP", 0)): os.kill(os.getpid(), signal.SIGKILL)
-import codebook_tutorial.finetune as ft
+import codebook_tutorial.dictionary.trainer as ft
 init = ft.CodebookTrainer.__init__
 ft.CodebookTrainer.__init__ = functools.wraps(init)(lambda self, *a, **kw: (init(self, *a, **kw), self.add_callback(Stop()))[0])
 family, folder, kind, batch = sys.argv[1], sys.argv[2], sys.argv[3], int(sys.argv[4])
@@ -343,7 +345,7 @@ def test_bad_arguments_say_what_is_wrong():
 
 # ---- folders and the Hub ---------------------------------------------------------------------------------------------
 def test_a_folder_holds_all_and_a_card(tmp_path):
-    from codebook_tutorial.stories import make_tokenizer
+    from codebook_tutorial.world.stories import make_tokenizer
     cb = with_codes()
     cb.save_with_card(tmp_path, make_tokenizer(), {"own text": 1.25, "the same without codes": 1.2})
     card = (tmp_path / "README.md").read_text()
@@ -370,7 +372,7 @@ def test_push_and_load_through_a_hub(tmp_path):
     from hub import Hub
     with_codes().save_pretrained(tmp_path / "kept")
     code = f"""
-import torch; from codebook_tutorial.codebook import CodebookModel; import codebook_tutorial.finetune
+import torch; from codebook_tutorial.dictionary.bottleneck import CodebookModel; import codebook_tutorial.dictionary.finetune
 cb = CodebookModel.from_pretrained({str(tmp_path / "kept")!r})
 print(cb.push_to_hub("tests/codes", losses={{"text": 1.5}}, token="hf_secret"))
 again = CodebookModel.from_pretrained("tests/codes")

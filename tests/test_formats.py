@@ -5,11 +5,11 @@ import numpy as np, pytest, torch
 from pathlib import Path
 from safetensors.numpy import load_file as numpy_file
 from safetensors.torch import load_file, save_file
-from codebook_tutorial import formats
+from codebook_tutorial.dictionary import formats
 from codebook_tutorial.core import data_path, seeded
-from codebook_tutorial.dictionary import random_directions
-from codebook_tutorial.formats import WRITES, convert_alpha, export_sae, load_sae, save_sae
-from codebook_tutorial.sae import KINDS
+from codebook_tutorial.dictionary.base import random_directions
+from codebook_tutorial.dictionary.formats import WRITES, convert_alpha, export_sae, load_sae, save_sae
+from codebook_tutorial.dictionary.sae import KINDS
 
 D, N, K = 16, 40, 5
 X = torch.randn(64, D, generator=seeded(9)) * 1.5
@@ -426,7 +426,7 @@ def test_a_later_format_of_ours_is_refused(tmp_path):
 # ---- the Hub
 CLIENT = """
 import sys, json
-from codebook_tutorial.formats import load_sae
+from codebook_tutorial.dictionary.formats import load_sae
 for line in sys.stdin:
     name, path, revision = json.loads(line)
     try: sae = load_sae(name, path, revision); print(json.dumps([sae.kind, sae.source["layout"], sae.source["path"], sae.W_dec.double().sum().item()]))

@@ -5,8 +5,7 @@ import numpy as np, pytest, torch
 from torch import nn
 from transformers import AutoModelForCausalLM
 from codebook_tutorial.core import data_path, seeded
-from codebook_tutorial.fsm import (TokFSM, bayes, best_f1, detector_scores, drop_first_digit, fsm_model, generate_walks, legal_mass, legal_steps, next_state_probs, state_accuracy, state_labels,
-                                   train_fsm)
+from codebook_tutorial.world.fsm import TokFSM, bayes, best_f1, detector_scores, drop_first_digit, fsm_model, generate_walks, legal_mass, legal_steps, next_state_probs, state_accuracy, state_labels, train_fsm
 
 
 @pytest.fixture(scope="module")
@@ -106,7 +105,7 @@ def test_legal_mass_of_one_who_knows_and_one_who_does_not(fsm):
 
 
 def test_state_accuracy_counts_legal_steps(fsm, monkeypatch):
-    import codebook_tutorial.fsm as module
+    import codebook_tutorial.world.fsm as module
     true = fsm.sample(40, 128, seeded(0))
     monkeypatch.setattr(module, "generate_walks", lambda *a, **kw: true)
     assert state_accuracy(None, fsm) == 1

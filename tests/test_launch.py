@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest, torch, torch.distributed as dist
 from safetensors.torch import load_file
 from transformers import GPT2Config, GPT2LMHeadModel, GPTNeoXConfig, GPTNeoXForCausalLM
-from codebook_tutorial.codebook import CodebookModel
+from codebook_tutorial.dictionary.bottleneck import CodebookModel
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / "scripts"))
@@ -47,7 +47,7 @@ def server():
     "Processes are forked off one that has imported everything already."
     was, os.environ["PYTHONPATH"] = os.environ.get("PYTHONPATH", ""), os.pathsep.join([str(ROOT / "scripts"), str(ROOT / "tests"), str(ROOT)])
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["test_launch", "codebook_tutorial.stories", "accelerate", "datasets"])
+    context.set_forkserver_preload(["test_launch", "codebook_tutorial.world.stories", "accelerate", "datasets"])
     context.Process(target=time.time).start()
     os.environ["PYTHONPATH"] = was
     return context
@@ -84,7 +84,7 @@ def commands(model, tmp_path_factory):
 
 
 def tiny(folder, family="neox"):
-    from codebook_tutorial.stories import make_tokenizer
+    from codebook_tutorial.world.stories import make_tokenizer
     tok, small = make_tokenizer(), dict(bos_token_id=0, eos_token_id=0)
     torch.manual_seed(0)
     made = {"neox": lambda: GPTNeoXForCausalLM(GPTNeoXConfig(vocab_size=len(tok), hidden_size=32, num_hidden_layers=2, num_attention_heads=2, intermediate_size=64, max_position_embeddings=256, **small)),

@@ -4,7 +4,9 @@ from pathlib import Path
 import pytest, torch
 import torch.nn.functional as F
 from codebook_tutorial.core import seeded
-from codebook_tutorial.models import PRESETS, TEXTS, Text, lm_loss, load_lm, load_text, next_probs, pack, token_losses
+from codebook_tutorial.model.hub import PRESETS, load_lm
+from codebook_tutorial.model.text import TEXTS, Text, load_text, pack
+from codebook_tutorial.model.run import lm_loss, next_probs, token_losses
 from hub import Hub
 
 SHARED = Path(os.environ.get("COURSE_SHARED") or Path(__file__).resolve().parents[2] / "shared")
@@ -262,7 +264,8 @@ def test_mistaken_arguments_are_explained(tok, tmp_path):
 
 def test_the_stories_are_asked_for_a_seed_and_a_split(tok, monkeypatch):
     from itertools import islice
-    from codebook_tutorial.stories import ID, make_tokenizer, stories
+    from codebook_tutorial.world.grammar import ID
+    from codebook_tutorial.world.stories import make_tokenizer, stories
     monkeypatch.delenv("COURSE_TEXT", raising=False)
     own = make_tokenizer()
     ids = [load_text(own, n_tokens=2560, length=256, **kw).ids for kw in ({}, dict(source="stories"), dict(seed=1), dict(split="train"))]
@@ -349,7 +352,7 @@ CLIENT = """
 import json, os, sys, time, urllib.request
 from pathlib import Path
 import torch
-from codebook_tutorial.models import load_lm, load_text
+from codebook_tutorial.model.hub import load_lm; from codebook_tutorial.model.text import load_text
 time.sleep = lambda s: None                       # the libraries' pauses between their retries
 torch.set_num_threads(1)
 IDS, out, home = torch.tensor({ids}), {{}}, Path(os.environ["HF_HOME"])

@@ -1,15 +1,16 @@
 """Pairs of prompts, patches by vectors and by codes, the tail of a model, and the three orders against plain versions of themselves."""
 import pytest, torch
 from transformers import AutoModelForCausalLM
-from codebook_tutorial.baselines import Affine
-from codebook_tutorial.codebook import Codebook, CodebookModel, add_codebooks
+from codebook_tutorial.dictionary.baselines import Affine
+from codebook_tutorial.dictionary.codebook import Codebook
+from codebook_tutorial.dictionary.bottleneck import CodebookModel, add_codebooks
 from codebook_tutorial.core import data_path, seeded
-from codebook_tutorial.dictionary import basis, random_directions
-from codebook_tutorial.formats import load_sae
-from codebook_tutorial.models import load_lm
-from codebook_tutorial.pairs import TASKS, Pairs, logit_difference, make_pairs, one_token_names, task_pairs, task_score
-from codebook_tutorial.patching import ORDERS, Patch, PatchCurve, Tail, acdc_order, attribution_order, check_task, greedy_order, nested_sets, patch_curve
-from codebook_tutorial.sites import capture, intervene
+from codebook_tutorial.dictionary.base import basis, random_directions
+from codebook_tutorial.dictionary.formats import load_sae
+from codebook_tutorial.model.hub import load_lm
+from codebook_tutorial.world.tasks import TASKS, Pairs, logit_difference, make_pairs, one_token_names, task_pairs, task_score
+from codebook_tutorial.feature.patch import ORDERS, Patch, PatchCurve, Tail, acdc_order, attribution_order, check_task, greedy_order, nested_sets, patch_curve
+from codebook_tutorial.model.sites import capture, intervene
 from test_sites import CONFIGS, LAYERS, V, hooks
 
 
@@ -99,7 +100,7 @@ def test_a_tokenizer_whose_unknown_token_is_its_bos():
     "As GPT-2's: bytes and a few merges, <|endoftext|> for everything special."
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
-    from codebook_tutorial.stories import stories
+    from codebook_tutorial.world.stories import stories
     from itertools import islice
     from tokenizers.trainers import BpeTrainer
     raw = Tokenizer(models.BPE()); raw.pre_tokenizer, raw.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
@@ -214,7 +215,7 @@ def written(codes, a, b, chosen):
     return sum((codes[new] - codes[a[i]] for i, new in zip(free, rest) if new in chosen), torch.zeros_like(codes[0]))
 
 def test_codes_in_another_order_are_no_difference():
-    from codebook_tutorial.patching import _aligned
+    from codebook_tutorial.feature.patch import _aligned
     a, b = torch.tensor([[1, 2, 3], [5, 5, 7], [1, 1, 2], [4, 4, 9]]), torch.tensor([[3, 4, 1], [7, 5, 6], [2, 1, 1], [4, 8, 4]])
     assert _aligned(a, b).tolist() == [[1, 4, 3], [5, 6, 7], [1, 1, 2], [4, 4, 8]]
     draw = seeded(0)

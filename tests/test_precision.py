@@ -1,10 +1,12 @@
 """bfloat16 and torch.compile: codebooks, autoencoders and harvesting give what float32 without a compiler gives, within stated tolerances. (Compiled by `aot_eager`: the same graphs as on a GPU, no C++ compiler needed.)"""
 import pytest, torch
-from codebook_tutorial.activations import harvest
-from codebook_tutorial.codebook import Codebook, add_codebooks
+from codebook_tutorial.dictionary.store import harvest
+from codebook_tutorial.dictionary.codebook import Codebook
+from codebook_tutorial.dictionary.bottleneck import add_codebooks
 from codebook_tutorial.core import seeded
-from codebook_tutorial.metrics import measure
-from codebook_tutorial.sae import KINDS, train_sae
+from codebook_tutorial.score.metrics import measure
+from codebook_tutorial.dictionary.sae import KINDS
+from codebook_tutorial.dictionary.train import train_sae
 from test_finetune import some_text, tiny
 
 BOOKS = [dict(), dict(k=4), dict(k=4, select="residual", learn="ema", commitment=.25), dict(select="euclidean", groups=4), dict(k=2, norm=True, combine="mean")]

@@ -181,7 +181,7 @@ def test_public_names_have_a_docstring():
 
 
 def test_importing_downloads_nothing_and_leaves_heavy_imports_out():
-    code = "import sys, codebook_tutorial.core, codebook_tutorial.sites, codebook_tutorial.fsm, codebook_tutorial.codebook, codebook_tutorial.states, codebook_tutorial.stories, codebook_tutorial.models, codebook_tutorial.concepts; print('transformers' in sys.modules, 'datasets' in sys.modules)"
+    code = "import sys, codebook_tutorial.core, codebook_tutorial.model.sites, codebook_tutorial.world.fsm, codebook_tutorial.dictionary.bottleneck, codebook_tutorial.feature.states, codebook_tutorial.world.stories, codebook_tutorial.model.text, codebook_tutorial.world.concepts; print('transformers' in sys.modules, 'datasets' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split() == ["False", "False"]
 
 

@@ -10,17 +10,19 @@ from hypothesis.configuration import set_hypothesis_home_dir
 from hypothesis.extra import numpy as hnp
 from scipy import stats
 from codebook_tutorial import show
-from codebook_tutorial.autointerp import Case, Explainer, Fragment, correlation, detection, difference, feature_concepts, fuzzing, integers, interpret, make_cases, moments, summary
-from codebook_tutorial.baselines import concept_scores, overlap, pca, pursue
-from codebook_tutorial.codebook import Codebook
+from codebook_tutorial.feature.explain.protocol import Case, Explainer, Fragment, correlation, detection, difference, feature_concepts, fuzzing, integers, interpret, make_cases, moments, summary
+from codebook_tutorial.feature.detect import concept_scores
+from codebook_tutorial.dictionary.baselines import overlap, pca, pursue
+from codebook_tutorial.dictionary.codebook import Codebook
 from codebook_tutorial.core import jsd, seeded
-from codebook_tutorial.dictionary import Directions, fvu
-from codebook_tutorial.fsm import TokFSM, bayes, best_f1, detector_scores, legal_steps, state_labels
-from codebook_tutorial.kmeans import kmeans, nearest
-from codebook_tutorial.metrics import measure
-from codebook_tutorial.sae import KINDS, TopK
-from codebook_tutorial.scoreboard import sparse_probes, stability
-from codebook_tutorial.stories import VOCABULARY, fill_rows, make_tokenizer, stories
+from codebook_tutorial.dictionary.base import Directions, fvu
+from codebook_tutorial.world.fsm import TokFSM, bayes, best_f1, detector_scores, legal_steps, state_labels
+from codebook_tutorial.dictionary.kmeans import kmeans, nearest
+from codebook_tutorial.score.metrics import measure
+from codebook_tutorial.dictionary.sae import KINDS, TopK
+from codebook_tutorial.score.scoreboard import sparse_probes, stability
+from codebook_tutorial.world.grammar import VOCABULARY
+from codebook_tutorial.world.stories import fill_rows, make_tokenizer, stories
 
 set_hypothesis_home_dir(Path(tempfile.gettempdir()) / "hypothesis")
 settings.register_profile("course", max_examples=25, deadline=None, derandomize=True, database=None)

@@ -2,9 +2,9 @@
 import json, os, subprocess, sys
 from pathlib import Path
 import pytest, torch
-from codebook_tutorial.codebook import CodebookModel, add_codebooks
+from codebook_tutorial.dictionary.bottleneck import CodebookModel, add_codebooks
 from codebook_tutorial.core import seeded
-from codebook_tutorial.sites import capture, intervene, sites
+from codebook_tutorial.model.sites import capture, intervene, sites
 
 SHARED = Path(os.environ.get("COURSE_SHARED") or Path(__file__).resolve().parents[2] / "shared")
 MODEL = Path(os.environ.get("COURSE_MODEL") or SHARED / "models" / "stories260K")
@@ -116,11 +116,13 @@ def test_the_finetuning_chapter_runs_on_the_real_model(tmp_path):
 
 def test_names_after_named_have_codes_on_the_real_model(tmp_path):
     "Finetune, index, search, browse: the best code for what follows 'named', chosen on one half, is far more precise on the other than always firing."
-    from codebook_tutorial.browser import browse, export_browser
-    from codebook_tutorial.codes import nearest
-    from codebook_tutorial.finetune import finetune as train_codes
-    from codebook_tutorial.index import build_index
-    from codebook_tutorial.models import lm_loss, load_lm, load_text
+    from codebook_tutorial.show.browser import browse, export_browser
+    from codebook_tutorial.feature.search import nearest_features
+    from codebook_tutorial.dictionary.finetune import finetune as train_codes
+    from codebook_tutorial.feature.index import build_index
+    from codebook_tutorial.model.run import lm_loss
+    from codebook_tutorial.model.hub import load_lm
+    from codebook_tutorial.model.text import load_text
     model, tok = load_lm(MODEL)
     train, held_out = load_text(tok, TEXT, n_tokens=160_000, length=256).split(.6)
     own = lm_loss(model, held_out[:40])
@@ -134,7 +136,7 @@ def test_names_after_named_have_codes_on_the_real_model(tmp_path):
     print(f"\nreal model: loss {own:.3f}, with codes {begun:.3f}, finetuned {trained:.3f}; names after 'named': {line['site']} code {line['feature']}, precision {line['precision']:.2f}, recall {line['recall']:.2f} (always firing: {always:.4f})")
     assert own < trained < begun - .2 * (begun - own) and marked.sum() > 50
     assert line["precision"] > 20 * always and line["recall"] > .05
-    assert len(nearest(cb.codebooks[line["site"]], line["feature"])) == 5 and "[1]" in repr(index.contexts(line["site"], line["feature"], n=3))
+    assert len(nearest_features(cb.codebooks[line["site"]], line["feature"])) == 5 and "[1]" in repr(index.contexts(line["site"], line["feature"], n=3))
     assert export_browser(index, tmp_path / "codes.html", patterns=[r"named (\w+)"]).stat().st_size > 100_000 and len(browse(index, r"named (\w+)").children) == 6
 
 
@@ -205,14 +207,15 @@ def test_the_scale_chapter_runs_on_the_real_model(tmp_path):
 
 def test_features_of_the_real_model_have_explanations_and_pages(tmp_path):
     "Words of real text: an autoencoder's features are explained better than random directions. As an explainer the model itself is too short-sighted, and is told so."
-    from codebook_tutorial.activations import harvest
-    from codebook_tutorial.autointerp import difference, fragments, interpret, make_cases, pieces, some_features, summary
-    from codebook_tutorial.dictionary import random_directions
-    from codebook_tutorial.explainers import LocalLMExplainer
-    from codebook_tutorial.feature_pages import export_features
-    from codebook_tutorial.models import load_lm, load_text
-    from codebook_tutorial.predicates import PredicateExplainer
-    from codebook_tutorial.sae import train_sae
+    from codebook_tutorial.dictionary.store import harvest
+    from codebook_tutorial.feature.explain.protocol import difference, fragments, interpret, make_cases, pieces, some_features, summary
+    from codebook_tutorial.dictionary.base import random_directions
+    from codebook_tutorial.feature.explain.local import LocalLMExplainer
+    from codebook_tutorial.show.features import export_features
+    from codebook_tutorial.model.hub import load_lm
+    from codebook_tutorial.model.text import load_text
+    from codebook_tutorial.feature.explain.rules import PredicateExplainer
+    from codebook_tutorial.dictionary.train import train_sae
     model, tok = load_lm(MODEL)
     text = fragments(load_text(tok, TEXT, n_tokens=160_000, length=256))
     words, site = pieces(text, tok), f"resid.{model.config.num_hidden_layers // 2}"

@@ -4,13 +4,16 @@ from pathlib import Path
 import pytest, torch, torch.nn.functional as F
 from safetensors import safe_open
 from safetensors.torch import save_file
-from codebook_tutorial.activations import harvest
+from codebook_tutorial.dictionary.store import harvest
 from codebook_tutorial.core import seeded
-from codebook_tutorial.dictionary import random_directions
-from codebook_tutorial.metrics import loss_recovered, measure, replaced_loss
-from codebook_tutorial.models import Text, load_lm, load_text, lm_loss
-from codebook_tutorial.sae import KINDS, SAE, BatchTopK, Gated, JumpReLU, Matryoshka, Tied, TopK, begin_anew, members, refit, train_sae, tune_decoder
-from codebook_tutorial.sites import capture
+from codebook_tutorial.dictionary.base import random_directions
+from codebook_tutorial.score.metrics import loss_recovered, measure, replaced_loss
+from codebook_tutorial.model.text import Text, load_text
+from codebook_tutorial.model.hub import load_lm
+from codebook_tutorial.model.run import lm_loss
+from codebook_tutorial.dictionary.sae import KINDS, SAE, BatchTopK, Gated, JumpReLU, Matryoshka, Tied, TopK
+from codebook_tutorial.dictionary.train import resample, unstack, refit, train_sae, tune_decoder
+from codebook_tutorial.model.sites import capture
 
 REAL = Path(os.environ.get("COURSE_SHARED") or Path(__file__).resolve().parents[2] / "shared")
 D, N_FEATS, N = 12, 30, 64
@@ -127,7 +130,7 @@ def test_dead_features_begin_anew_and_the_optimiser_forgets_them(kind):
     before, sae.silent[:] = {n: p.detach().clone() for n, p in sae.named_parameters()}, 0.
     sae.silent[[3, 7]] = 500
     left = X - sae.decode(sae.encode(X)).detach()
-    assert begin_anew(sae, X, optimizer, 400, seeded(0)) == 2
+    assert resample(sae, X, optimizer, 400, seeded(0)) == 2
     for i in (3, 7): assert F.cosine_similarity(sae.W_dec[i].detach(), left, dim=-1).max() > 1 - 1e-5
     assert sae.b_enc[[3, 7]].eq(0).all() and (sae.silent == 0).all()
     others = [i for i in range(N_FEATS) if i not in (3, 7)]
@@ -136,7 +139,7 @@ def test_dead_features_begin_anew_and_the_optimiser_forgets_them(kind):
         assert torch.equal(p[others], before[name][others])
         if p in optimizer.state:
             for m in ("exp_avg", "exp_avg_sq"): assert (optimizer.state[p][m][[3, 7]] == 0).all() and (optimizer.state[p][m][others] == 1).all()
-    assert begin_anew(sae, X, optimizer, 400, seeded(0)) == 0
+    assert resample(sae, X, optimizer, 400, seeded(0)) == 0
 
 
 # ---- stacks and training
@@ -146,7 +149,7 @@ def test_a_stack_trains_each_as_if_it_were_alone(kind):
     alphas = [.05, .5, 20.]
     together = train_sae(x, 16, kind, alpha=alphas, steps=40, batch=256)
     for alpha, one in zip(alphas, together):
-        alone = members(train_sae(x, 16, kind, alpha=[alpha], steps=40, batch=256)[0])[0]
+        alone = unstack(train_sae(x, 16, kind, alpha=[alpha], steps=40, batch=256)[0])[0]
         assert type(one) is KINDS[kind] and one.W_dec.shape == (16, D)
         assert torch.allclose(one.encode(x[:100]), alone.encode(x[:100]), atol=1e-3)
     assert measure(together[0], x)["l0"] > measure(together[2], x)["l0"]

@@ -1,14 +1,14 @@
 """Costs counted without computing, the cost model, memory; text that is changed, features that are trusted, the attack by one word."""
 import os
 import numpy as np, pytest, torch
-from codebook_tutorial import robust
-from codebook_tutorial.codebook import add_codebooks
-from codebook_tutorial.concepts import ATOMS
+from codebook_tutorial.score import robust
+from codebook_tutorial.dictionary.bottleneck import add_codebooks
+from codebook_tutorial.world.concepts import ATOMS
 from codebook_tutorial.core import seeded
-from codebook_tutorial.dictionary import Directions
-from codebook_tutorial.robust import Changed, fires, in_cipher, one_word_attack, relied_on, stories_of, story_changes, trusted, with_typos, with_words_shuffled
-from codebook_tutorial.scale import SIZES, CostModel, blank, count, measured_bytes, one_pass, training_bytes
-from codebook_tutorial.stories import ID, MARKS, TOPICS
+from codebook_tutorial.dictionary.base import Directions
+from codebook_tutorial.score.robust import Changed, fires, in_cipher, one_word_attack, relied_on, stories_of, story_changes, trusted, with_typos, with_words_shuffled
+from codebook_tutorial.score.scale import SIZES, CostModel, blank, count, measured_bytes, one_pass, training_bytes
+from codebook_tutorial.world.grammar import ID, MARKS, TOPICS
 
 SMALL = ((64, 2, 4), 300)
 

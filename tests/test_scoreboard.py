@@ -1,16 +1,18 @@
 """The scoreboard: probes and families with planted answers, what is asked of a dictionary, rows for every method, stability, sums."""
 import numpy as np, pytest, torch
-from codebook_tutorial.activations import harvest
-from codebook_tutorial.answers import known_answers, states_of
-from codebook_tutorial.baselines import Affine
-from codebook_tutorial.codebook import Codebook, CodebookModel, add_codebooks
-from codebook_tutorial.concepts import atoms, story_text
+from codebook_tutorial.dictionary.store import harvest
+from codebook_tutorial.score.benches import known_answers, states_of
+from codebook_tutorial.dictionary.baselines import Affine
+from codebook_tutorial.dictionary.codebook import Codebook
+from codebook_tutorial.dictionary.bottleneck import CodebookModel, add_codebooks
+from codebook_tutorial.world.concepts import atoms, story_text
 from codebook_tutorial.core import data_path, seeded
-from codebook_tutorial.dictionary import Dictionary, Directions, random_directions
-from codebook_tutorial.formats import load_sae
-from codebook_tutorial.fsm import TokFSM
-from codebook_tutorial.models import load_lm, load_text
-from codebook_tutorial.scoreboard import METHODS, Halves, absorbed, concept_board, explained, families, fsm_states, kept, make_dictionary, patched, scoreboard, sparse_probes, stability, steered, sums_of
+from codebook_tutorial.dictionary.base import Dictionary, Directions, random_directions
+from codebook_tutorial.dictionary.formats import load_sae
+from codebook_tutorial.world.fsm import TokFSM
+from codebook_tutorial.model.hub import load_lm
+from codebook_tutorial.model.text import load_text
+from codebook_tutorial.score.scoreboard import METHODS, Halves, absorbed, concept_board, explained, families, fsm_states, kept, make_dictionary, patched, scoreboard, sparse_probes, stability, steered, sums_of
 from test_sites import hooks
 
 def planted(n=4000, seed=0):
@@ -170,7 +172,7 @@ def test_perfect_and_empty_dictionaries_pay_nothing_and_all(asked):
 
 
 def test_codes_are_written_as_differences_and_leave_the_model_as_it_was(asked):
-    from codebook_tutorial.scoreboard import _written
+    from codebook_tutorial.score.scoreboard import _written
     book = make_dictionary("codebook", asked.states, 64, 2)
     x = asked.states[:6].view(2, 3, 96)
     assert torch.equal(_written(book, lambda ids: ids, 3.)(x), x)                                     # the same codes: nothing happens

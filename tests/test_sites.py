@@ -3,7 +3,7 @@ import copy
 import pytest, torch
 from transformers import (AutoModelForCausalLM, Gemma2Config, Gemma3TextConfig, GemmaConfig, GPT2Config, GPTNeoConfig, GPTNeoXConfig, LlamaConfig, MistralConfig,
                           Qwen2Config, Qwen3Config)
-from codebook_tutorial.sites import FAMILIES, _structure, capture, from_transformer_lens, intervene, match_sites, site_dims, sites, to_transformer_lens
+from codebook_tutorial.model.sites import FAMILIES, structure, capture, from_transformer_lens, intervene, match_sites, site_dims, sites, to_transformer_lens
 
 D, HEADS, MLP, LAYERS, V = 32, 4, 48, 3, 50
 small = dict(vocab_size=V, bos_token_id=0, eos_token_id=None, pad_token_id=None)
@@ -45,7 +45,7 @@ def test_identity_interventions_leave_logits_bit_equal(model):
 
 def test_heads_through_the_output_projection_are_attn(model, family):
     with capture(model, "*") as acts, torch.no_grad(): model(IDS)
-    _, blocks, f = _structure(model)
+    _, blocks, f = structure(model)
     for i, block in enumerate(blocks):
         out = block.get_submodule(f.attn_out)(acts[f"heads.{i}"])
         if family in ("gemma2", "gemma3"): out = block.post_attention_layernorm(out)      # the norm's output is what reaches the stream

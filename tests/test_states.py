@@ -1,11 +1,10 @@
 """Codes as detectors and as levers: the scores by brute force, the edits by what they write."""
 import pytest, torch
 from transformers import AutoModelForCausalLM
-from codebook_tutorial.codebook import add_codebooks
+from codebook_tutorial.dictionary.bottleneck import add_codebooks
 from codebook_tutorial.core import data_path, seeded
-from codebook_tutorial.fsm import TokFSM, fsm_model, next_state_probs, state_labels
-from codebook_tutorial.states import (belief, code_scores, code_table, feature_numbers, measure_beliefs, modal_codes, neuron_precision, owners, purity, random_codes, record,
-                                      situation_labels, walks_to, write_state)
+from codebook_tutorial.world.fsm import TokFSM, fsm_model, next_state_probs, state_labels
+from codebook_tutorial.feature.states import belief, code_scores, code_table, feature_numbers, measure_beliefs, modal_codes, neuron_precision, owners, purity, random_codes, record, situation_labels, walks_to, write_state
 
 FSM = TokFSM()
 

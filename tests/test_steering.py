@@ -2,17 +2,19 @@
 import json
 import pytest, torch
 from transformers import AutoModelForCausalLM
-from codebook_tutorial.codebook import Codebook, CodebookModel, add_codebooks
-from codebook_tutorial.concepts import WORD_TABLES
+from codebook_tutorial.dictionary.codebook import Codebook
+from codebook_tutorial.dictionary.bottleneck import CodebookModel, add_codebooks
+from codebook_tutorial.world.concepts import WORD_TABLES
 from codebook_tutorial.core import data_path, seeded
-from codebook_tutorial.dictionary import random_directions
-from codebook_tutorial.formats import load_sae
-from codebook_tutorial.models import Text, load_lm, load_text, token_losses
-from codebook_tutorial.sites import capture, intervene
-from codebook_tutorial.effects import Effect, best_within, count_words, distinct, effect_and_price, generate, recognise, text_nats, topic_words
-from codebook_tutorial.steering import (Choices, CodeSwitch, FeatureSwitch, add_vector, find_choices, find_switches, force_codes, mean_difference, precision_coverage, split_words, steer,
-                                        token_codes, topic_features, write_codes)
-from codebook_tutorial.stories import ID, LISTS, TOPICS
+from codebook_tutorial.dictionary.base import random_directions
+from codebook_tutorial.dictionary.formats import load_sae
+from codebook_tutorial.model.text import Text, load_text
+from codebook_tutorial.model.hub import load_lm
+from codebook_tutorial.model.run import token_losses
+from codebook_tutorial.model.sites import capture, intervene
+from codebook_tutorial.feature.effects import Effect, best_within, count_words, distinct, effect_and_price, generate, recognise, text_nats, topic_words
+from codebook_tutorial.feature.steer import Choices, CodeSwitch, FeatureSwitch, add_vector, find_choices, find_switches, force_codes, mean_difference, precision_coverage, split_words, steer, token_codes, topic_features, write_codes
+from codebook_tutorial.world.grammar import ID, LISTS, TOPICS
 from test_browser import browser, jupyter, run_all  # noqa: F401
 from test_sites import CONFIGS, D, V, hooks
 
@@ -378,7 +380,7 @@ def test_shipped_features_and_codes_steer_and_random_ones_do_not(setting):
 # ---------------------------------------------------------------- panel and page
 def test_the_panel_writes_with_every_way_and_says_what_went_wrong(setting):
     pytest.importorskip("ipywidgets")
-    from codebook_tutorial.steering_pages import steering_panel
+    from codebook_tutorial.show.steering import steering_panel
     model, tok, text, choices, _ = setting
     sae = load_sae(data_path("sae/last"))
     sw = find_switches(model, {"resid.2": sae}, text, choices)
@@ -395,12 +397,12 @@ def test_the_panel_writes_with_every_way_and_says_what_went_wrong(setting):
     assert "no &lt;such&gt; thing" in out.value and not row.children[2].disabled
 
 PANEL = """from codebook_tutorial.core import data_path
-from codebook_tutorial.dictionary import random_directions
-from codebook_tutorial.formats import load_sae
-from codebook_tutorial.models import load_lm
-from codebook_tutorial.sites import intervene
-from codebook_tutorial.steering import add_vector
-from codebook_tutorial.steering_pages import steering_panel
+from codebook_tutorial.dictionary.base import random_directions
+from codebook_tutorial.dictionary.formats import load_sae
+from codebook_tutorial.model.hub import load_lm
+from codebook_tutorial.model.sites import intervene
+from codebook_tutorial.feature.steer import add_vector
+from codebook_tutorial.show.steering import steering_panel
 model, tok = load_lm("stories")
 sae = load_sae(data_path("sae/last"))
 prompt = [tok.bos_token_id, *tok("Once upon a time", add_special_tokens=False)["input_ids"]]
@@ -431,7 +433,7 @@ def test_the_panel_in_jupyterlab_writes_what_python_writes(tmp_path, browser):  
 def tok_text(here, steer): return here["tok"].decode(generate(here["model"], here["tok"], [here["prompt"]], 30, steer=steer, progress=False)[0], skip_special_tokens=True)
 
 def test_a_page_needs_the_plain_text_beside_the_steered(tmp_path):
-    from codebook_tutorial.steering_pages import export_steering
+    from codebook_tutorial.show.steering import export_steering
     row = dict(prompt="p", way="w", towards="t", strength=2., text="a b")
     with pytest.raises(ValueError, match="no text with way None for the prompt 'p'"): export_steering(tmp_path / "x.html", [row])
     with pytest.raises(ValueError, match="no steered sample"): export_steering(tmp_path / "x.html", [row | dict(way=None)])

@@ -3,10 +3,12 @@ import dataclasses, hashlib, math, re
 from itertools import combinations, islice, product
 import numpy as np, pytest, torch
 from codebook_tutorial.core import data_path
-from codebook_tutorial.concepts import ATOMS, CONCEPTS, QUESTIONS, WORD_TABLES, ask, atoms, concept_table, exchanged, recalls, score, shuffled, story_text
-from codebook_tutorial.models import Text, load_text, next_probs
-from codebook_tutorial.stories import (BOYS, FACTS, GIRLS, GRAMMAR, ID, KINDS, LISTS, MARKS, NAMES, PRONOUNS, ROLES, TOPICS, VOCABULARY, Choice, Teller, detokenize, fill_rows,
-                                       flat, gift_prompts, held_out, make_tokenizer, needs_stories, plural, prompts, role, stories, uniform)
+from codebook_tutorial.world.concepts import ATOMS, CONCEPTS, WORD_TABLES, atoms, concept_table, story_text
+from codebook_tutorial.world.questions import QUESTIONS, ask, exchanged, recalls, score, shuffled
+from codebook_tutorial.model.text import Text, load_text
+from codebook_tutorial.model.run import next_probs
+from codebook_tutorial.world.grammar import BOYS, GIRLS, GRAMMAR, ID, SENTENCE_KINDS, LISTS, MARKS, NAMES, PRONOUNS, TOPICS, VOCABULARY, detokenize, flat, plural
+from codebook_tutorial.world.stories import FACTS, ROLES, Choice, Teller, fill_rows, gift_prompts, held_out, make_tokenizer, needs_stories, prompts, role, stories, uniform
 import stories_parser
 from stories_truth import truth
 
@@ -123,7 +125,7 @@ def test_articles_and_facts_agree():
 
 def test_all_forms_occur_equally():
     forms = np.concatenate([s.forms[s.roles == ROLES.index("receiver again")] for s in SOME])
-    assert len(forms) > 1000 and abs(forms.mean() - .5) < .05 and {s.document for s in SOME} == set(GRAMMAR["documents"]) and {k for s in SOME for k in s.kinds} == set(range(len(KINDS)))
+    assert len(forms) > 1000 and abs(forms.mean() - .5) < .05 and {s.document for s in SOME} == set(GRAMMAR["documents"]) and {k for s in SOME for k in s.kinds} == set(range(len(SENTENCE_KINDS)))
 
 
 # ---------------------------------------------------------------- tokens
@@ -189,7 +191,7 @@ def test_families_are_what_the_words_say():
 def test_families_that_repeat_the_record():
     for s in SOME[:200]:
         values = lambda name: [CONCEPTS[name].values[v] if v >= 0 else None for v in CONCEPTS[name].codes(s)]
-        assert values("document") == [s.document] * len(s) and values("sentence_kind") == [KINDS[k] for k in s.kinds]
+        assert values("document") == [s.document] * len(s) and values("sentence_kind") == [SENTENCE_KINDS[k] for k in s.kinds]
         topics, told = values("story_topic"), values("topic_ahead")
         assert [a or b for a, b in zip(topics, told)] == [TOPICS[s.facts["topic"]] if "topic" in s.facts else None] * len(s) and not any(a and b for a, b in zip(topics, told))
         for name, table in (("topic", "topic_word"), ("mood", "mood_word"), ("weather", "weather_word"), ("rare", "rare_word")):

@@ -1,0 +1,3 @@
+from .figures import *
+from .figures import plt
+from .html import *
