@@ -10,75 +10,127 @@ __all__ = ['Claim', 'ClaimError', 'claim', 'full_claims']
 # %% ../nbs/lib/claims.ipynb #claims-3
 import json
 import math
-import numpy as np
 import os
 from pathlib import Path
+
+import numpy as np
 
 # %% ../nbs/lib/claims.ipynb #claims-5
 class Claim(dict):
     "One finding: value, seeds, interval, bound, control, paper. Shows itself as one line."
+
     def __repr__(self):
         num = lambda v: "none" if v is None else f"{v:,.4g}" if not isinstance(v, str) else v
         parts = [f"{self['name']} = {num(self['value'])} {self['unit']}".rstrip()]
-        if len(self["values"]) > 1: parts.append("seeds " + ", ".join(map(num, self["values"])))
-        for key, word in (("interval", "95 % interval"), ("at_least", "at least"), ("at_most", "at most"), ("control", "control"), ("paper", "paper")):
+        if len(self["values"]) > 1:
+            parts.append("seeds " + ", ".join(map(num, self["values"])))
+        for key, word in (
+            ("interval", "95 % interval"),
+            ("at_least", "at least"),
+            ("at_most", "at most"),
+            ("control", "control"),
+            ("paper", "paper"),
+        ):
             v = self[key]
-            if v is not None: parts.append(f"{word} " + (" to ".join(map(num, v)) if key == "interval" else num(v)))
+            if v is not None:
+                parts.append(
+                    f"{word} " + (" to ".join(map(num, v)) if key == "interval" else num(v))
+                )
         parts += [f"{k}: {num(v)}" for k, v in self["context"].items()]
         return " | ".join(parts + ([self["note"]] if self["note"] else []))
 
-class ClaimError(AssertionError): "A finding lies outside its bound."
+
+class ClaimError(AssertionError):
+    "A finding lies outside its bound."
 
 # %% ../nbs/lib/claims.ipynb #claims-7
 def _interval(values, low, high):
     "95 % t-interval for the mean, inside the unit's range; None for a single value."
-    if len(values) < 2: return None
+    if len(values) < 2:
+        return None
     from scipy.stats import t
-    half = t.ppf(.975, len(values) - 1) * np.std(values, ddof=1) / len(values)**.5
+
+    half = t.ppf(0.975, len(values) - 1) * np.std(values, ddof=1) / len(values) ** 0.5
     return [max(low, float(np.mean(values) - half)), min(high, float(np.mean(values) + half))]
+
 
 def _record(name, entry):
     "Add one entry to the claims file of this run, `$COURSE_CLAIMS`, if there is one."
-    if not (path := os.environ.get("COURSE_CLAIMS")): return
-    path = Path(path); path.parent.mkdir(parents=True, exist_ok=True)
+    if not (path := os.environ.get("COURSE_CLAIMS")):
+        return
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
     kept = json.loads(path.read_text()) if path.exists() else {}
     part = path.with_suffix(".part")
     part.write_text(json.dumps({**kept, name: entry}, indent=1) + "\n")
     part.replace(path)
 
 # %% ../nbs/lib/claims.ipynb #claims-8
-def claim(name: str,            # "module.finding"
-          values,               # one number a seed, or one number; None where no score exists (say why in `note`)
-          at_least=None, at_most=None,   # bounds, enforced for the shipped model only
-          control=None,         # the same measure where the effect should be absent
-          paper=None,           # the paper's figure, only where the setting is like for like
-          context: dict | None = None,   # other figures to read it beside
-          unit: str = "share",  # shares are 0-1
-          tolerance: float | None = None,   # how far a fresh run may lie from the committed one; at least the spread
-          interval: tuple | None = None,    # 95 %, (low, high), where it is not that of a mean over seeds (say in `note` over what); None: a t-interval over `values`
-          note: str = "") -> Claim:
+def claim(
+    name: str,  # "module.finding"
+    values,  # one number a seed, or one number; None where no score exists (say why in `note`)
+    at_least=None,
+    *,
+    at_most=None,  # bounds, enforced for the shipped model only
+    control=None,  # the same measure where the effect should be absent
+    paper=None,  # the paper's figure, only where the setting is like for like
+    context: dict | None = None,  # other figures to read it beside
+    unit: str = "share",  # shares are 0-1
+    tolerance: float
+    | None = None,  # how far a fresh run may lie from the committed one; at least the spread
+    interval: tuple
+    | None = None,  # 95 %, (low, high), where it is not that of a mean over seeds (say in `note` over what); None: a t-interval over `values`
+    note: str = "",
+) -> Claim:
     "Record a finding and show it; ClaimError outside its bound."
     values = [] if values is None else [float(v) for v in np.atleast_1d(values)]
-    if not values and not note: raise ValueError(f"claim {name}: no value came; expected numbers, or None with a note that says why")
-    if not np.isfinite(values).all(): raise ValueError(f"claim {name}: expected finite numbers, got {values}")
-    value, spread = (float(np.mean(values)) if values else None), float(np.ptp(values)) if values else 0.
-    if unit == "share" and any(not 0 <= v <= 1 for v in values): raise ValueError(f"claim {name}: a share lies between 0 and 1, got {values}")
-    low, high = (0., 1.) if unit == "share" else (-math.inf, math.inf)
-    if interval is not None and not interval[0] <= interval[1]: raise ValueError(f"claim {name}: expected an interval (low, high), got {interval}")
+    if not values and not note:
+        raise ValueError(
+            f"claim {name}: no value came; expected numbers, or None with a note that says why"
+        )
+    if not np.isfinite(values).all():
+        raise ValueError(f"claim {name}: expected finite numbers, got {values}")
+    value, spread = (
+        (float(np.mean(values)) if values else None),
+        float(np.ptp(values)) if values else 0.0,
+    )
+    if unit == "share" and any(not 0 <= v <= 1 for v in values):
+        raise ValueError(f"claim {name}: a share lies between 0 and 1, got {values}")
+    low, high = (0.0, 1.0) if unit == "share" else (-math.inf, math.inf)
+    if interval is not None and not interval[0] <= interval[1]:
+        raise ValueError(f"claim {name}: expected an interval (low, high), got {interval}")
     interval = _interval(values, low, high) if interval is None else [float(v) for v in interval]
-    entry = dict(value=value, values=values, interval=interval, unit=unit, at_least=at_least, at_most=at_most,
-                 tolerance=max(spread, .02 * abs(value or 0) if tolerance is None else tolerance), paper=paper, context=context or {},
-                 control=control, note=note)
+    entry = dict(
+        value=value,
+        values=values,
+        interval=interval,
+        unit=unit,
+        at_least=at_least,
+        at_most=at_most,
+        tolerance=max(spread, 0.02 * abs(value or 0) if tolerance is None else tolerance),
+        paper=paper,
+        context=context or {},
+        control=control,
+        note=note,
+    )
     _record(name, entry)
-    inside = value is None or (at_least is None or value >= at_least) and (at_most is None or value <= at_most)
+    inside = (
+        value is None
+        or (at_least is None or value >= at_least)
+        and (at_most is None or value <= at_most)
+    )
     if not inside and not os.environ.get("COURSE_MODEL"):
-        raise ClaimError(f"{name}: {value:.4g} lies outside its bound (at least {at_least}, at most {at_most})")
+        raise ClaimError(
+            f"{name}: {value:.4g} lies outside its bound (at least {at_least}, at most {at_most})"
+        )
     return Claim(name=name, **entry)
 
 # %% ../nbs/lib/claims.ipynb #claims-10
 def full_claims(number: str) -> dict:
     "What a chapter's long run found: claims/NN.full.json, with how it was made."
     from importlib.resources import files
+
     path = Path(str(files("codebook_tutorial.claims"))) / f"{number}.full.json"
-    if not path.exists(): raise ValueError(f"full_claims: no long run of chapter {number} is recorded ({path.name})")
+    if not path.exists():
+        raise ValueError(f"full_claims: no long run of chapter {number} is recorded ({path.name})")
     return json.loads(path.read_text())

@@ -9,14 +9,15 @@ __all__ = ['FAST', 'jsd', 'set_seed', 'seeded', 'device', 'data_path']
 
 # %% ../nbs/lib/core.ipynb #core-3
 import math
-import numpy as np
 import os
 import random
-import torch
 from pathlib import Path
 
+import numpy as np
+import torch
+
 # %% ../nbs/lib/core.ipynb #core-4
-def jsd(p, q):      # [.., n] probabilities -> [..]
+def jsd(p, q):  # [.., n] probabilities -> [..]
     "Jensen-Shannon divergence in bits: 0 for equal distributions, 1 for disjoint ones."
     m = (p + q) / 2
     kl = lambda a: torch.special.xlogy(a, a / m.clamp(min=1e-30)).sum(-1)
@@ -25,23 +26,29 @@ def jsd(p, q):      # [.., n] probabilities -> [..]
 # %% ../nbs/lib/core.ipynb #core-6
 def set_seed(seed: int = 0):
     "Seed Python, numpy and torch."
-    random.seed(seed); np.random.seed(seed); torch.manual_seed(seed)
+    random.seed(seed)
+    np.random.seed(seed)
+    torch.manual_seed(seed)
+
 
 def seeded(seed: int) -> torch.Generator:
     "A generator of its own, so that drawing test data does not disturb the training stream."
     return torch.Generator().manual_seed(seed)
+
 
 def device() -> torch.device:
     "`$COURSE_DEVICE` if set, else the GPU if there is one, else the CPU."
     best = "cuda" if torch.cuda.is_available() else "cpu"
     return torch.device(os.environ.get("COURSE_DEVICE") or best)
 
-FAST = os.environ.get("COURSE_FULL", "") in ("", "0")   # small sizes unless COURSE_FULL=1
+
+FAST = os.environ.get("COURSE_FULL", "") in ("", "0")  # small sizes unless COURSE_FULL=1
 
 # %% ../nbs/lib/core.ipynb #core-8
 def data_path(name: str = "") -> Path:
     "Where a file or folder of the course's own data lies."
     from importlib.resources import files
+
     root = Path(str(files("codebook_tutorial.data")))
     if not (root / name).exists():
         there = sorted(p.name for p in root.iterdir() if not p.name.startswith(("_", ".")))

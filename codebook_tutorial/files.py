@@ -13,4 +13,5 @@ import hashlib
 # %% ../nbs/lib/files.ipynb #files-4
 def checksum(file) -> str:
     "The sha256 of what a file holds."
-    with open(file, "rb") as f: return hashlib.file_digest(f, "sha256").hexdigest()
+    with open(file, "rb") as f:
+        return hashlib.file_digest(f, "sha256").hexdigest()

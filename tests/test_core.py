@@ -1,6 +1,12 @@
 """Claims, data, and the one place that draws."""
-import json, re
-import numpy as np, pytest, torch
+
+import json
+import re
+
+import numpy as np
+import pytest
+import torch
+
 from codebook_tutorial import claims, core, show
 from codebook_tutorial.claims import ClaimError, claim, full_claims
 from codebook_tutorial.core import data_path, jsd, seeded, set_seed
@@ -14,105 +20,140 @@ def claims_file(tmp_path, monkeypatch):
 
 
 def test_a_claim_is_recorded_with_mean_spread_and_interval(claims_file):
-    shown = claim("x.share", [.90, .94, .92], at_least=.8, control=.1, paper=.7)
+    shown = claim("x.share", [0.90, 0.94, 0.92], at_least=0.8, control=0.1, paper=0.7)
     kept = json.loads(claims_file.read_text())["x.share"]
-    assert kept["value"] == pytest.approx(.92) and kept["values"] == [.90, .94, .92]
-    assert kept["tolerance"] == pytest.approx(.04)                          # never below the spread
-    half = 4.302653 * np.std([.90, .94, .92], ddof=1) / 3**.5               # t quantile for 2 degrees of freedom
-    assert kept["interval"] == pytest.approx([.92 - half, .92 + half], abs=1e-6)
+    assert kept["value"] == pytest.approx(0.92) and kept["values"] == [0.90, 0.94, 0.92]
+    assert kept["tolerance"] == pytest.approx(0.04)  # never below the spread
+    half = (
+        4.302653 * np.std([0.90, 0.94, 0.92], ddof=1) / 3**0.5
+    )  # t quantile for 2 degrees of freedom
+    assert kept["interval"] == pytest.approx([0.92 - half, 0.92 + half], abs=1e-6)
     assert "0.92" in repr(shown) and "paper 0.7" in repr(shown)
     claim("x.other", 3, unit="states")
     assert set(json.loads(claims_file.read_text())) == {"x.share", "x.other"}
 
 
 def test_a_share_stays_between_0_and_1():
-    assert claim("x.high", [.97, .999, .99])["interval"][1] == 1.
+    assert claim("x.high", [0.97, 0.999, 0.99])["interval"][1] == 1.0
 
 
-@pytest.mark.parametrize("bound", [dict(at_least=.6), dict(at_most=.4)])
+@pytest.mark.parametrize("bound", [dict(at_least=0.6), dict(at_most=0.4)])
 def test_a_claim_outside_its_bound_stops_the_chapter_but_is_recorded(bound, claims_file):
-    with pytest.raises(ClaimError, match="x.low: 0.5 lies outside"): claim("x.low", .5, **bound)
-    assert json.loads(claims_file.read_text())["x.low"]["value"] == .5
+    with pytest.raises(ClaimError, match="x.low: 0.5 lies outside"):
+        claim("x.low", 0.5, **bound)
+    assert json.loads(claims_file.read_text())["x.low"]["value"] == 0.5
 
 
 def test_bounds_hold_for_the_shipped_model_only(monkeypatch):
     monkeypatch.setenv("COURSE_MODEL", "somewhere")
-    assert claim("x.low", .5, at_least=.6)["value"] == .5
+    assert claim("x.low", 0.5, at_least=0.6)["value"] == 0.5
 
 
-@pytest.mark.parametrize("values", [None, [], float("nan"), [.5, float("inf")]])
+@pytest.mark.parametrize("values", [None, [], float("nan"), [0.5, float("inf")]])
 def test_a_claim_needs_finite_numbers_or_a_reason(values):
-    with pytest.raises(ValueError, match="claim x.none"): claim("x.none", values)
+    with pytest.raises(ValueError, match="claim x.none"):
+        claim("x.none", values)
 
 
-def test_no_score_with_a_reason_is_a_claim(): assert claim("x.none", None, note="constant prediction")["value"] is None
+def test_no_score_with_a_reason_is_a_claim():
+    assert claim("x.none", None, note="constant prediction")["value"] is None
 
 
 def test_an_interval_of_ones_own_takes_the_place_of_that_over_seeds(claims_file):
-    assert claim("x.boot", [.5, .6], interval=(.52, np.float64(.57)))["interval"] == [.52, .57] and json.loads(claims_file.read_text())["x.boot"]["interval"] == [.52, .57]
-    for wrong in ((.6, .5), (float("nan"), 1)):
-        with pytest.raises(ValueError, match="an interval"): claim("x.boot", .5, interval=wrong)
+    assert claim("x.boot", [0.5, 0.6], interval=(0.52, np.float64(0.57)))["interval"] == [
+        0.52,
+        0.57,
+    ] and json.loads(claims_file.read_text())["x.boot"]["interval"] == [0.52, 0.57]
+    for wrong in ((0.6, 0.5), (float("nan"), 1)):
+        with pytest.raises(ValueError, match="an interval"):
+            claim("x.boot", 0.5, interval=wrong)
 
 
 def test_nothing_is_written_without_a_claims_file(monkeypatch, tmp_path):
     monkeypatch.delenv("COURSE_CLAIMS")
-    claim("x.y", .5)
+    claim("x.y", 0.5)
     assert not list(tmp_path.iterdir())
 
 
 def test_data_path_names_what_there_is():
     assert (data_path("fsm_0") / "config.json").exists()
-    with pytest.raises(ValueError, match="no 'fsm_9'; expected one of .*fsm_0"): data_path("fsm_9")
+    with pytest.raises(ValueError, match="no 'fsm_9'; expected one of .*fsm_0"):
+        data_path("fsm_9")
 
 
 def test_seeds():
-    set_seed(3); first = (torch.rand(2), np.random.rand(2))
-    set_seed(3); second = (torch.rand(2), np.random.rand(2))
+    set_seed(3)
+    first = (torch.rand(2), np.random.rand(2))
+    set_seed(3)
+    second = (torch.rand(2), np.random.rand(2))
     assert torch.equal(first[0], second[0]) and (first[1] == second[1]).all()
     assert torch.equal(torch.rand(2, generator=seeded(1)), torch.rand(2, generator=seeded(1)))
 
 
 def test_jsd_against_scipy():
     from scipy.spatial.distance import jensenshannon
+
     p, q = (torch.randn(20, 10, generator=seeded(s)).double().mul(2).softmax(-1) for s in range(2))
-    assert np.allclose(jsd(p, q), jensenshannon(p, q, base=2, axis=-1)**2, atol=1e-9)
-    p = torch.tensor([1., 0, 0]); q = torch.tensor([0, .5, .5])
+    assert np.allclose(jsd(p, q), jensenshannon(p, q, base=2, axis=-1) ** 2, atol=1e-9)
+    p = torch.tensor([1.0, 0, 0])
+    q = torch.tensor([0, 0.5, 0.5])
     assert jsd(p, p) == 0 and jsd(p, q) == pytest.approx(1)
 
 
 def test_full_claims_say_how_they_were_made():
     full = full_claims("03")
-    assert {"command", "commit", "hours", "inputs_sha256", "rows"} <= set(full) and len(full["rows"]) > 20
+    assert {"command", "commit", "hours", "inputs_sha256", "rows"} <= set(full) and len(
+        full["rows"]
+    ) > 20
 
 
 NASTY = '<script>alert("x")</script>&'
 
+
 def test_token_text_is_escaped_everywhere():
-    for html in (show.strip([NASTY, "b"], [1., -2.], title=NASTY)._repr_html_(), show.table([{NASTY: NASTY, "n": 1.23456}], NASTY)._repr_html_()):
+    for html in (
+        show.strip([NASTY, "b"], [1.0, -2.0], title=NASTY)._repr_html_(),
+        show.table([{NASTY: NASTY, "n": 1.23456}], NASTY)._repr_html_(),
+    ):
         assert "<script" not in html and "&lt;script&gt;" in html
 
 
 def test_table_rounds_and_marks_missing_values():
-    assert "1.235" in show.table([{"n": 1.23456}])._repr_html_() and "<td>–</td>" in show.table([{"n": None}])._repr_html_()
+    assert (
+        "1.235" in show.table([{"n": 1.23456}])._repr_html_()
+        and "<td>–</td>" in show.table([{"n": None}])._repr_html_()
+    )
 
 
 def test_strip_wants_one_value_a_token():
-    with pytest.raises(ValueError, match="2 tokens and 3 values"): show.strip(["a", "b"], [1, 2, 3])
+    with pytest.raises(ValueError, match="2 tokens and 3 values"):
+        show.strip(["a", "b"], [1, 2, 3])
 
 
 def test_strips_may_share_a_scale():
     alpha = lambda html: re.findall(r"rgba\([\d,]+,([\d.]+)\)", html.source)
-    assert alpha(show.strip(["a", "b"], [1, 2])) == ["0.375", "0.750"] and alpha(show.strip(["a", "b"], [1, -20], top=10)) == ["0.075", "0.750"]
+    assert alpha(show.strip(["a", "b"], [1, 2])) == ["0.375", "0.750"] and alpha(
+        show.strip(["a", "b"], [1, -20], top=10)
+    ) == ["0.075", "0.750"]
 
 
 def test_every_picture_needs_alt_text():
-    with pytest.raises(ValueError, match="alt text"): show.bars({"a": 1}, "t", "y", alt=" ")
-    lines = [segment.get_segments()[0] for segment in show.bars({"a": 1, "b": 3}, "t", "y", "two bars", errors={"b": (2.5, 3.25)}).fig.axes[0].collections]
+    with pytest.raises(ValueError, match="alt text"):
+        show.bars({"a": 1}, "t", "y", alt=" ")
+    lines = [
+        segment.get_segments()[0]
+        for segment in show.bars(
+            {"a": 1, "b": 3}, "t", "y", alt="two bars", errors={"b": (2.5, 3.25)}
+        )
+        .fig.axes[0]
+        .collections
+    ]
     assert len(lines) == 1 and lines[0].tolist() == [[1, 2.5], [1, 3.25]]
-    shown = show.bars({"a": [1, 2], "b": 3}, "t", "y", alt="two bars", lines={"chance": .5})
+    shown = show.bars({"a": [1, 2], "b": 3}, "t", "y", alt="two bars", lines={"chance": 0.5})
     assert repr(shown) == "two bars" and shown._repr_png_()[:4] == b"\x89PNG"
-    assert shown._repr_png_() == shown._repr_png_()                         # no time stamp inside
+    assert shown._repr_png_() == shown._repr_png_()  # no time stamp inside
 
 
 def test_a_share_outside_0_and_1_is_no_share():
-    with pytest.raises(ValueError, match="a share lies between 0 and 1"): claim("x.share", [.5, 1.2])
+    with pytest.raises(ValueError, match="a share lies between 0 and 1"):
+        claim("x.share", [0.5, 1.2])

@@ -1,14 +1,29 @@
 """Files of autoencoders: ours, and the peers' layouts written and read; what we cannot compute or trust is refused; the Hub; the penalty's units.
 The peers themselves stand in peers_formats.py; here their forward passes are written out in numpy, from the raw files."""
-import json, os, pickle, subprocess, sys
-import numpy as np, pytest, torch
+
+import json
+import os
+import pickle
+import subprocess
+import sys
 from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
 from safetensors.numpy import load_file as numpy_file
 from safetensors.torch import load_file, save_file
-from codebook_tutorial.dictionary import formats
+
 from codebook_tutorial.core import data_path, seeded
+from codebook_tutorial.dictionary import formats
 from codebook_tutorial.dictionary.base import random_directions
-from codebook_tutorial.dictionary.formats import WRITES, convert_alpha, export_sae, load_sae, save_sae
+from codebook_tutorial.dictionary.formats import (
+    WRITES,
+    convert_alpha,
+    export_sae,
+    load_sae,
+    save_sae,
+)
 from codebook_tutorial.dictionary.sae import KINDS
 
 D, N, K = 16, 40, 5
@@ -22,38 +37,57 @@ def random_sae(kind, unit=True, seed=0, **settings):
     settings = (dict(k=K) if "topk" in kind or kind == "matryoshka" else {}) | settings
     sae = KINDS[kind](D, N, generator=draw, **settings)
     with torch.no_grad():
-        for name, t in sae.state_dict().items(): t.add_(torch.randn(t.shape, generator=draw) * .3)
-        if unit: sae.project()
-        if hasattr(sae, "threshold"): sae.threshold.abs_().add_(.1)
+        for name, t in sae.state_dict().items():
+            t.add_(torch.randn(t.shape, generator=draw) * 0.3)
+        if unit:
+            sae.project()
+        if hasattr(sae, "threshold"):
+            sae.threshold.abs_().add_(0.1)
     return sae.eval()
 
 
 def same(a, b, tol=1e-5):
     "Two autoencoders, or one and what another gave: features and reconstructions agree."
     with torch.no_grad():
-        f, x_hat = (b.encode(X), b.decode(b.encode(X))) if hasattr(b, "encode") else map(torch.as_tensor, b)
+        f, x_hat = (
+            (b.encode(X), b.decode(b.encode(X)))
+            if hasattr(b, "encode")
+            else map(torch.as_tensor, b)
+        )
         mine = a.encode(X)
         assert torch.equal(mine != 0, f != 0) and (mine != 0).any()
-        torch.testing.assert_close(mine, f.float(), atol=tol, rtol=0); torch.testing.assert_close(a.decode(mine), x_hat.float(), atol=tol, rtol=0)
+        torch.testing.assert_close(mine, f.float(), atol=tol, rtol=0)
+        torch.testing.assert_close(a.decode(mine), x_hat.float(), atol=tol, rtol=0)
 
 
 # ---- their forward passes, from their files alone
-def relu(x): return np.maximum(x, 0)
+def relu(x):
+    return np.maximum(x, 0)
+
 
 def top(h, k):
     keep = np.zeros_like(h)
     np.put_along_axis(keep, np.argsort(-h, 1)[:, :k], 1, 1)
     return relu(h) * keep
 
+
 def saelens_forward(folder, x):
-    cfg, w = json.loads((folder / "cfg.json").read_text()), {n: t.astype("f8") for n, t in numpy_file(folder / "sae_weights.safetensors").items()}
+    cfg, w = (
+        json.loads((folder / "cfg.json").read_text()),
+        {n: t.astype("f8") for n, t in numpy_file(folder / "sae_weights.safetensors").items()},
+    )
     h = (x - w["b_dec"] * cfg["apply_b_dec_to_input"]) @ w["W_enc"]
     norm = np.linalg.norm(w["W_dec"], axis=1) if cfg.get("rescale_acts_by_decoder_norm") else 1
-    if cfg["architecture"] == "gated": f = (h + w["b_gate"] > 0) * relu(h * np.exp(w["r_mag"]) + w["b_mag"])
-    elif cfg["architecture"] == "jumprelu": f = relu(h + w["b_enc"]) * (h + w["b_enc"] > w["threshold"])
-    elif cfg["architecture"] == "topk": f = top((h + w["b_enc"]) * norm, cfg["k"])
-    else: f = relu(h + w["b_enc"])
+    if cfg["architecture"] == "gated":
+        f = (h + w["b_gate"] > 0) * relu(h * np.exp(w["r_mag"]) + w["b_mag"])
+    elif cfg["architecture"] == "jumprelu":
+        f = relu(h + w["b_enc"]) * (h + w["b_enc"] > w["threshold"])
+    elif cfg["architecture"] == "topk":
+        f = top((h + w["b_enc"]) * norm, cfg["k"])
+    else:
+        f = relu(h + w["b_enc"])
     return f, f / norm @ w["W_dec"] + w["b_dec"]
+
 
 def dictionary_learning_forward(folder, x):
     cls = json.loads((folder / "config.json").read_text())["trainer"]["dict_class"]
@@ -63,7 +97,9 @@ def dictionary_learning_forward(folder, x):
         f = (h + w["gate_bias"] > 0) * relu(h * np.exp(w["r_mag"]) + w["mag_bias"])
         return f, f @ w["decoder.weight"].T + w["decoder_bias"]
     if cls in ("JumpReluAutoEncoder", "MatryoshkaBatchTopKSAE"):
-        h = (x - w["b_dec"] * (cls != "JumpReluAutoEncoder")) @ w["W_enc"] + w["b_enc"]           # JumpReluAutoEncoder: apply_b_dec_to_input is False
+        h = (x - w["b_dec"] * (cls != "JumpReluAutoEncoder")) @ w["W_enc"] + w[
+            "b_enc"
+        ]  # JumpReluAutoEncoder: apply_b_dec_to_input is False
         f = relu(h) * (h > w["threshold"])
         return f, f @ w["W_dec"] + w["b_dec"]
     if cls == "AutoEncoderNew":
@@ -71,32 +107,64 @@ def dictionary_learning_forward(folder, x):
         return f, f @ w["decoder.weight"].T + w["decoder.bias"]
     b_dec = w["bias" if cls == "AutoEncoder" else "b_dec"]
     h = relu((x - b_dec) @ w["encoder.weight"].T + w["encoder.bias"])
-    f = top(h, int(w["k"])) if cls == "AutoEncoderTopK" else h * (h > w["threshold"]) if cls == "BatchTopKSAE" else h
+    f = (
+        top(h, int(w["k"]))
+        if cls == "AutoEncoderTopK"
+        else h * (h > w["threshold"])
+        if cls == "BatchTopKSAE"
+        else h
+    )
     return f, f @ w["decoder.weight"].T + b_dec
 
+
 def sparsify_forward(folder, x):
-    cfg, w = json.loads((folder / "cfg.json").read_text()), {n: t.astype("f8") for n, t in numpy_file(folder / "sae.safetensors").items()}
+    cfg, w = (
+        json.loads((folder / "cfg.json").read_text()),
+        {n: t.astype("f8") for n, t in numpy_file(folder / "sae.safetensors").items()},
+    )
     f = top((x - w["b_dec"]) @ w["encoder.weight"].T + w["encoder.bias"], cfg["k"])
     return f, f @ w["W_dec"] + w["b_dec"]
 
-FORWARD = dict(saelens=saelens_forward, dictionary_learning=dictionary_learning_forward, sparsify=sparsify_forward)
-def theirs(layout, folder): return FORWARD[layout](folder, X.double().numpy())
+
+FORWARD = dict(
+    saelens=saelens_forward,
+    dictionary_learning=dictionary_learning_forward,
+    sparsify=sparsify_forward,
+)
+
+
+def theirs(layout, folder):
+    return FORWARD[layout](folder, X.double().numpy())
 
 
 # ---- round trips
 @pytest.mark.parametrize("kind", KINDS)
 def test_our_own_format_keeps_every_bit(kind, tmp_path):
     sae = random_sae(kind, unit=False, **dict(patience=77, k_aux=3) if "topk" in kind else {})
-    save_sae(sae, tmp_path, site="resid.2", alpha=.1, note="für später")
+    save_sae(sae, tmp_path, site="resid.2", alpha=0.1, note="für später")
     state = torch.random.get_rng_state()
     again = load_sae(tmp_path)
-    assert torch.equal(torch.random.get_rng_state(), state)                                    # loading draws nothing
-    assert type(again) is type(sae) and again.config == sae.config and not again.training and {p.name for p in tmp_path.iterdir()} == {"sae.json", "sae_state.safetensors"}
-    for name, t in sae.state_dict().items(): assert torch.equal(again.state_dict()[name], t), name
-    assert torch.equal(again.encode(X), sae.encode(X)) and torch.equal(again.decode(again.encode(X)), sae.decode(sae.encode(X)))
-    assert [p.requires_grad for p in again.parameters()] == [p.requires_grad for p in sae.parameters()]
-    assert again.source["layout"] == "ours" and again.source["site"] == "resid.2" and again.source["config"]["meta"] == {"alpha": .1, "note": "für später"}
-    again.loss(X, .1).backward()                                                               # and it can be trained on
+    assert torch.equal(torch.random.get_rng_state(), state)  # loading draws nothing
+    assert (
+        type(again) is type(sae)
+        and again.config == sae.config
+        and not again.training
+        and {p.name for p in tmp_path.iterdir()} == {"sae.json", "sae_state.safetensors"}
+    )
+    for name, t in sae.state_dict().items():
+        assert torch.equal(again.state_dict()[name], t), name
+    assert torch.equal(again.encode(X), sae.encode(X)) and torch.equal(
+        again.decode(again.encode(X)), sae.decode(sae.encode(X))
+    )
+    assert [p.requires_grad for p in again.parameters()] == [
+        p.requires_grad for p in sae.parameters()
+    ]
+    assert (
+        again.source["layout"] == "ours"
+        and again.source["site"] == "resid.2"
+        and again.source["config"]["meta"] == {"alpha": 0.1, "note": "für später"}
+    )
+    again.loss(X, 0.1).backward()  # and it can be trained on
     assert again.W_dec.grad.abs().sum() > 0 and again.silent.device.type == "cpu"
 
 
@@ -106,28 +174,71 @@ def test_exported_and_loaded_again(layout, kind, unit, tmp_path):
     sae = random_sae(kind, unit=unit)
     assert sae.b_dec.abs().min() > 0
     export_sae(sae, tmp_path, layout, site="mlp.1", model_name="stories")
-    same(sae, theirs(layout, tmp_path))                                                        # as their code would read it
+    same(sae, theirs(layout, tmp_path))  # as their code would read it
     again = load_sae(tmp_path)
     same(sae, again)
-    loaded_as = {"tied": "untied"} | (dict(batchtopk="jumprelu", matryoshka="jumprelu") if layout == "saelens" else {})
-    assert again.kind == loaded_as.get(kind, kind) and again.source["layout"] == layout and not again.training and not list(tmp_path.glob("*.part"))
-    if kind == "matryoshka" and layout == "dictionary_learning": assert again.sizes == sae.sizes and again.k == K
+    loaded_as = {"tied": "untied"} | (
+        dict(batchtopk="jumprelu", matryoshka="jumprelu") if layout == "saelens" else {}
+    )
+    assert (
+        again.kind == loaded_as.get(kind, kind)
+        and again.source["layout"] == layout
+        and not again.training
+        and not list(tmp_path.glob("*.part"))
+    )
+    if kind == "matryoshka" and layout == "dictionary_learning":
+        assert again.sizes == sae.sizes and again.k == K
     own = again.state_dict().values()
-    assert len({t.untyped_storage().data_ptr() for t in own}) == len(own)                       # trained on, no tensor writes into another
+    assert len({t.untyped_storage().data_ptr() for t in own}) == len(
+        own
+    )  # trained on, no tensor writes into another
 
 
 def test_what_the_configurations_say(tmp_path):
-    for layout in WRITES: export_sae(random_sae("topk"), tmp_path / layout, layout, site="heads.3", model_name="stories")
+    for layout in WRITES:
+        export_sae(
+            random_sae("topk"), tmp_path / layout, layout, site="heads.3", model_name="stories"
+        )
     lens = json.loads((tmp_path / "saelens" / "cfg.json").read_text())
-    assert lens["metadata"]["hook_name"] == "blocks.3.attn.hook_z" and lens["reshape_activations"] == "hook_z" and int(lens["metadata"]["sae_lens_version"].split(".")[0]) >= 6
-    assert (lens["architecture"], lens["k"], lens["d_in"], lens["d_sae"]) == ("topk", K, D, N) and load_sae(tmp_path / "saelens").source["site"] == "heads.3"
+    assert (
+        lens["metadata"]["hook_name"] == "blocks.3.attn.hook_z"
+        and lens["reshape_activations"] == "hook_z"
+        and int(lens["metadata"]["sae_lens_version"].split(".")[0]) >= 6
+    )
+    assert (lens["architecture"], lens["k"], lens["d_in"], lens["d_sae"]) == (
+        "topk",
+        K,
+        D,
+        N,
+    ) and load_sae(tmp_path / "saelens").source["site"] == "heads.3"
     trainer = json.loads((tmp_path / "dictionary_learning" / "config.json").read_text())["trainer"]
-    assert (trainer["dict_class"], trainer["k"], trainer["lm_name"], trainer["layer"]) == ("AutoEncoderTopK", K, "stories", 3)
+    assert (trainer["dict_class"], trainer["k"], trainer["lm_name"], trainer["layer"]) == (
+        "AutoEncoderTopK",
+        K,
+        "stories",
+        3,
+    )
     assert json.loads((tmp_path / "sparsify" / "cfg.json").read_text())["num_latents"] == N
-    assert torch.load(tmp_path / "dictionary_learning" / "ae.pt", weights_only=True).keys() == {"encoder.weight", "encoder.bias", "decoder.weight", "b_dec", "k", "threshold"}
+    assert torch.load(tmp_path / "dictionary_learning" / "ae.pt", weights_only=True).keys() == {
+        "encoder.weight",
+        "encoder.bias",
+        "decoder.weight",
+        "b_dec",
+        "k",
+        "threshold",
+    }
 
 
-@pytest.mark.parametrize("hook,site", [("blocks.8.hook_resid_pre", "resid.7"), ("blocks.0.hook_resid_pre", None), ("blocks.2.hook_mlp_out", "mlp.2"), ("hook_embed", None), (None, None)])
+@pytest.mark.parametrize(
+    "hook,site",
+    [
+        ("blocks.8.hook_resid_pre", "resid.7"),
+        ("blocks.0.hook_resid_pre", None),
+        ("blocks.2.hook_mlp_out", "mlp.2"),
+        ("hook_embed", None),
+        (None, None),
+    ],
+)
 def test_where_a_saelens_autoencoder_belongs(hook, site, tmp_path):
     export_sae(random_sae("untied"), tmp_path, "saelens")
     change(tmp_path / "cfg.json", metadata={"hook_name": hook, "sae_lens_version": "6.0.0"})
@@ -141,26 +252,48 @@ def change(file, **more):
     (config["trainer"] if "trainer" in config else config).update(more)
     file.write_text(json.dumps(config))
 
+
 def retensor(file, fn):
     "A weights file with fn(tensors) in place of its tensors, as a peer would have written it: without a checksum."
-    for told in file.parent.glob("*.json"): told.write_text(json.dumps({k: v for k, v in json.loads(told.read_text()).items() if k != "sha256"}))
+    for told in file.parent.glob("*.json"):
+        told.write_text(
+            json.dumps({k: v for k, v in json.loads(told.read_text()).items() if k != "sha256"})
+        )
     tensors = torch.load(file, weights_only=True) if file.suffix == ".pt" else load_file(file)
     (torch.save if file.suffix == ".pt" else save_file)(fn(tensors), file)
 
 
-@pytest.mark.parametrize("kind,more", [("untied", {}), ("topk", {}), ("jumprelu", {}), ("gated", {}), ("topk", dict(rescale_acts_by_decoder_norm=True))])
+@pytest.mark.parametrize(
+    "kind,more",
+    [
+        ("untied", {}),
+        ("topk", {}),
+        ("jumprelu", {}),
+        ("gated", {}),
+        ("topk", dict(rescale_acts_by_decoder_norm=True)),
+    ],
+)
 def test_saelens_without_the_bias_at_its_input(kind, more, tmp_path):
     export_sae(random_sae(kind, unit=False), tmp_path, "saelens")
     change(tmp_path / "cfg.json", apply_b_dec_to_input=False, **more)
     sae = load_sae(tmp_path)
     same(sae, theirs("saelens", tmp_path))
-    if more: assert torch.allclose(sae.W_dec.norm(dim=-1), torch.ones(N))
+    if more:
+        assert torch.allclose(sae.W_dec.norm(dim=-1), torch.ones(N))
 
 
 def test_saelens_before_version_6_topk_is_not_loaded_as_relu(tmp_path):
     export_sae(random_sae("topk"), tmp_path, "saelens")
     want = theirs("saelens", tmp_path)
-    old = dict(d_in=D, d_sae=N, dtype="float32", hook_point="blocks.3.hook_resid_pre", activation_fn_str="topk", activation_fn_kwargs={"k": K}, normalize_activations=False)
+    old = dict(
+        d_in=D,
+        d_sae=N,
+        dtype="float32",
+        hook_point="blocks.3.hook_resid_pre",
+        activation_fn_str="topk",
+        activation_fn_kwargs={"k": K},
+        normalize_activations=False,
+    )
     (tmp_path / "cfg.json").write_text(json.dumps(old))
     retensor(tmp_path / "sae_weights.safetensors", lambda t: t | {"scaling_factor": torch.ones(N)})
     sae = load_sae(tmp_path)
@@ -168,10 +301,23 @@ def test_saelens_before_version_6_topk_is_not_loaded_as_relu(tmp_path):
     same(sae, want)
 
 
-@pytest.mark.parametrize("layout,kind", [("saelens", "jumprelu"), ("dictionary_learning", "batchtopk"), ("dictionary_learning", "jumprelu"), ("dictionary_learning", "matryoshka")])
-def test_thresholds_below_zero_let_nothing_negative_pass(layout, kind, tmp_path):      # dictionary_learning's -1: none was learnt
+@pytest.mark.parametrize(
+    "layout,kind",
+    [
+        ("saelens", "jumprelu"),
+        ("dictionary_learning", "batchtopk"),
+        ("dictionary_learning", "jumprelu"),
+        ("dictionary_learning", "matryoshka"),
+    ],
+)
+def test_thresholds_below_zero_let_nothing_negative_pass(
+    layout, kind, tmp_path
+):  # dictionary_learning's -1: none was learnt
     export_sae(random_sae(kind), tmp_path, layout)
-    retensor(next(p for p in tmp_path.iterdir() if p.suffix != ".json"), lambda t: t | {"threshold": torch.full_like(t["threshold"], -1.)})
+    retensor(
+        next(p for p in tmp_path.iterdir() if p.suffix != ".json"),
+        lambda t: t | {"threshold": torch.full_like(t["threshold"], -1.0)},
+    )
     sae = load_sae(tmp_path)
     same(sae, theirs(layout, tmp_path))
     assert (sae.encode(X) >= 0).all()
@@ -179,12 +325,22 @@ def test_thresholds_below_zero_let_nothing_negative_pass(layout, kind, tmp_path)
 
 def test_other_classes_of_dictionary_learning(tmp_path):
     export_sae(random_sae("untied"), tmp_path, "dictionary_learning")
-    retensor(tmp_path / "ae.pt", lambda t: {("decoder.bias" if n == "bias" else n): v for n, v in t.items()})
-    change(tmp_path / "config.json", dict_class="AutoEncoderNew", activation_dim=None, dict_size=None)
+    retensor(
+        tmp_path / "ae.pt",
+        lambda t: {("decoder.bias" if n == "bias" else n): v for n, v in t.items()},
+    )
+    change(
+        tmp_path / "config.json", dict_class="AutoEncoderNew", activation_dim=None, dict_size=None
+    )
     same(load_sae(tmp_path), theirs("dictionary_learning", tmp_path))
-    export_sae(random_sae("topk"), tmp_path / "old", "dictionary_learning")                   # before k and threshold were kept beside the weights
+    export_sae(
+        random_sae("topk"), tmp_path / "old", "dictionary_learning"
+    )  # before k and threshold were kept beside the weights
     want = theirs("dictionary_learning", tmp_path / "old")
-    retensor(tmp_path / "old" / "ae.pt", lambda t: {n: v for n, v in t.items() if n not in ("k", "threshold")})
+    retensor(
+        tmp_path / "old" / "ae.pt",
+        lambda t: {n: v for n, v in t.items() if n not in ("k", "threshold")},
+    )
     same(load_sae(tmp_path / "old"), want)
 
 
@@ -193,16 +349,31 @@ def test_half_precision_becomes_float32(dtype, tmp_path):
     export_sae(random_sae("untied"), tmp_path, "saelens")
     retensor(tmp_path / "sae_weights.safetensors", lambda t: {n: v.to(dtype) for n, v in t.items()})
     sae = load_sae(tmp_path)
-    assert {t.dtype for t in sae.state_dict().values()} == {torch.float32} and torch.equal(sae.W_dec, random_sae("untied").W_dec.to(dtype).float())
+    assert {t.dtype for t in sae.state_dict().values()} == {torch.float32} and torch.equal(
+        sae.W_dec, random_sae("untied").W_dec.to(dtype).float()
+    )
 
 
 def gemma(folder, dtype="f4", **more):
     "params.npz as Gemma Scope has it."
     draw = np.random.default_rng(0)
-    w = dict(W_enc=draw.normal(size=(D, N)) / 4, W_dec=draw.normal(size=(N, D)) / 4, b_enc=draw.normal(size=N), b_dec=draw.normal(size=D), threshold=draw.normal(size=N)) | more
+    w = (
+        dict(
+            W_enc=draw.normal(size=(D, N)) / 4,
+            W_dec=draw.normal(size=(N, D)) / 4,
+            b_enc=draw.normal(size=N),
+            b_dec=draw.normal(size=D),
+            threshold=draw.normal(size=N),
+        )
+        | more
+    )
     folder.mkdir(parents=True, exist_ok=True)
-    np.savez(folder / "params.npz", **{n: v if v.dtype == object else v.astype(dtype) for n, v in w.items()})
+    np.savez(
+        folder / "params.npz",
+        **{n: v if v.dtype == object else v.astype(dtype) for n, v in w.items()},
+    )
     return folder
+
 
 def gemma_forward(folder, x):
     w = {n: v.astype("f8") for n, v in np.load(folder / "params.npz").items()}
@@ -210,35 +381,111 @@ def gemma_forward(folder, x):
     f = relu(h) * (h > w["threshold"])
     return f, f @ w["W_dec"] + w["b_dec"]
 
+
 @pytest.mark.parametrize("dtype", ["f4", "f2"])
 def test_gemma_scope(dtype, tmp_path):
-    want = gemma_forward(gemma(tmp_path / "layer_20" / "width_16k" / "average_l0_71", dtype), X.double().numpy())
-    for path in ("", "layer_20/width_16k/average_l0_71", "/layer_20/width_16k/average_l0_71/params.npz"):
+    want = gemma_forward(
+        gemma(tmp_path / "layer_20" / "width_16k" / "average_l0_71", dtype), X.double().numpy()
+    )
+    for path in (
+        "",
+        "layer_20/width_16k/average_l0_71",
+        "/layer_20/width_16k/average_l0_71/params.npz",
+    ):
         sae = load_sae(tmp_path, path)
-        assert sae.kind == "jumprelu" and sae.source == dict(layout="gemma_scope", name=str(tmp_path), path="layer_20/width_16k/average_l0_71", site=None, config={})
+        assert sae.kind == "jumprelu" and sae.source == dict(
+            layout="gemma_scope",
+            name=str(tmp_path),
+            path="layer_20/width_16k/average_l0_71",
+            site=None,
+            config={},
+        )
         same(sae, want)
     same(load_sae(tmp_path / "layer_20" / "width_16k" / "average_l0_71" / "params.npz"), want)
     gemma(tmp_path / "gemma-scope-2b-pt-transcoders" / "layer_3")
-    with pytest.raises(ValueError, match="is a transcoder"): load_sae(tmp_path, "gemma-scope-2b-pt-transcoders/layer_3")
+    with pytest.raises(ValueError, match="is a transcoder"):
+        load_sae(tmp_path, "gemma-scope-2b-pt-transcoders/layer_3")
 
 
 # ---- what cannot be computed, or trusted, is refused
 def refused(folder, *says, path=""):
-    with pytest.raises(ValueError) as e: load_sae(folder, path)
-    assert str(e.value).startswith("load_sae: ") and all(part in str(e.value) for part in says), e.value
+    with pytest.raises(ValueError) as e:
+        load_sae(folder, path)
+    assert str(e.value).startswith("load_sae: ") and all(part in str(e.value) for part in says), (
+        e.value
+    )
 
 
-OPTIONS = [("saelens", "untied", dict(architecture="batchtopk"), "architecture is 'batchtopk'"), ("saelens", "untied", dict(architecture="transcoder"), "architecture is 'transcoder'"),
-           ("saelens", "untied", dict(activation_fn="tanh-relu"), "activation_fn is 'tanh-relu'"), ("saelens", "gated", dict(activation_fn_str="topk"), "activation_fn is 'topk'"),
-           ("saelens", "untied", dict(normalize_activations="layer_norm"), "normalize_activations is 'layer_norm'"), ("saelens", "untied", dict(normalize_activations="expected_average_only_in"), "'expected_average_only_in'"),
-           ("saelens", "untied", dict(normalize_activations=True), "normalize_activations is True"), ("saelens", "untied", dict(reshape_activations="other"), "reshape_activations is 'other'"),
-           ("saelens", "untied", dict(metadata=dict(hook_name="blocks.1.hook_mlp_in", hook_name_out="blocks.1.hook_mlp_out")), "hook_name_out is 'blocks.1.hook_mlp_out'"),
-           ("saelens", "jumprelu", dict(rescale_acts_by_decoder_norm=True), "rescale_acts_by_decoder_norm is True"), ("saelens", "topk", dict(k=N + 1), "k is 41; expected a whole number from 1 to 40"),
-           ("saelens", "topk", dict(k=None), "k is None"), ("saelens", "topk", dict(k=2.5), "k is 2.5"), ("saelens", "untied", dict(d_sae=0), "n_feats is 0"), ("saelens", "untied", dict(d_sae=10**9), "tensor W_dec has shape [40, 16]; expected [1000000000, 16]"), ("saelens", "untied", dict(metadata="x"), "settings are none of saelens's"),
-           ("sparsify", "topk", dict(transcode=True), "transcode is True"), ("sparsify", "topk", dict(skip_connection=True), "skip_connection is True"), ("sparsify", "topk", dict(signed=True), "signed is True"),
-           ("sparsify", "topk", dict(activation="groupmax"), "activation is 'groupmax'"), ("sparsify", "topk", dict(num_latents=0, expansion_factor=2), "tensor W_dec has shape [40, 16]; expected [32, 16]"),
-           ("dictionary_learning", "untied", dict(dict_class="IdentityDict"), "dict_class is 'IdentityDict'"), ("dictionary_learning", "untied", dict(dict_class=None), "dict_class is None"),
-           ("dictionary_learning", "topk", dict(k=7), "trainer.k is 7"), ("dictionary_learning", "batchtopk", dict(dict_class="AutoEncoder"), "tensor b_dec has shape [16]; expected no such tensor")]
+OPTIONS = [
+    ("saelens", "untied", dict(architecture="batchtopk"), "architecture is 'batchtopk'"),
+    ("saelens", "untied", dict(architecture="transcoder"), "architecture is 'transcoder'"),
+    ("saelens", "untied", dict(activation_fn="tanh-relu"), "activation_fn is 'tanh-relu'"),
+    ("saelens", "gated", dict(activation_fn_str="topk"), "activation_fn is 'topk'"),
+    (
+        "saelens",
+        "untied",
+        dict(normalize_activations="layer_norm"),
+        "normalize_activations is 'layer_norm'",
+    ),
+    (
+        "saelens",
+        "untied",
+        dict(normalize_activations="expected_average_only_in"),
+        "'expected_average_only_in'",
+    ),
+    ("saelens", "untied", dict(normalize_activations=True), "normalize_activations is True"),
+    ("saelens", "untied", dict(reshape_activations="other"), "reshape_activations is 'other'"),
+    (
+        "saelens",
+        "untied",
+        dict(
+            metadata=dict(hook_name="blocks.1.hook_mlp_in", hook_name_out="blocks.1.hook_mlp_out")
+        ),
+        "hook_name_out is 'blocks.1.hook_mlp_out'",
+    ),
+    (
+        "saelens",
+        "jumprelu",
+        dict(rescale_acts_by_decoder_norm=True),
+        "rescale_acts_by_decoder_norm is True",
+    ),
+    ("saelens", "topk", dict(k=N + 1), "k is 41; expected a whole number from 1 to 40"),
+    ("saelens", "topk", dict(k=None), "k is None"),
+    ("saelens", "topk", dict(k=2.5), "k is 2.5"),
+    ("saelens", "untied", dict(d_sae=0), "n_feats is 0"),
+    (
+        "saelens",
+        "untied",
+        dict(d_sae=10**9),
+        "tensor W_dec has shape [40, 16]; expected [1000000000, 16]",
+    ),
+    ("saelens", "untied", dict(metadata="x"), "settings are none of saelens's"),
+    ("sparsify", "topk", dict(transcode=True), "transcode is True"),
+    ("sparsify", "topk", dict(skip_connection=True), "skip_connection is True"),
+    ("sparsify", "topk", dict(signed=True), "signed is True"),
+    ("sparsify", "topk", dict(activation="groupmax"), "activation is 'groupmax'"),
+    (
+        "sparsify",
+        "topk",
+        dict(num_latents=0, expansion_factor=2),
+        "tensor W_dec has shape [40, 16]; expected [32, 16]",
+    ),
+    (
+        "dictionary_learning",
+        "untied",
+        dict(dict_class="IdentityDict"),
+        "dict_class is 'IdentityDict'",
+    ),
+    ("dictionary_learning", "untied", dict(dict_class=None), "dict_class is None"),
+    ("dictionary_learning", "topk", dict(k=7), "trainer.k is 7"),
+    (
+        "dictionary_learning",
+        "batchtopk",
+        dict(dict_class="AutoEncoder"),
+        "tensor b_dec has shape [16]; expected no such tensor",
+    ),
+]
+
 
 @pytest.mark.parametrize("layout,kind,more,says", OPTIONS, ids=[says for *_, says in OPTIONS])
 def test_options_that_we_do_not_have_are_named(layout, kind, more, says, tmp_path):
@@ -250,36 +497,63 @@ def test_options_that_we_do_not_have_are_named(layout, kind, more, says, tmp_pat
 
 def test_scaled_features_and_other_tensors_are_refused(tmp_path):
     export_sae(random_sae("untied"), tmp_path / "a", "saelens")
-    retensor(tmp_path / "a" / "sae_weights.safetensors", lambda t: t | {"scaling_factor": torch.full((N,), 2.)})
+    retensor(
+        tmp_path / "a" / "sae_weights.safetensors",
+        lambda t: t | {"scaling_factor": torch.full((N,), 2.0)},
+    )
     refused(tmp_path / "a", "scaling_factor")
     export_sae(random_sae("topk"), tmp_path / "b", "sparsify")
     retensor(tmp_path / "b" / "sae.safetensors", lambda t: t | {"W_skip": torch.zeros(D, D)})
     refused(tmp_path / "b", "tensor W_skip", "no such tensor")
     export_sae(random_sae("untied"), tmp_path / "c", "dictionary_learning")
-    config = json.loads((tmp_path / "c" / "config.json").read_text()) | {"buffer": {"io": "in_and_out"}}
+    config = json.loads((tmp_path / "c" / "config.json").read_text()) | {
+        "buffer": {"io": "in_and_out"}
+    }
     (tmp_path / "c" / "config.json").write_text(json.dumps(config))
     refused(tmp_path / "c", "buffer.io is 'in_and_out'")
 
 
-WRITERS = dict(ours=lambda sae, folder: save_sae(sae, folder)) | {layout: lambda sae, folder, layout=layout: export_sae(sae, folder, layout) for layout in WRITES}
+WRITERS = dict(ours=lambda sae, folder: save_sae(sae, folder)) | {
+    layout: lambda sae, folder, layout=layout: export_sae(sae, folder, layout) for layout in WRITES
+}
 
-@pytest.mark.parametrize("fault", ["missing", "shape", "turned", "nan", "cut", "empty", "noise", "cut settings", "list settings"])
+
+@pytest.mark.parametrize(
+    "fault",
+    ["missing", "shape", "turned", "nan", "cut", "empty", "noise", "cut settings", "list settings"],
+)
 @pytest.mark.parametrize("layout", WRITERS)
 def test_damaged_files_are_named(layout, fault, tmp_path):
     WRITERS[layout](random_sae("topk"), tmp_path)
     head, weights = (tmp_path / name for name in formats.FILES[layout])
     first = {"ours": "W_enc", "saelens": "W_enc"}.get(layout, "encoder.weight")
-    says = {"missing": [f"tensor {first} has shape none: it is missing", f"expected {[D, N] if layout == 'saelens' else [N, D]}"], "shape": ["tensor b_dec has shape [15]; expected [16]"], "turned": [f"tensor {first} has shape", "expected"],
-            "nan": ["tensor b_dec", "NaN"]}.get(fault, [head.name if "settings" in fault else weights.name])
-    if fault == "missing": retensor(weights, lambda t: {n: v for n, v in t.items() if n != first})
-    if fault == "shape": retensor(weights, lambda t: t | {"b_dec": t["b_dec"][:-1].clone()})
-    if fault == "turned": retensor(weights, lambda t: t | {first: t[first].T.contiguous()})
-    if fault == "nan": retensor(weights, lambda t: t | {"b_dec": t["b_dec"] * torch.nan})
-    if fault == "cut": weights.write_bytes(weights.read_bytes()[:-700])
-    if fault == "empty": weights.write_bytes(b"")
-    if fault == "noise": weights.write_bytes(bytes(range(256)) * 20)
-    if fault == "cut settings": head.write_text(head.read_text()[:40])
-    if fault == "list settings": head.write_text("[1, 2]")
+    says = {
+        "missing": [
+            f"tensor {first} has shape none: it is missing",
+            f"expected {[D, N] if layout == 'saelens' else [N, D]}",
+        ],
+        "shape": ["tensor b_dec has shape [15]; expected [16]"],
+        "turned": [f"tensor {first} has shape", "expected"],
+        "nan": ["tensor b_dec", "NaN"],
+    }.get(fault, [head.name if "settings" in fault else weights.name])
+    if fault == "missing":
+        retensor(weights, lambda t: {n: v for n, v in t.items() if n != first})
+    if fault == "shape":
+        retensor(weights, lambda t: t | {"b_dec": t["b_dec"][:-1].clone()})
+    if fault == "turned":
+        retensor(weights, lambda t: t | {first: t[first].T.contiguous()})
+    if fault == "nan":
+        retensor(weights, lambda t: t | {"b_dec": t["b_dec"] * torch.nan})
+    if fault == "cut":
+        weights.write_bytes(weights.read_bytes()[:-700])
+    if fault == "empty":
+        weights.write_bytes(b"")
+    if fault == "noise":
+        weights.write_bytes(bytes(range(256)) * 20)
+    if fault == "cut settings":
+        head.write_text(head.read_text()[:40])
+    if fault == "list settings":
+        head.write_text("[1, 2]")
     refused(tmp_path, *says)
 
 
@@ -299,20 +573,34 @@ def test_a_damaged_npz_and_objects_in_it(tmp_path):
 
 class Evil:
     "A pickle that leaves a file behind when it is opened the usual way."
-    def __init__(self, file): self.file = file
-    def __reduce__(self): return os.system, (f"touch {self.file}",)
+
+    def __init__(self, file):
+        self.file = file
+
+    def __reduce__(self):
+        return os.system, (f"touch {self.file}",)
+
 
 @pytest.mark.filterwarnings("ignore:Detected pickle protocol")
 @pytest.mark.parametrize("how", ["in a dict", "alone", "protocol 2", "protocol 4"])
 def test_a_malicious_pickle_is_refused_and_not_run(how, tmp_path):
     export_sae(random_sae("untied"), tmp_path, "dictionary_learning")
     state, evil = torch.load(tmp_path / "ae.pt", weights_only=True), Evil(tmp_path / "ran")
-    if "protocol" in how: (tmp_path / "ae.pt").write_bytes(pickle.dumps(evil, int(how[-1])))
-    else: torch.save(state | {"bias": evil} if how == "in a dict" else evil, tmp_path / "ae.pt")
-    refused(tmp_path, "ae.pt", *["more than tensors, which are not run"] if how == "protocol 4" else ["wants to run", "system", "nothing of it was run"])
-    with pytest.raises(ValueError) as e: load_sae(tmp_path)
+    if "protocol" in how:
+        (tmp_path / "ae.pt").write_bytes(pickle.dumps(evil, int(how[-1])))
+    else:
+        torch.save(state | {"bias": evil} if how == "in a dict" else evil, tmp_path / "ae.pt")
+    refused(
+        tmp_path,
+        "ae.pt",
+        *["more than tensors, which are not run"]
+        if how == "protocol 4"
+        else ["wants to run", "system", "nothing of it was run"],
+    )
+    with pytest.raises(ValueError) as e:
+        load_sae(tmp_path)
     assert "weights_only" not in str(e.value) and not (tmp_path / "ran").exists()
-    pickle.loads(pickle.dumps(evil))                                                       # the trap works
+    pickle.loads(pickle.dumps(evil))  # the trap works
     assert (tmp_path / "ran").exists()
 
 
@@ -334,29 +622,53 @@ def test_any_value_of_any_setting_loads_or_is_refused(tmp_path):
                 for other in (None, -3, 1.5, "x", [1], {"a": 1}, True):
                     part[option] = other
                     file.write_text(json.dumps(config))
-                    try: load_sae(tmp_path / layout)
-                    except ValueError: pass
+                    try:
+                        load_sae(tmp_path / layout)
+                    except ValueError:
+                        pass
                 part[option] = was
 
 
 # ---- places
 def test_several_autoencoders_are_listed(tmp_path):
-    for layer in range(23): export_sae(random_sae("untied", seed=layer), tmp_path / "release" / f"blocks.{layer:02d}.hook_resid_post", "saelens")
-    with pytest.raises(ValueError) as e: load_sae(tmp_path / "release")
-    assert "23 autoencoders" in str(e.value) and str(e.value).count("sae_weights") == 20 and "blocks.19" in str(e.value) and "blocks.20" not in str(e.value) and "and 3 more" in str(e.value)
+    for layer in range(23):
+        export_sae(
+            random_sae("untied", seed=layer),
+            tmp_path / "release" / f"blocks.{layer:02d}.hook_resid_post",
+            "saelens",
+        )
+    with pytest.raises(ValueError) as e:
+        load_sae(tmp_path / "release")
+    assert (
+        "23 autoencoders" in str(e.value)
+        and str(e.value).count("sae_weights") == 20
+        and "blocks.19" in str(e.value)
+        and "blocks.20" not in str(e.value)
+        and "and 3 more" in str(e.value)
+    )
     same(load_sae(tmp_path / "release", "blocks.04.hook_resid_post"), random_sae("untied", seed=4))
-    same(load_sae(tmp_path, "release/blocks.05.hook_resid_post/sae_weights.safetensors"), random_sae("untied", seed=5))
+    same(
+        load_sae(tmp_path, "release/blocks.05.hook_resid_post/sae_weights.safetensors"),
+        random_sae("untied", seed=5),
+    )
     refused(tmp_path, "23 autoencoders", path="release")
     refused(tmp_path, "no autoencoder", "blocks.99", path="release/blocks.99")
-    export_sae(random_sae("topk"), tmp_path / "release" / "blocks.04.hook_resid_post" / "below", "sparsify")          # what lies below does not hide what lies here
+    export_sae(
+        random_sae("topk"), tmp_path / "release" / "blocks.04.hook_resid_post" / "below", "sparsify"
+    )  # what lies below does not hide what lies here
     same(load_sae(tmp_path / "release" / "blocks.04.hook_resid_post"), random_sae("untied", seed=4))
 
 
 def test_two_layouts_in_one_folder(tmp_path):
-    save_sae(random_sae("untied"), tmp_path); export_sae(random_sae("topk"), tmp_path, "dictionary_learning")
+    save_sae(random_sae("untied"), tmp_path)
+    export_sae(random_sae("topk"), tmp_path, "dictionary_learning")
     refused(tmp_path, "2 autoencoders", "ae.pt", "sae_state.safetensors")
-    assert load_sae(tmp_path, "ae.pt").kind == "topk" and load_sae(tmp_path, "sae_state.safetensors").kind == "untied"
-    export_sae(random_sae("topk"), tmp_path / "x", "sparsify"); export_sae(random_sae("untied"), tmp_path / "x", "saelens")      # they fight over cfg.json
+    assert (
+        load_sae(tmp_path, "ae.pt").kind == "topk"
+        and load_sae(tmp_path, "sae_state.safetensors").kind == "untied"
+    )
+    export_sae(random_sae("topk"), tmp_path / "x", "sparsify")
+    export_sae(random_sae("untied"), tmp_path / "x", "saelens")  # they fight over cfg.json
     refused(tmp_path / "x", "is ", path="sae.safetensors")
     export_sae(random_sae("topk"), tmp_path / "x", "sparsify")
     refused(tmp_path / "x", "is not what cfg.json was written for", path="sae_weights.safetensors")
@@ -369,40 +681,63 @@ def test_nothing_there(tmp_path):
     export_sae(random_sae("untied"), tmp_path, "saelens")
     (tmp_path / "cfg.json").unlink()
     refused(tmp_path, "no autoencoder", "of these there are sae_weights.safetensors")
-    with pytest.raises(ValueError, match="has no revision 'v2'"): load_sae(tmp_path, revision="v2")
+    with pytest.raises(ValueError, match="has no revision 'v2'"):
+        load_sae(tmp_path, revision="v2")
 
 
 def test_what_cannot_be_written(tmp_path):
     for kind in set(KINDS) - {"topk"}:
-        with pytest.raises(ValueError, match=f"sparsify holds topk only, got kind '{kind}'; expected layout saelens or dictionary_learning"): export_sae(random_sae(kind), tmp_path, "sparsify")
+        with pytest.raises(
+            ValueError,
+            match=f"sparsify holds topk only, got kind '{kind}'; expected layout saelens or dictionary_learning",
+        ):
+            export_sae(random_sae(kind), tmp_path, "sparsify")
     sae, below = random_sae("untied"), random_sae("jumprelu")
-    with torch.no_grad(): below.threshold[3] = -.5
-    for call, says in [(lambda: export_sae(sae, tmp_path, "gemma_scope"), "layout='gemma_scope'"), (lambda: export_sae(sae, tmp_path, "saelens", site="layer.3"), "site='layer.3'"),
-                       (lambda: export_sae(random_directions(N, D), tmp_path, "saelens"), "got a Directions"), (lambda: save_sae(KINDS["tied"](D, N, stack=(3,)), tmp_path), "a stack of 3"),
-                       (lambda: export_sae(below, tmp_path, "saelens"), "a threshold is -0.5"), (lambda: save_sae(sae, tmp_path, seen={1, 2}), "expected only what JSON can hold in seen")]:
-        with pytest.raises(ValueError, match=says): call()
+    with torch.no_grad():
+        below.threshold[3] = -0.5
+    for call, says in [
+        (lambda: export_sae(sae, tmp_path, "gemma_scope"), "layout='gemma_scope'"),
+        (lambda: export_sae(sae, tmp_path, "saelens", site="layer.3"), "site='layer.3'"),
+        (lambda: export_sae(random_directions(N, D), tmp_path, "saelens"), "got a Directions"),
+        (lambda: save_sae(KINDS["tied"](D, N, stack=(3,)), tmp_path), "a stack of 3"),
+        (lambda: export_sae(below, tmp_path, "saelens"), "a threshold is -0.5"),
+        (lambda: save_sae(sae, tmp_path, seen={1, 2}), "expected only what JSON can hold in seen"),
+    ]:
+        with pytest.raises(ValueError, match=says):
+            call()
     assert not list(tmp_path.iterdir())
-    save_sae(below, tmp_path)                                                                # our own keeps even that
+    save_sae(below, tmp_path)  # our own keeps even that
     assert torch.equal(load_sae(tmp_path).encode(X), below.encode(X))
 
 
 def test_a_broken_write_leaves_the_old_files(tmp_path, monkeypatch):
     save_sae(random_sae("untied"), tmp_path)
-    def breaks(tensors, to): Path(to).write_bytes(b"half"); raise OSError("disk full")
+
+    def breaks(tensors, to):
+        Path(to).write_bytes(b"half")
+        raise OSError("disk full")
+
     monkeypatch.setattr("safetensors.torch.save_file", breaks)
-    with pytest.raises(OSError): save_sae(random_sae("topk"), tmp_path)
+    with pytest.raises(OSError):
+        save_sae(random_sae("topk"), tmp_path)
     same(load_sae(tmp_path), random_sae("untied"))
     monkeypatch.undo()
     replace, done = Path.replace, []
-    def once(self, to): done.append(to.name); return replace(self, to) if len(done) == 1 else breaks({}, self)
+
+    def once(self, to):
+        done.append(to.name)
+        return replace(self, to) if len(done) == 1 else breaks({}, self)
+
     monkeypatch.setattr(Path, "replace", once)
-    with pytest.raises(OSError): save_sae(random_sae("topk"), tmp_path / "new")
-    refused(tmp_path / "new", "no autoencoder")                                             # no settings without their weights
+    with pytest.raises(OSError):
+        save_sae(random_sae("topk"), tmp_path / "new")
+    refused(tmp_path / "new", "no autoencoder")  # no settings without their weights
     done.clear()
-    with pytest.raises(OSError): save_sae(random_sae("untied", seed=1), tmp_path)           # nor old settings with new weights
+    with pytest.raises(OSError):
+        save_sae(random_sae("untied", seed=1), tmp_path)  # nor old settings with new weights
     refused(tmp_path, "sae_state.safetensors", "is not what sae.json was written for")
     monkeypatch.undo()
-    (tmp_path / ".tmpAb12Cd").touch()                                                       # safetensors' own, of a process that was killed
+    (tmp_path / ".tmpAb12Cd").touch()  # safetensors' own, of a process that was killed
     save_sae(random_sae("untied", seed=1), tmp_path)
     assert not list(tmp_path.glob(".tmp*"))
     same(load_sae(tmp_path), random_sae("untied", seed=1))
@@ -432,55 +767,101 @@ for line in sys.stdin:
     try: sae = load_sae(name, path, revision); print(json.dumps([sae.kind, sae.source["layout"], sae.source["path"], sae.W_dec.double().sum().item()]))
     except Exception as e: print(json.dumps([type(e).__name__, str(e)]))
 """
+
+
 def client(env, *asks):
-    got = subprocess.run([sys.executable, "-c", CLIENT], input="\n".join(json.dumps(ask) for ask in asks), capture_output=True, text=True, env=env, timeout=120)
+    got = subprocess.run(
+        [sys.executable, "-c", CLIENT],
+        input="\n".join(json.dumps(ask) for ask in asks),
+        capture_output=True,
+        text=True,
+        env=env,
+        timeout=120,
+    )
     assert got.returncode == 0, got.stderr[-3000:]
     return [json.loads(line) for line in got.stdout.splitlines()]
 
 
 def test_from_the_hub_only_what_is_needed(tmp_path):
     from hub import Hub
+
     repo, v2 = tmp_path / "repo", tmp_path / "v2"
-    for layout, write in WRITERS.items(): write(random_sae("topk", seed=1), repo / layout / "layer.2")
+    for layout, write in WRITERS.items():
+        write(random_sae("topk", seed=1), repo / layout / "layer.2")
     gemma(repo / "gemma" / "layer_2" / "average_l0_9")
-    for n in range(2): (repo / "saelens" / "layer.2" / f"more{n}.safetensors").write_bytes(b"x" * 99)
+    for n in range(2):
+        (repo / "saelens" / "layer.2" / f"more{n}.safetensors").write_bytes(b"x" * 99)
     (repo / "README.md").write_text("about")
     save_sae(random_sae("gated", seed=2), v2)
-    asks = [("tests/saes", f"{layout}/layer.2", None) for layout in WRITERS] + [("tests/saes", "gemma", None), ("tests/saes", "dictionary_learning/layer.2/ae.pt", None), ("tests/saes", "", "v2")]
+    asks = [("tests/saes", f"{layout}/layer.2", None) for layout in WRITERS] + [
+        ("tests/saes", "gemma", None),
+        ("tests/saes", "dictionary_learning/layer.2/ae.pt", None),
+        ("tests/saes", "", "v2"),
+    ]
     with Hub() as hub:
-        hub.add("model", "tests/saes", repo); hub.add("model", "tests/saes", v2, "v2"); hub.add("model", "tests/gated", v2, gated=True)
+        hub.add("model", "tests/saes", repo)
+        hub.add("model", "tests/saes", v2, "v2")
+        hub.add("model", "tests/gated", v2, gated=True)
         env = hub.env(tmp_path / "home", PYTHONPATH=os.pathsep.join(sys.path))
         hub.add("model", "tests/noise", repo / "sparsify")
         hub.faults["tests/noise", "layer.2/sae.safetensors"] = "corrupt"
-        wrong = [(("tests/saes", "", None), "5 autoencoders in tests/saes; expected path= one of"), (("tests/saes", "nowhere", None), "no autoencoder in tests/saes at nowhere"), (("tests/saes", "", "v9"), "no revision 'v9'"),
-                 (("tests/none", "", None), "no public repository"), (("tests/gated", "", None), "is gated"), (("tests/noise", "", None), "sae.safetensors of tests/noise/layer.2 is damaged")]
+        wrong = [
+            (("tests/saes", "", None), "5 autoencoders in tests/saes; expected path= one of"),
+            (("tests/saes", "nowhere", None), "no autoencoder in tests/saes at nowhere"),
+            (("tests/saes", "", "v9"), "no revision 'v9'"),
+            (("tests/none", "", None), "no public repository"),
+            (("tests/gated", "", None), "is gated"),
+            (("tests/noise", "", None), "sae.safetensors of tests/noise/layer.2 is damaged"),
+        ]
         got = client(env, *asks, *(ask for ask, _ in wrong))
-        loaded = {line.split("/resolve/")[1].partition("/")[2] for line in hub.log if "/tests/saes/resolve/" in line}
-    assert loaded == {f"{layout}/layer.2/{file}" for layout in WRITERS for file in formats.FILES[layout]} | {"gemma/layer_2/average_l0_9/params.npz", "sae.json", "sae_state.safetensors"}
+        loaded = {
+            line.split("/resolve/")[1].partition("/")[2]
+            for line in hub.log
+            if "/tests/saes/resolve/" in line
+        }
+    assert loaded == {
+        f"{layout}/layer.2/{file}" for layout in WRITERS for file in formats.FILES[layout]
+    } | {"gemma/layer_2/average_l0_9/params.npz", "sae.json", "sae_state.safetensors"}
     local = [load_sae(repo if revision is None else v2, path) for _, path, revision in asks]
-    assert got[:len(asks)] == [[sae.kind, sae.source["layout"], sae.source["path"], sae.W_dec.double().sum().item()] for sae in local]
-    for (kind, text), (_, says) in zip(got[len(asks):], wrong, strict=True): assert kind == "ValueError" and text.startswith("load_sae: ") and says in text, text
-    offline = client(env, *asks, ("tests/elsewhere", "", None))                              # the Hub is gone: what was loaded is still there
-    assert offline[:-1] == got[:len(asks)] and offline[-1][0] == "ConnectionError" and "is not in this machine's cache" in offline[-1][1]
+    assert got[: len(asks)] == [
+        [sae.kind, sae.source["layout"], sae.source["path"], sae.W_dec.double().sum().item()]
+        for sae in local
+    ]
+    for (kind, text), (_, says) in zip(got[len(asks) :], wrong, strict=True):
+        assert kind == "ValueError" and text.startswith("load_sae: ") and says in text, text
+    offline = client(
+        env, *asks, ("tests/elsewhere", "", None)
+    )  # the Hub is gone: what was loaded is still there
+    assert (
+        offline[:-1] == got[: len(asks)]
+        and offline[-1][0] == "ConnectionError"
+        and "is not in this machine's cache" in offline[-1][1]
+    )
 
 
 # ---- units
 def test_the_weight_of_the_penalty():
-    assert round(convert_alpha(8.6e-4, 512, "paper_code"), 2) == .44
+    assert round(convert_alpha(8.6e-4, 512, "paper_code"), 2) == 0.44
     for begin in formats.ALPHA_UNITS:
         for end in formats.ALPHA_UNITS:
-            there = convert_alpha(.3, 96, begin, end, scale=7.)
-            assert convert_alpha(there, 96, end, begin, scale=1 / 7) == pytest.approx(.3)
-    with pytest.raises(ValueError, match="units 'pytorch'"): convert_alpha(1., 8, end="pytorch")
+            there = convert_alpha(0.3, 96, begin, end=end, scale=7.0)
+            assert convert_alpha(there, 96, end, end=begin, scale=1 / 7) == pytest.approx(0.3)
+    with pytest.raises(ValueError, match="units 'pytorch'"):
+        convert_alpha(1.0, 8, end="pytorch")
 
 
 def test_the_converted_weight_gives_the_same_loss_but_for_a_factor():
-    sae, alpha = random_sae("untied"), .3
+    sae, alpha = random_sae("untied"), 0.3
     with torch.no_grad():
         f = sae.encode(X)
         left = (X - sae.decode(f)).pow(2)
-        paper = left.mean() + convert_alpha(alpha, D, end="paper_code") * f.abs().sum(-1).mean()           # their code: mean over rows and d
+        paper = (
+            left.mean() + convert_alpha(alpha, D, end="paper_code") * f.abs().sum(-1).mean()
+        )  # their code: mean over rows and d
         torch.testing.assert_close(paper * D, sae.loss(X, alpha))
-        small = random_sae("untied"); small.load_state_dict(sae.state_dict())
-        small.in_units_of(torch.zeros(D), 1 / 4)                                             # the same autoencoder for X / 4
-        torch.testing.assert_close(small.loss(X / 4, alpha) * 16, sae.loss(X, convert_alpha(alpha, D, scale=4.)))
+        small = random_sae("untied")
+        small.load_state_dict(sae.state_dict())
+        small.in_units_of(torch.zeros(D), 1 / 4)  # the same autoencoder for X / 4
+        torch.testing.assert_close(
+            small.loss(X / 4, alpha) * 16, sae.loss(X, convert_alpha(alpha, D, scale=4.0))
+        )

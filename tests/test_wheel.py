@@ -1,15 +1,31 @@
 """The package alone: a wheel in a fresh environment, without the repository; chapters copied into an empty folder run there, on every Python at hand."""
-import json, os, re, shutil, subprocess, sys
+
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
 from pathlib import Path
+
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 import course  # noqa: E402
 
+
 def pythons():
     "This Python, and the newest other one at hand that answers (a pyenv shim without its version does not)."
-    found = [p for v in range(12, 20) for p in (shutil.which(f"python3.{v}"), *map(str, Path.home().glob(f".pyenv/versions/3.{v}.*/bin/python"))) if p and not subprocess.run([p, "-c", ""], capture_output=True).returncode]
+    found = [
+        p
+        for v in range(12, 20)
+        for p in (
+            shutil.which(f"python3.{v}"),
+            *map(str, Path.home().glob(f".pyenv/versions/3.{v}.*/bin/python")),
+        )
+        if p and not subprocess.run([p, "-c", ""], capture_output=True).returncode
+    ]
     return [sys.executable, *found[-1:]]
 
 
@@ -25,7 +41,8 @@ NotebookClient(nb, timeout=600, kernel_name="python3").execute()
 """
 
 
-def run(*args, **kw): return subprocess.run(list(map(str, args)), capture_output=True, text=True, **kw)
+def run(*args, **kw):
+    return subprocess.run(list(map(str, args)), capture_output=True, text=True, **kw)
 
 
 @pytest.fixture(scope="module")
@@ -33,58 +50,165 @@ def wheel(tmp_path_factory):
     "Built from what git would hand out, so that nothing ignored can slip in."
     source, folder = tmp_path_factory.mktemp("source"), tmp_path_factory.mktemp("wheel")
     for name in run("git", "ls-files", "-co", "--exclude-standard", cwd=ROOT).stdout.splitlines():
-        if (ROOT / name).is_file(): (source / name).parent.mkdir(parents=True, exist_ok=True); shutil.copy(ROOT / name, source / name)
-    got = run(sys.executable, "-m", "pip", "wheel", "-q", "--no-deps", "--no-build-isolation", "-w", folder, source)
+        if (ROOT / name).is_file():
+            (source / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy(ROOT / name, source / name)
+    got = run(
+        sys.executable,
+        "-m",
+        "pip",
+        "wheel",
+        "-q",
+        "--no-deps",
+        "--no-build-isolation",
+        "-w",
+        folder,
+        source,
+    )
     assert got.returncode == 0, got.stderr[-2000:]
     return next(folder.glob("*.whl"))
 
 
 def test_the_wheel_holds_library_data_and_claims_and_no_more(wheel):
     import zipfile
+
     names = zipfile.ZipFile(wheel).namelist()
-    assert {"codebook_tutorial/sites.py", "codebook_tutorial/checks/fsm.py", "codebook_tutorial/data/stories/model.safetensors", "codebook_tutorial/claims/13.full.json"} <= set(names)
-    assert {n.split("/")[0] for n in names} == {"codebook_tutorial", next(n for n in names if ".dist-info" in n).split("/")[0]} and not any(n.endswith((".ipynb", ".bin", ".pkl", ".pt")) for n in names)
+    assert {
+        "codebook_tutorial/sites.py",
+        "codebook_tutorial/checks/fsm.py",
+        "codebook_tutorial/data/stories/model.safetensors",
+        "codebook_tutorial/claims/13.full.json",
+    } <= set(names)
+    assert {n.split("/")[0] for n in names} == {
+        "codebook_tutorial",
+        next(n for n in names if ".dist-info" in n).split("/")[0],
+    } and not any(n.endswith((".ipynb", ".bin", ".pkl", ".pt")) for n in names)
     assert wheel.stat().st_size < 40e6
 
 
 def fresh(folder, python, env, *what):
     "An environment with these packages; gives its Python."
     inside = folder / "bin" / "python"
-    got = run(sys.executable, "-m", "uv", "venv", "-q", "--seed", "--python", python, folder, env=env)
+    got = run(
+        sys.executable, "-m", "uv", "venv", "-q", "--seed", "--python", python, folder, env=env
+    )
     assert got.returncode == 0, got.stderr
-    got = run(sys.executable, "-m", "uv", "pip", "install", "-q", "--python", inside, *course.pip_find_links(), "-c", ROOT / "constraints.txt", *what, "ipykernel", "nbclient", env=env)
-    if got.returncode and re.search(r"dns error|error sending request|failed to connect|connection refused", got.stderr, re.I): pytest.skip("no package registry can be reached")
+    got = run(
+        sys.executable,
+        "-m",
+        "uv",
+        "pip",
+        "install",
+        "-q",
+        "--python",
+        inside,
+        *course.pip_find_links(),
+        "-c",
+        ROOT / "constraints.txt",
+        *what,
+        "ipykernel",
+        "nbclient",
+        env=env,
+    )
+    if got.returncode and re.search(
+        r"dns error|error sending request|failed to connect|connection refused", got.stderr, re.I
+    ):
+        pytest.skip("no package registry can be reached")
     assert got.returncode == 0, got.stderr[-2000:]
     return inside
 
 
-@pytest.mark.parametrize("python, way", [pytest.param(pythons()[0], "installed", id="installed"), pytest.param((pythons() * 2)[1], "colab", marks=pytest.mark.nightly, id="colab, newest Python")])
+@pytest.mark.parametrize(
+    "python, way",
+    [
+        pytest.param(pythons()[0], "installed", id="installed"),
+        pytest.param(
+            (pythons() * 2)[1], "colab", marks=pytest.mark.nightly, id="colab, newest Python"
+        ),
+    ],
+)
 def test_chapters_run_from_the_wheel_alone(wheel, tmp_path, python, way):
     "Installed beforehand; or by the set-up cell, as on Colab, where torch and numpy are there already and stay what they are."
-    env = {k: v for k, v in os.environ.items() if not k.startswith(("PYTHON", "COURSE_", "VIRTUAL_ENV"))} | {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "TQDM_DISABLE": "1", "PIP_CONSTRAINT": str(tmp_path / "pins.txt")}
+    env = {
+        k: v
+        for k, v in os.environ.items()
+        if not k.startswith(("PYTHON", "COURSE_", "VIRTUAL_ENV"))
+    } | {
+        "HF_HUB_OFFLINE": "1",
+        "OMP_NUM_THREADS": "1",
+        "TQDM_DISABLE": "1",
+        "PIP_CONSTRAINT": str(tmp_path / "pins.txt"),
+    }
     pins = (ROOT / "constraints.txt").read_text()
-    (tmp_path / "pins.txt").write_text(re.sub(r"^numpy==.*$", "", pins, flags=re.M))          # Colab's numpy is seldom the newest
-    inside = fresh(tmp_path / "env", python, env, wheel) if way == "installed" else fresh(tmp_path / "env", python, env, "torch")
+    (tmp_path / "pins.txt").write_text(
+        re.sub(r"^numpy==.*$", "", pins, flags=re.M)
+    )  # Colab's numpy is seldom the newest
+    inside = (
+        fresh(tmp_path / "env", python, env, wheel)
+        if way == "installed"
+        else fresh(tmp_path / "env", python, env, "torch")
+    )
     if way == "colab":
-        got = run(sys.executable, "-m", "uv", "pip", "install", "-q", "--python", inside, "numpy<2.4", env=env)
+        got = run(
+            sys.executable,
+            "-m",
+            "uv",
+            "pip",
+            "install",
+            "-q",
+            "--python",
+            inside,
+            "numpy<2.4",
+            env=env,
+        )
         assert got.returncode == 0, got.stderr
-    packages = lambda: {d.name.split("-")[0].lower(): ((d / "INSTALLER").read_text().strip(), d.name) for d in next((tmp_path / "env" / "lib").glob("python3*")).glob("site-packages/*.dist-info")}
+    packages = lambda: {
+        d.name.split("-")[0].lower(): ((d / "INSTALLER").read_text().strip(), d.name)
+        for d in next((tmp_path / "env" / "lib").glob("python3*")).glob("site-packages/*.dist-info")
+    }
     before = packages()
-    empty = tmp_path / "empty"; empty.mkdir()
-    stem = "06_codes" if way == "colab" else "00_sites"                    # both read shipped models
+    empty = tmp_path / "empty"
+    empty.mkdir()
+    stem = "06_codes" if way == "colab" else "00_sites"  # both read shipped models
     shutil.copy(ROOT / "nbs" / f"{stem}.ipynb", empty)
-    got = run(inside, "-c", RUN, f"{stem}.ipynb", *([wheel] if way == "colab" else []), cwd=empty, env=env, timeout=900)
+    got = run(
+        inside,
+        "-c",
+        RUN,
+        f"{stem}.ipynb",
+        *([wheel] if way == "colab" else []),
+        cwd=empty,
+        env=env,
+        timeout=900,
+    )
     assert got.returncode == 0, got.stderr[-3000:]
     after = packages()
-    assert after["codebook_tutorial"][0] == ("pip" if way == "colab" else "uv") and [after[name] for name in ("torch", "numpy")] == [before[name] for name in ("torch", "numpy")]
-    where = run(inside, "-c", "import codebook_tutorial; print(codebook_tutorial.__file__)", cwd=empty, env=env).stdout
-    assert str(tmp_path / "env") in where                                  # the installed one, not the checkout
+    assert after["codebook_tutorial"][0] == ("pip" if way == "colab" else "uv") and [
+        after[name] for name in ("torch", "numpy")
+    ] == [before[name] for name in ("torch", "numpy")]
+    where = run(
+        inside,
+        "-c",
+        "import codebook_tutorial; print(codebook_tutorial.__file__)",
+        cwd=empty,
+        env=env,
+    ).stdout
+    assert str(tmp_path / "env") in where  # the installed one, not the checkout
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "nbs").glob("*.ipynb")), ids=lambda p: p.stem)
 def test_the_setup_cell_leaves_torch_and_numpy_alone_and_does_nothing_here(path):
-    cells = [c for c in json.loads(path.read_text())["cells"] if c["cell_type"] == "code" and "".join(c["source"]).startswith("#| colab")]
+    cells = [
+        c
+        for c in json.loads(path.read_text())["cells"]
+        if c["cell_type"] == "code" and "".join(c["source"]).startswith("#| colab")
+    ]
     assert len(cells) == 1
     source = "".join(cells[0]["source"])
     install = re.search(r"%pip install (.*)", source)[1]
-    assert not re.search(r"torch(?!_)|numpy|upgrade|-U\b|force", install.replace("codebook_tutorial", "")) and 'if "google.colab" in sys.modules' in source
+    assert (
+        not re.search(
+            r"torch(?!_)|numpy|upgrade|-U\b|force", install.replace("codebook_tutorial", "")
+        )
+        and 'if "google.colab" in sys.modules' in source
+    )

@@ -1,23 +1,50 @@
-__all__ = ['check_patch_features', 'check_kl_nats', 'check_first_order', 'check_features_needed', 'check_acdc_pass',
-           'check_answer_10_6', 'check_month_prompts']
+__all__ = [
+    "check_patch_features",
+    "check_kl_nats",
+    "check_first_order",
+    "check_features_needed",
+    "check_acdc_pass",
+    "check_answer_10_6",
+    "check_month_prompts",
+]
 
 import torch
-from .core import check, check_choice
+
 from codebook_tutorial.core import seeded
+
+from .core import check, check_choice
+
 
 def _example(seed=0, length=4, F=6, d=5):
     "x, c, c_target, directions."
     draw = seeded(seed)
-    return torch.randn(length, d, generator=draw), torch.rand(length, F, generator=draw), torch.rand(length, F, generator=draw), torch.randn(F, d, generator=draw)
+    return (
+        torch.randn(length, d, generator=draw),
+        torch.rand(length, F, generator=draw),
+        torch.rand(length, F, generator=draw),
+        torch.randn(F, d, generator=draw),
+    )
+
 
 def check_patch_features(patch_features):
     "Exercise 10.1."
     x, c, c_target, D = _example()
     chosen = [4, 1]
     delta = (c_target - c)[:, chosen] @ D[chosen]
-    return check(lambda: patch_features(x, c, c_target, D, list(chosen)), x + delta, {
-        "the counterfactual's features less the prompt's, not the reverse": x - delta, "only the chosen features": x + (c_target - c) @ D, "add to the state, which keeps what no feature writes": delta, "the prompt's own features have to go": x + c_target[:, chosen] @ D[chosen],
-        "that is what is not chosen": x + (c_target - c) @ D - delta, "do not rebuild the state from its features: what they leave out would be lost": c @ D + delta})
+    return check(
+        lambda: patch_features(x, c, c_target, D, list(chosen)),
+        x + delta,
+        {
+            "the counterfactual's features less the prompt's, not the reverse": x - delta,
+            "only the chosen features": x + (c_target - c) @ D,
+            "add to the state, which keeps what no feature writes": delta,
+            "the prompt's own features have to go": x + c_target[:, chosen] @ D[chosen],
+            "that is what is not chosen": x + (c_target - c) @ D - delta,
+            "do not rebuild the state from its features: what they leave out would be lost": c @ D
+            + delta,
+        },
+    )
+
 
 def check_kl_nats(kl_nats):
     "Exercise 10.2."
@@ -25,60 +52,166 @@ def check_kl_nats(kl_nats):
     a, b = 3 * torch.randn(5, 7, generator=draw), 3 * torch.randn(5, 7, generator=draw)
     p, q = a.log_softmax(-1), b.log_softmax(-1)
     kl = lambda p, q: (p.exp() * (p - q)).sum(-1)
-    return check(lambda: kl_nats(a, b), kl(p, q), {
-        "the other way round: KL(patched || target)": kl(q, p), "nats, not bits": kl(p, q) / torch.log(torch.tensor(2.)), "logits are no log-probabilities: log_softmax first": (p.exp() * (a - b)).sum(-1), "one number a row": kl(p, q).mean(),
-        "sum over the vocabulary, not the mean": (p.exp() * (p - q)).mean(-1), "weigh with the patched probabilities": (p - q).sum(-1), "symmetric is another measure": (kl(p, q) + kl(q, p)) / 2})
+    return check(
+        lambda: kl_nats(a, b),
+        kl(p, q),
+        {
+            "the other way round: KL(patched || target)": kl(q, p),
+            "nats, not bits": kl(p, q) / torch.log(torch.tensor(2.0)),
+            "logits are no log-probabilities: log_softmax first": (p.exp() * (a - b)).sum(-1),
+            "one number a row": kl(p, q).mean(),
+            "sum over the vocabulary, not the mean": (p.exp() * (p - q)).mean(-1),
+            "weigh with the patched probabilities": (p - q).sum(-1),
+            "symmetric is another measure": (kl(p, q) + kl(q, p)) / 2,
+        },
+    )
+
 
 def check_first_order(first_order):
     "Exercise 10.3."
     g, c, c_target, D = _example(2)
     right = -((c_target - c) * (g @ D.T)).sum(0)
-    return check(lambda: first_order(g, c, c_target, D), right, {
-        "by how much KL would fall, not rise": -right, "sum over the words": -((c_target - c) * (g @ D.T)), "the mean over words is not the effect of patching all of them": right / len(g), "times the difference of the feature": -(g @ D.T).sum(0),
-        "the difference, not the counterfactual's value": -(c_target * (g @ D.T)).sum(0), "signed: some features would make it rise": right.abs(), "sum first over words of each product, not of its factors": -((c_target - c).sum(0) * (g @ D.T).sum(0))})
+    return check(
+        lambda: first_order(g, c, c_target, D),
+        right,
+        {
+            "by how much KL would fall, not rise": -right,
+            "sum over the words": -((c_target - c) * (g @ D.T)),
+            "the mean over words is not the effect of patching all of them": right / len(g),
+            "times the difference of the feature": -(g @ D.T).sum(0),
+            "the difference, not the counterfactual's value": -(c_target * (g @ D.T)).sum(0),
+            "signed: some features would make it rise": right.abs(),
+            "sum first over words of each product, not of its factors": -(
+                (c_target - c).sum(0) * (g @ D.T).sum(0)
+            ),
+        },
+    )
+
 
 def check_features_needed(features_needed):
     "Exercise 10.4."
-    curves = [torch.tensor([10., 11, 4, 6, 2, .9, 1.2]), torch.tensor([8., 7, 6, 5]), torch.tensor([4., .3, .1])]
+    curves = [
+        torch.tensor([10.0, 11, 4, 6, 2, 0.9, 1.2]),
+        torch.tensor([8.0, 7, 6, 5]),
+        torch.tensor([4.0, 0.3, 0.1]),
+    ]
     number = lambda fn: torch.tensor([float(-1 if (k := fn(kl)) is None else k) for kl in curves])
-    def reached(kl, at): return next((k for k, v in enumerate(kl.tolist()) if v <= at + 1e-6), None)
-    return check(lambda: number(lambda kl: features_needed(kl, .9)), number(lambda kl: reached(kl, .1 * float(kl[0]))), {
-        "(1 - share) of what it was, not share": number(lambda kl: reached(kl, .9 * float(kl[0]))), "relative to KL with none patched": number(lambda kl: reached(kl, .1)), "count features, not entries: none patched is 0": number(lambda kl: None if (k := reached(kl, .1 * float(kl[0]))) is None else k + 1),
-        "None where it never falls so far": number(lambda kl: len(kl) - 1 if (k := reached(kl, .1 * float(kl[0]))) is None else k), "the first time, not the last": number(lambda kl: next((k for k in range(len(kl) - 1, -1, -1) if kl[k] <= .1 * kl[0] + 1e-6), None)),
-        "fallen by the share of what there was, not of the way to the lowest": number(lambda kl: reached(kl, float(kl.min() + .1 * (kl[0] - kl.min()))))})
+
+    def reached(kl, at):
+        return next((k for k, v in enumerate(kl.tolist()) if v <= at + 1e-6), None)
+
+    return check(
+        lambda: number(lambda kl: features_needed(kl, 0.9)),
+        number(lambda kl: reached(kl, 0.1 * float(kl[0]))),
+        {
+            "(1 - share) of what it was, not share": number(
+                lambda kl: reached(kl, 0.9 * float(kl[0]))
+            ),
+            "relative to KL with none patched": number(lambda kl: reached(kl, 0.1)),
+            "count features, not entries: none patched is 0": number(
+                lambda kl: None if (k := reached(kl, 0.1 * float(kl[0]))) is None else k + 1
+            ),
+            "None where it never falls so far": number(
+                lambda kl: len(kl) - 1 if (k := reached(kl, 0.1 * float(kl[0]))) is None else k
+            ),
+            "the first time, not the last": number(
+                lambda kl: next(
+                    (k for k in range(len(kl) - 1, -1, -1) if kl[k] <= 0.1 * kl[0] + 1e-6), None
+                )
+            ),
+            "fallen by the share of what there was, not of the way to the lowest": number(
+                lambda kl: reached(kl, float(kl.min() + 0.1 * (kl[0] - kl.min())))
+            ),
+        },
+    )
+
 
 def check_acdc_pass(acdc_pass):
     "Exercise 10.5."
-    worth, features, threshold = dict(a=3., b=.2, c=-.5, d=.3, e=.25, f=1.), list("abcdef"), .5
-    def kl_of(some):                          # d and e stand in for one another
+    worth, features, threshold = (
+        dict(a=3.0, b=0.2, c=-0.5, d=0.3, e=0.25, f=1.0),
+        list("abcdef"),
+        0.5,
+    )
+
+    def kl_of(some):  # d and e stand in for one another
         some = set(some)
-        return 10 - sum(worth[f] for f in some) - (1. if some & {"d", "e"} else 0.)
+        return 10 - sum(worth[f] for f in some) - (1.0 if some & {"d", "e"} else 0.0)
+
     def passed(stale=False, least=threshold, size=False, fresh=True, back=False):
         left, now = list(features), kl_of(features)
         for f in features[::-1] if back else features:
-            rise = kl_of(set(left) - {f}) - now if not stale else kl_of(set(features) - {f}) - kl_of(features)
+            rise = (
+                kl_of(set(left) - {f}) - now
+                if not stale
+                else kl_of(set(features) - {f}) - kl_of(features)
+            )
             if (abs(rise) if size else rise) < least:
                 left.remove(f)
-                if fresh: now = kl_of(left)
+                if fresh:
+                    now = kl_of(left)
         return left
+
     text = lambda some: " ".join(some) or "nothing"
-    return check(lambda: text(acdc_pass(kl_of, list(features), threshold)), text(passed()), {
-        "against the set as it is by then: what was dropped before is gone": text(passed(stale=True)), "renew KL at every drop": text(passed(fresh=False)), "a feature that makes KL rise is dropped as well: the rise is signed": text(passed(size=True)), "visit them in the order given": text(passed(back=True)),
-        "the features left, not those dropped": text([f for f in features if f not in passed()]), "drop what matters less than the threshold, keep the others": text([f for f in features if kl_of(features) - kl_of(set(features) - {f}) > -threshold])})
+    return check(
+        lambda: text(acdc_pass(kl_of, list(features), threshold)),
+        text(passed()),
+        {
+            "against the set as it is by then: what was dropped before is gone": text(
+                passed(stale=True)
+            ),
+            "renew KL at every drop": text(passed(fresh=False)),
+            "a feature that makes KL rise is dropped as well: the rise is signed": text(
+                passed(size=True)
+            ),
+            "visit them in the order given": text(passed(back=True)),
+            "the features left, not those dropped": text(
+                [f for f in features if f not in passed()]
+            ),
+            "drop what matters less than the threshold, keep the others": text(
+                [f for f in features if kl_of(features) - kl_of(set(features) - {f}) > -threshold]
+            ),
+        },
+    )
+
 
 def check_answer_10_6(answer):
     "Exercise 10.6."
-    return check_choice(answer, "a", "right: what does the same in another language of features cannot be said to be the model's own (here, ICA does)", {"b": "That is a reason to ask for a control with as many features, not yet an answer: it may help or not. Coordinates and random directions may choose as well, and need more.", "c": "The floor says that something of the answer passes by the dictionary, a little here. It does not say that the features patched do nothing."})
+    return check_choice(
+        answer,
+        "a",
+        "right: what does the same in another language of features cannot be said to be the model's own (here, ICA does)",
+        {
+            "b": "That is a reason to ask for a control with as many features, not yet an answer: it may help or not. Coordinates and random directions may choose as well, and need more.",
+            "c": "The floor says that something of the answer passes by the dictionary, a little here. It does not say that the features patched do nothing.",
+        },
+    )
+
 
 def check_month_prompts(month_prompts):
     "Exercise 10.7."
-    months, text = ["May", "June", "July"], "It was {}, and the rain fell all day long. It was still"
+    months, text = (
+        ["May", "June", "July"],
+        "It was {}, and the rain fell all day long. It was still",
+    )
+
     def joined(shift=1, answers=0, cut=0, at=0):
-        a = months[:len(months) - cut]
-        b = (months[shift:] + months[:shift])[:len(a)]
+        a = months[: len(months) - cut]
+        b = (months[shift:] + months[:shift])[: len(a)]
         lists = [[text.format(m) for m in a], [text.format(m) for m in b], a, b]
-        if answers: lists[2], lists[3] = lists[3], lists[2]
-        if at: lists[0], lists[1] = lists[1], lists[0]
+        if answers:
+            lists[2], lists[3] = lists[3], lists[2]
+        if at:
+            lists[0], lists[1] = lists[1], lists[0]
         return " | ".join(" / ".join(some) for some in lists)
-    return check(lambda: " | ".join(" / ".join(some) for some in month_prompts(list(months))), joined(), {
-        "after the last comes the first": joined(cut=1), "the month after it, not before": joined(shift=2), "the prompt's answer is its own month": joined(answers=1), "first the prompts, then the counterfactuals": joined(answers=1, at=1)})
+
+    return check(
+        lambda: " | ".join(" / ".join(some) for some in month_prompts(list(months))),
+        joined(),
+        {
+            "after the last comes the first": joined(cut=1),
+            "the month after it, not before": joined(shift=2),
+            "the prompt's answer is its own month": joined(answers=1),
+            "first the prompts, then the counterfactuals": joined(answers=1, at=1),
+        },
+    )

@@ -15,15 +15,16 @@ from torch import nn
 # %% ../../nbs/lib/dictionary_base.ipynb #dictionary-base-4
 class Dictionary(nn.Module):
     "Turns activations [.., d] into features [.., F] and back; `directions` [F, d] is what each feature writes."
-    def encode(self, x):                   # [.., d] -> [.., F]
+
+    def encode(self, x):  # [.., d] -> [.., F]
         "Every feature's value."
         raise NotImplementedError(f"{type(self).__name__} has no encode")
 
-    def decode(self, f):                   # [.., F] -> [.., d]
+    def decode(self, f):  # [.., F] -> [.., d]
         "What the features write together."
         return f @ self.directions
 
-    def encode_sparse(self, x):            # [.., d] -> ids [.., m], values [.., m]
+    def encode_sparse(self, x):  # [.., d] -> ids [.., m], values [.., m]
         "The features that are not zero, largest first; m is the most that any row has, shorter rows end in zeros."
         f = self.encode(x)
         m = max(1, int((f != 0).sum(-1).max()))
@@ -32,31 +33,47 @@ class Dictionary(nn.Module):
 
     def decode_sparse(self, ids, values):  # [.., m], [.., m] -> [.., d]
         "decode for features given sparsely; never makes [.., F]."
-        out = F.embedding_bag(ids.flatten(0, -2), self.directions, per_sample_weights=values.flatten(0, -2).to(self.directions.dtype), mode="sum")
+        out = F.embedding_bag(
+            ids.flatten(0, -2),
+            self.directions,
+            per_sample_weights=values.flatten(0, -2).to(self.directions.dtype),
+            mode="sum",
+        )
         return out.unflatten(0, ids.shape[:-1])
 
 # %% ../../nbs/lib/dictionary_base.ipynb #dictionary-base-5
 class Directions(Dictionary):
     "Features read off along fixed directions: f = x @ directions.T, negative ones cut to 0 if `relu`."
-    def __init__(self, directions, relu: bool = False):       # [F, d]
+
+    def __init__(self, directions, relu: bool = False):  # [F, d]
         super().__init__()
         self.register_buffer("directions", directions)
         self.relu = relu
+
     def encode(self, x):
         f = x @ self.directions.T
         return f.relu() if self.relu else f
+
 
 def basis(d: int, **kw) -> Directions:
     "The activation's own coordinates as features (slug `basis`; at `neurons.L`: `neurons`)."
     return Directions(torch.eye(d), **kw)
 
+
 def random_directions(n_feats: int, d: int, seed: int = 0, **kw) -> Directions:
     "Unit vectors in random directions: the control that knows nothing."
-    return Directions(F.normalize(torch.randn(n_feats, d, generator=torch.Generator().manual_seed(seed)), dim=-1), **kw)
+    return Directions(
+        F.normalize(torch.randn(n_feats, d, generator=torch.Generator().manual_seed(seed)), dim=-1),
+        **kw,
+    )
 
-def fvu(x, x_hat) -> float:                # both [.., d]
+
+def fvu(x, x_hat) -> float:  # both [.., d]
     "Fraction of variance unexplained: mean squared residual / mean squared distance from the mean; the mean itself scores 1."
     rows = torch.atleast_2d(x).flatten(0, -2)
-    if x.shape != x_hat.shape or not (rows != rows[:1]).any(): raise ValueError(f"fvu: expected two arrays of one shape whose rows are not all the same, got {list(x.shape)} and {list(x_hat.shape)}")
+    if x.shape != x_hat.shape or not (rows != rows[:1]).any():
+        raise ValueError(
+            f"fvu: expected two arrays of one shape whose rows are not all the same, got {list(x.shape)} and {list(x_hat.shape)}"
+        )
     mean = rows.mean(0)
-    return (((x - x_hat)**2).sum() / ((x - mean)**2).sum()).item()
+    return (((x - x_hat) ** 2).sum() / ((x - mean) ** 2).sum()).item()

@@ -18,62 +18,115 @@ from .kmeans import finite
 # %% ../../nbs/08_baselines.ipynb #c08-31
 class Affine(Dictionary):
     "Features read along directions of their own, from centred activations: f = (x - mean) reads^T, x^ = f directions + mean."
-    def __init__(self, directions, reads=None, mean=None,     # [F, d]; [F, d] or None: the directions; [d] or None: zero
-                 relu: bool = False,                          # negative features cut to 0
-                 k: int | None = None):                       # only the k largest by size are kept
+
+    def __init__(
+        self,
+        directions,
+        reads=None,
+        mean=None,  # [F, d]; [F, d] or None: the directions; [d] or None: zero
+        *,
+        relu: bool = False,  # negative features cut to 0
+        k: int | None = None,
+    ):  # only the k largest by size are kept
         super().__init__()
         self.register_buffer("directions", directions)
         self.register_buffer("reads", directions if reads is None else reads)
-        self.register_buffer("mean", directions.new_zeros(directions.shape[1]) if mean is None else mean)
-        if k is not None and not 1 <= k <= len(directions): raise ValueError(f"Affine: expected 1 <= k <= {len(directions)} features, got k={k}")
+        self.register_buffer(
+            "mean", directions.new_zeros(directions.shape[1]) if mean is None else mean
+        )
+        if k is not None and not 1 <= k <= len(directions):
+            raise ValueError(
+                f"Affine: expected 1 <= k <= {len(directions)} features, got k={k}"
+            )
         self.relu, self.k = relu, k
 
     def encode(self, x):
         f = (x - self.mean) @ self.reads.T
-        if self.relu: f = f.relu()
+        if self.relu:
+            f = f.relu()
         return f if self.k is None else keep_largest(f, self.k)
 
-    def decode(self, f): return f @ self.directions + self.mean
-    def decode_sparse(self, ids, values): return super().decode_sparse(ids, values) + self.mean
-    def at(self, **kw): "The same directions, read with another `relu` or `k`."; return Affine(self.directions, self.reads, self.mean, **dict(relu=self.relu, k=self.k) | kw)
+    def decode(self, f):
+        return f @ self.directions + self.mean
 
-def keep_largest(f, k):                       # [.., F]
+    def decode_sparse(self, ids, values):
+        return super().decode_sparse(ids, values) + self.mean
+
+    def at(self, **kw):
+        "The same directions, read with another `relu` or `k`."
+        return Affine(
+            self.directions,
+            self.reads,
+            self.mean,
+            **dict(relu=self.relu, k=self.k) | kw,
+        )
+
+
+def keep_largest(f, k):  # [.., F]
     "All but the k features largest by size set to 0."
     ids = f.abs().topk(k, -1).indices
     return torch.zeros_like(f).scatter(-1, ids, f.gather(-1, ids))
 
 # %% ../../nbs/08_baselines.ipynb #c08-32
-def pca(x, n: int | None = None, batch: int = 16_384) -> Affine:      # [N, d], -> n of at most d directions, largest variance first
+def pca(
+    x, n: int | None = None, batch: int = 16_384
+) -> Affine:  # [N, d], -> n of at most d directions, largest variance first
     "Principal components, estimated in one pass (scikit-learn's IncrementalPCA)."
     from sklearn.decomposition import IncrementalPCA
+
     _enough(x, n or x.shape[1], "pca")
-    if batch < (n or x.shape[1]): raise ValueError(f"pca: expected batches of at least as many rows as directions, {n or x.shape[1]}, got {batch}")
+    if batch < (n or x.shape[1]):
+        raise ValueError(
+            f"pca: expected batches of at least as many rows as directions, {n or x.shape[1]}, got {batch}"
+        )
     x, fitted = x if x.dtype == torch.float64 else x.float(), IncrementalPCA(n)
     *parts, last = x.split(batch)
-    if parts and len(last) < (n or x.shape[1]): last = torch.cat([parts.pop(), last])          # too few rows for a step of their own
-    for part in (*parts, last): fitted.partial_fit(part.cpu().numpy())
+    if parts and len(last) < (n or x.shape[1]):
+        last = torch.cat([parts.pop(), last])  # too few rows for a step of their own
+    for part in (*parts, last):
+        fitted.partial_fit(part.cpu().numpy())
     return Affine(_tensor(fitted.components_, x), mean=_tensor(fitted.mean_, x))
 
-def ica(x, n: int | None = None, rows: int = 20_000, seed: int = 0) -> Affine:        # [N, d]
+
+def ica(
+    x, n: int | None = None, rows: int = 20_000, *, seed: int = 0
+) -> Affine:  # [N, d]
     "Independent components (scikit-learn's FastICA on some of the rows); each turned so that its long tail is positive, rows of length 1."
     from sklearn.decomposition import FastICA
-    _enough(x, n or x.shape[1], "ica")
-    some = x[torch.randperm(len(x), generator=seeded(seed))[:rows]].cpu().double().numpy()
-    fitted = FastICA(n, random_state=seed, whiten="unit-variance", max_iter=400).fit(some)
-    reads, writes = fitted.components_, fitted.mixing_.T
-    sign = np.sign((((some - fitted.mean_) @ reads.T)**3).mean(0))
-    size = np.linalg.norm(writes, axis=1)
-    return Affine(_tensor(sign[:, None] * writes / size[:, None], x), _tensor(sign[:, None] * reads * size[:, None], x), _tensor(fitted.mean_, x))
 
-def _tensor(a, like): return torch.from_numpy(np.ascontiguousarray(a)).to(like)
+    _enough(x, n or x.shape[1], "ica")
+    some = (
+        x[torch.randperm(len(x), generator=seeded(seed))[:rows]].cpu().double().numpy()
+    )
+    fitted = FastICA(n, random_state=seed, whiten="unit-variance", max_iter=400).fit(
+        some
+    )
+    reads, writes = fitted.components_, fitted.mixing_.T
+    sign = np.sign((((some - fitted.mean_) @ reads.T) ** 3).mean(0))
+    size = np.linalg.norm(writes, axis=1)
+    return Affine(
+        _tensor(sign[:, None] * writes / size[:, None], x),
+        _tensor(sign[:, None] * reads * size[:, None], x),
+        _tensor(fitted.mean_, x),
+    )
+
+
+def _tensor(a, like):
+    return torch.from_numpy(np.ascontiguousarray(a)).to(like)
+
 
 def _enough(x, n, call):
     finite(x, call)
-    if not 1 <= n <= min(x.shape): raise ValueError(f"{call}: expected 1 to {min(x.shape)} directions of {list(x.shape)} activations, got {n}")
+    if not 1 <= n <= min(x.shape):
+        raise ValueError(
+            f"{call}: expected 1 to {min(x.shape)} directions of {list(x.shape)} activations, got {n}"
+        )
 
 # %% ../../nbs/08_baselines.ipynb #c08-40
 @torch.no_grad()
-def pursue(x, directions, k: int, batch: int = 8192):                  # [N, d] centred, [F, d] -> [N, F], k steps
+def pursue(
+    x, directions, k: int, *, batch: int = 8192
+):  # [N, d] centred, [F, d] -> [N, F], k steps
     "Matching pursuit: k times the direction that explains most of what is left; both signs; every direction at its best amount."
     D, out = F.normalize(directions, dim=-1), x.new_zeros(len(x), len(directions))
     for left, f in zip(x.split(batch), out.split(batch)):
@@ -88,25 +141,45 @@ def pursue(x, directions, k: int, batch: int = 8192):                  # [N, d] 
 # %% ../../nbs/08_baselines.ipynb #c08-88
 class NMF(Dictionary):
     "Non-negative parts (scikit-learn's MiniBatchNMF): x ~ f directions with nothing below 0; for activations that are never negative, such as neurons behind a ReLU."
-    def __init__(self, x, n_feats: int, seed: int = 0, steps: int = 60):       # [N, d]
+
+    def __init__(self, x, n_feats: int, seed: int = 0, *, steps: int = 60):  # [N, d]
         super().__init__()
         from sklearn.decomposition import MiniBatchNMF
-        _enough(x, n_feats, "NMF"); self._positive(x)
-        parts = MiniBatchNMF(n_feats, random_state=seed, batch_size=2048, max_iter=30).fit(x.cpu().numpy()).components_
+
+        _enough(x, n_feats, "NMF")
+        self._positive(x)
+        parts = (
+            MiniBatchNMF(n_feats, random_state=seed, batch_size=2048, max_iter=30)
+            .fit(x.cpu().numpy())
+            .components_
+        )
         self.register_buffer("directions", F.normalize(_tensor(parts, x), dim=-1))
         self.steps = steps
 
     def _positive(self, x):
-        if (x < 0).any(): raise ValueError(f"NMF: expected activations of at least 0, got {x.min():.3g}; cut them off (relu), or use another method")
+        if (x < 0).any():
+            raise ValueError(
+                f"NMF: expected activations of at least 0, got {x.min():.3g}; cut them off (relu), or use another method"
+            )
 
     def encode(self, x):
         "Lee and Seung's multiplicative steps, which keep features at least 0 and never raise the error."
         self._positive(x)
         D = self.directions
-        wanted, alike, f = x @ D.T, D @ D.T, torch.ones(*x.shape[:-1], len(D), dtype=x.dtype, device=x.device)
-        for _ in range(self.steps): f = f * wanted / (f @ alike).clamp(min=1e-9)
+        wanted, alike, f = (
+            x @ D.T,
+            D @ D.T,
+            torch.ones(*x.shape[:-1], len(D), dtype=x.dtype, device=x.device),
+        )
+        for _ in range(self.steps):
+            f = f * wanted / (f @ alike).clamp(min=1e-9)
         return f
 
-def overlap(a: Dictionary, b: Dictionary):    # -> [Fa]
+
+def overlap(a: Dictionary, b: Dictionary):  # -> [Fa]
     "For every direction of a, the largest cosine, either sign, to one of b."
-    return (F.normalize(a.directions, dim=-1) @ F.normalize(b.directions, dim=-1).T).abs().amax(-1)
+    return (
+        (F.normalize(a.directions, dim=-1) @ F.normalize(b.directions, dim=-1).T)
+        .abs()
+        .amax(-1)
+    )

@@ -9,138 +9,249 @@ __all__ = ['CodebookModel', 'add_codebooks', 'load_codebooks']
 
 # %% ../../nbs/lib/dictionary_bottleneck.ipynb #dictionary-bottleneck-3
 import json
+from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
+
 import torch
 from .codebook import Codebook, in_backward
 from ..files import checksum
 from ..model.sites import attach, capture, match_sites, site_dims
-from contextlib import contextmanager
 from fastcore.basics import patch
-from functools import partial
-from pathlib import Path
 from torch import nn
 
 # %% ../../nbs/lib/dictionary_bottleneck.ipynb #dictionary-bottleneck-4
 class CodebookModel(nn.Module):
     "A model with codebooks at sites: `.model`, `.codebooks[site]`; of the last pass `.ids[site]`, `.recon[site]` and, in training, `.inputs[site]`."
-    def __init__(self, model, codebooks: dict):          # {site: Codebook}
+
+    def __init__(self, model, codebooks: dict):  # {site: Codebook}
         super().__init__()
-        self.model, self.active, self.mask, self.masked, self.edits, self.ids, self.recon, self.inputs = model, True, None, None, {}, {}, {}, {}
-        self._books = nn.ModuleDict({site.replace(".", "_"): book for site, book in codebooks.items()})     # a module's name has no dot
-        if old := model.__dict__.get("_codebook_model"): old.remove()                  # a cell run twice must not stack them
-        object.__setattr__(model, "_codebook_model", self)                             # not as a submodule
+        (
+            self.model,
+            self.active,
+            self.mask,
+            self.masked,
+            self.edits,
+            self.ids,
+            self.recon,
+            self.inputs,
+        ) = model, True, None, None, {}, {}, {}, {}
+        self._books = nn.ModuleDict(
+            {site.replace(".", "_"): book for site, book in codebooks.items()}
+        )  # a module's name has no dot
+        if old := model.__dict__.get("_codebook_model"):
+            old.remove()  # a cell run twice must not stack them
+        object.__setattr__(model, "_codebook_model", self)  # not as a submodule
         self._handles = [attach(model, site, partial(self._bottleneck, site)) for site in codebooks]
         self.train(model.training)
 
-    codebooks = property(lambda self: {name.replace("_", "."): book for name, book in self._books.items()})
+    codebooks = property(
+        lambda self: {name.replace("_", "."): book for name, book in self._books.items()}
+    )
     base_model = property(lambda self: self.model.base_model)
     config = property(lambda self: self.model.config)
     device = property(lambda self: next(self.model.parameters()).device)
 
     def _bottleneck(self, site, x):
-        if not self.active: return None
-        if self.training: self.inputs[site] = x.detach()
-        mask = self.masked if in_backward() else self.mask            # gradient checkpointing computes a block again, when the pass is over
-        mask = None if mask is None else mask[:, -x.shape[1]:].bool()
+        if not self.active:
+            return None
+        if self.training:
+            self.inputs[site] = x.detach()
+        mask = (
+            self.masked if in_backward() else self.mask
+        )  # gradient checkpointing computes a block again, when the pass is over
+        mask = None if mask is None else mask[:, -x.shape[1] :].bool()
         out, self.ids[site], self.recon[site] = self.codebooks[site](x, self.edits.get(site), mask)
         return out
 
-    def forward(self, *args, attention_mask=None, **kw):           # attention_mask [batch, seq]: 0 at padding, which then counts nowhere
-        self.mask = attention_mask if torch.is_tensor(attention_mask) and attention_mask.dim() == 2 else None      # others say who may look where
-        try: return self.model(*args, **kw, **({} if attention_mask is None else {"attention_mask": attention_mask}))
-        finally: self.mask, self.masked = None, self.mask
+    def forward(
+        self, *args, attention_mask=None, **kw
+    ):  # attention_mask [batch, seq]: 0 at padding, which then counts nowhere
+        self.mask = (
+            attention_mask
+            if torch.is_tensor(attention_mask) and attention_mask.dim() == 2
+            else None
+        )  # others say who may look where
+        try:
+            return self.model(
+                *args,
+                **kw,
+                **({} if attention_mask is None else {"attention_mask": attention_mask}),
+            )
+        finally:
+            self.mask, self.masked = None, self.mask
+
     def gradient_checkpointing_enable(self, gradient_checkpointing_kwargs=None, **kw):
         "As transformers'; never reentrant, for then recon would have no gradient. One backward a pass: a block is computed again under the last pass' mask."
-        self.model.gradient_checkpointing_enable((gradient_checkpointing_kwargs or {}) | {"use_reentrant": False}, **kw)
-    def generate(self, *args, **kw): return self.model.generate(*args, **kw)
-    def __getstate__(self): return {**self.__dict__, "mask": None, "masked": None, "ids": {}, "recon": {}, "inputs": {}}           # a copy does not take the last pass along
+        self.model.gradient_checkpointing_enable(
+            (gradient_checkpointing_kwargs or {}) | {"use_reentrant": False}, **kw
+        )
+
+    def generate(self, *args, **kw):
+        return self.model.generate(*args, **kw)
+
+    def __getstate__(self):
+        return {
+            **self.__dict__,
+            "mask": None,
+            "masked": None,
+            "ids": {},
+            "recon": {},
+            "inputs": {},
+        }  # a copy does not take the last pass along
 
     def remove(self):
         "Take the codebooks out of the model for good."
-        while self._handles: self._handles.pop().remove()
-        if self.model.__dict__.get("_codebook_model") is self: del self.model._codebook_model
+        while self._handles:
+            self._handles.pop().remove()
+        if self.model.__dict__.get("_codebook_model") is self:
+            del self.model._codebook_model
 
 # %% ../../nbs/lib/dictionary_bottleneck.ipynb #dictionary-bottleneck-5
-def add_codebooks(model, sites, n_codes: int, k: int = 1, groups: int | None = None, **kw) -> CodebookModel:
+def add_codebooks(
+    model, sites, n_codes: int, *, k: int = 1, groups: int | None = None, **kw
+) -> CodebookModel:
     "Put a trainable codebook at each site (patterns allowed), in place of any there; groups=None: one book a head at `heads.*`, one elsewhere; kw as in Codebook."
     heads = getattr(model.config, "num_attention_heads", 1)
-    with torch.device("meta" if next(model.parameters()).is_meta else "cpu"):              # for a model without contents, codes without contents
-        books = {site: Codebook(d, n_codes, k, (heads if site.startswith("heads") else 1) if groups is None else groups, **kw)
-                 for site, d in site_dims(model, sites).items()}
+    with torch.device(
+        "meta" if next(model.parameters()).is_meta else "cpu"
+    ):  # for a model without contents, codes without contents
+        books = {
+            site: Codebook(
+                d,
+                n_codes,
+                k,
+                groups=(heads if site.startswith("heads") else 1) if groups is None else groups,
+                **kw,
+            )
+            for site, d in site_dims(model, sites).items()
+        }
     return CodebookModel(model, {site: _like(book, model) for site, book in books.items()})
+
 
 def _like(book, model):
     first = next(model.parameters())
     book.to(first.device, first.dtype)
-    if book.learn == "ema" and book.total.dtype != torch.float64: book.size, book.total, book.new = book.size.float(), book.total.float(), book.new.float()     # averages need more digits than bf16 has
+    if book.learn == "ema" and book.total.dtype != torch.float64:
+        book.size, book.total, book.new = (
+            book.size.float(),
+            book.total.float(),
+            book.new.float(),
+        )  # averages need more digits than bf16 has
     return book
 
 # %% ../../nbs/lib/dictionary_bottleneck.ipynb #dictionary-bottleneck-6
 @patch
 @contextmanager
-def edit_codes(self: CodebookModel, edits: dict):      # {site or pattern: fn}; fn(ids [batch, seq, groups, k]) -> ids of the same shape
+def edit_codes(
+    self: CodebookModel, edits: dict
+):  # {site or pattern: fn}; fn(ids [batch, seq, groups, k]) -> ids of the same shape
     "While the block runs, write other codes at sites."
     before, new = self.edits, {}
     for pattern, fn in edits.items():
         here = [site for site in match_sites(self, pattern) if site in self.codebooks]
-        if not here: raise ValueError(f"edit_codes: no codebook at {pattern!r}; there are {', '.join(self.codebooks)}")
+        if not here:
+            raise ValueError(
+                f"edit_codes: no codebook at {pattern!r}; there are {', '.join(self.codebooks)}"
+            )
         new |= {site: fn for site in here}
     self.edits = {**before, **new}
-    try: yield self
-    finally: self.edits = before
+    try:
+        yield self
+    finally:
+        self.edits = before
+
 
 @patch
 @contextmanager
 def bypass(self: CodebookModel):
     "While the block runs, the codebooks stand aside: the model as it is without them."
     was, self.active = self.active, False
-    self.ids.clear(); self.recon.clear()
-    try: yield self
-    finally: self.active = was
+    self.ids.clear()
+    self.recon.clear()
+    try:
+        yield self
+    finally:
+        self.active = was
 
 # %% ../../nbs/lib/dictionary_bottleneck.ipynb #dictionary-bottleneck-7
 @patch
 @torch.no_grad()
-def init_from_data(self: CodebookModel, batches, iters: int = 10, generator=None,      # ids [batch, seq], or several such
-                   pad: int | None = None):            # the id of the padding behind a row's end, which is left out
+def init_from_data(
+    self: CodebookModel,
+    batches,
+    iters: int = 10,
+    generator=None,  # ids [batch, seq], or several such
+    *,
+    pad: int | None = None,
+):  # the id of the padding behind a row's end, which is left out
     "Begin every codebook from the model's own activations on some text (20,000 tokens are plenty for 1000 codes)."
     kept = {site: [] for site in self.codebooks}
     with self.bypass():
         for ids in [batches] if torch.is_tensor(batches) else batches:
-            with capture(self, list(kept)) as acts: self.model(input_ids=ids.to(self.device))
-            there = ids.eq(pad).flip(1).cumprod(1).flip(1) == 0 if pad is not None else torch.ones_like(ids, dtype=torch.bool)
-            for site in kept: kept[site].append(acts[site][there.to(self.device)])
-    for site, book in self.codebooks.items(): book.init_from(torch.cat(kept[site]).to(book.weight.dtype), iters, generator)
+            with capture(self, list(kept)) as acts:
+                self.model(input_ids=ids.to(self.device))
+            there = (
+                ids.eq(pad).flip(1).cumprod(1).flip(1) == 0
+                if pad is not None
+                else torch.ones_like(ids, dtype=torch.bool)
+            )
+            for site in kept:
+                kept[site].append(acts[site][there.to(self.device)])
+    for site, book in self.codebooks.items():
+        book.init_from(torch.cat(kept[site]).to(book.weight.dtype), iters, generator)
     return self
+
 
 @patch
 def recon_loss(self: CodebookModel):
     "Sum over sites of the last pass' reconstruction losses."
     return sum(self.recon.values())
 
+
 @patch
-def step(self: CodebookModel, decay: float = .99):
+def step(self: CodebookModel, decay: float = 0.99):
     "Once an optimiser step: moving averages, where codes learn by them."
-    for book in self.codebooks.values(): book.step(decay)
+    for book in self.codebooks.values():
+        book.step(decay)
 
 # %% ../../nbs/lib/dictionary_bottleneck.ipynb #dictionary-bottleneck-8
 @patch
 def reset_counts(self: CodebookModel):
     "Begin counting uses afresh in every book."
-    for book in self.codebooks.values(): book.reset_counts()
+    for book in self.codebooks.values():
+        book.reset_counts()
+
 
 @patch
 def dead_share(self: CodebookModel) -> float:
     "Share of codes not used since `reset_counts`: mean over books, every group counting as one."
-    return torch.cat([(b.counts == 0).float().mean(-1) for b in self.codebooks.values()]).mean().item()
+    return (
+        torch.cat([(b.counts == 0).float().mean(-1) for b in self.codebooks.values()]).mean().item()
+    )
+
 
 @patch
-def param_groups(self: CodebookModel, lr: float, codes_lr: float | None = None, weight_decay: float = .01) -> list[dict]:
+def param_groups(
+    self: CodebookModel, lr: float, codes_lr: float | None = None, weight_decay: float = 0.01
+) -> list[dict]:
     "Groups for an optimiser: matrices (decayed), vectors, and each book's codes (never decayed; codes_lr is in units of their root mean square); every trainable parameter once."
     codes = [book.weight for book in self.codebooks.values() if book.weight.requires_grad]
-    groups = [dict(params=[], lr=lr, weight_decay=weight_decay), dict(params=[], lr=lr, weight_decay=0.)]
+    groups = [
+        dict(params=[], lr=lr, weight_decay=weight_decay),
+        dict(params=[], lr=lr, weight_decay=0.0),
+    ]
     for p in self.parameters():
-        if p.requires_grad and not any(p is w for w in codes): groups[p.dim() <= 1]["params"].append(p)
-    groups += [dict(params=[w], lr=lr if codes_lr is None else codes_lr * w.detach().pow(2).mean().sqrt().item(), weight_decay=0.) for w in codes]
+        if p.requires_grad and not any(p is w for w in codes):
+            groups[p.dim() <= 1]["params"].append(p)
+    groups += [
+        dict(
+            params=[w],
+            lr=lr if codes_lr is None else codes_lr * w.detach().pow(2).mean().sqrt().item(),
+            weight_decay=0.0,
+        )
+        for w in codes
+    ]
     return [group for group in groups if group["params"]]
 
 # %% ../../nbs/lib/dictionary_bottleneck.ipynb #dictionary-bottleneck-9
@@ -148,46 +259,99 @@ def param_groups(self: CodebookModel, lr: float, codes_lr: float | None = None, 
 def save_pretrained(self: CodebookModel, folder):
     "Write the base model's folder plus `codebooks.safetensors` and `codebooks.json`."
     from safetensors.torch import save_file
+
     folder = Path(folder)
-    for half in folder.glob(".tmp??????"): half.unlink()               # of a save that was killed
+    for half in folder.glob(".tmp??????"):
+        half.unlink()  # of a save that was killed
     self.model.save_pretrained(folder)
-    tensors = {f"{site}.{name}": t.contiguous() for site, book in self.codebooks.items() for name, t in book.state_dict().items()}
+    tensors = {
+        f"{site}.{name}": t.contiguous()
+        for site, book in self.codebooks.items()
+        for name, t in book.state_dict().items()
+    }
     save_file(tensors, part := folder / "codebooks.safetensors.part")
     part.replace(folder / "codebooks.safetensors")
-    weights = [file for kind in ("model", "codebooks") for file in sorted(folder.glob(f"{kind}*.safetensors"))]
-    told = {"format": 1, "sites": {s: b.config for s, b in self.codebooks.items()}, "sha256": {file.name: checksum(file) for file in weights}}
+    weights = [
+        file
+        for kind in ("model", "codebooks")
+        for file in sorted(folder.glob(f"{kind}*.safetensors"))
+    ]
+    told = {
+        "format": 1,
+        "sites": {s: b.config for s, b in self.codebooks.items()},
+        "sha256": {file.name: checksum(file) for file in weights},
+    }
     (part := folder / "codebooks.json.part").write_text(json.dumps(told, indent=1) + "\n")
     part.replace(folder / "codebooks.json")
+
 
 def load_codebooks(model, folder) -> CodebookModel:
     "Put the codebooks of a folder into a model that is already there; ValueError where they do not fit."
     from safetensors.torch import load_file
-    if not (path := Path(folder) / "codebooks.json").exists(): raise ValueError(f"load_codebooks: no codebooks.json in {folder}; expected a folder written by save_pretrained")
-    try: told, tensors = json.loads(path.read_text()), load_file(path.with_suffix(".safetensors")); configs = told["sites"]
-    except Exception as e: raise ValueError(f"load_codebooks: codebooks.json or codebooks.safetensors in {folder} is missing, damaged or cut short ({e})") from e
-    if told.get("format") != 1: raise ValueError(f"load_codebooks: codebooks.json in {folder} is of format {told.get('format')!r}; expected 1")
+
+    if not (path := Path(folder) / "codebooks.json").exists():
+        raise ValueError(
+            f"load_codebooks: no codebooks.json in {folder}; expected a folder written by save_pretrained"
+        )
+    try:
+        told, tensors = json.loads(path.read_text()), load_file(path.with_suffix(".safetensors"))
+        configs = told["sites"]
+    except Exception as e:
+        raise ValueError(
+            f"load_codebooks: codebooks.json or codebooks.safetensors in {folder} is missing, damaged or cut short ({e})"
+        ) from e
+    if told.get("format") != 1:
+        raise ValueError(
+            f"load_codebooks: codebooks.json in {folder} is of format {told.get('format')!r}; expected 1"
+        )
     for file, mark in told.get("sha256", {}).items():
-        if (there := path.with_name(file)).exists() and checksum(there) != mark: raise ValueError(f"load_codebooks: {file} in {folder} is not what codebooks.json was written for: damaged, or of a save that was broken off; save or copy the folder again")
+        if (there := path.with_name(file)).exists() and checksum(there) != mark:
+            raise ValueError(
+                f"load_codebooks: {file} in {folder} is not what codebooks.json was written for: damaged, or of a save that was broken off; save or copy the folder again"
+            )
     dims, books = site_dims(model, list(configs)), {}
     for site, config in configs.items():
-        if dims[site] != config["d_model"]: raise ValueError(f"load_codebooks: {site} of this model has {dims[site]} numbers, its codebook expects {config['d_model']}")
-        book, own = Codebook(**config), {n.removeprefix(f"{site}."): t for n, t in tensors.items() if n.startswith(f"{site}.")}
+        if dims[site] != config["d_model"]:
+            raise ValueError(
+                f"load_codebooks: {site} of this model has {dims[site]} numbers, its codebook expects {config['d_model']}"
+            )
+        book, own = (
+            Codebook(**config),
+            {n.removeprefix(f"{site}."): t for n, t in tensors.items() if n.startswith(f"{site}.")},
+        )
         want = {n: list(t.shape) for n, t in book.state_dict().items()}
-        if (got := {n: list(t.shape) for n, t in own.items()}) != want: raise ValueError(f"load_codebooks: {site} in {folder}: expected {want}, got {got}")
+        if (got := {n: list(t.shape) for n, t in own.items()}) != want:
+            raise ValueError(f"load_codebooks: {site} in {folder}: expected {want}, got {got}")
         book.load_state_dict(own)
         books[site] = _like(book, model)
     return CodebookModel(model, books)
 
+
 @patch(cls_method=True)
 def from_pretrained(cls: CodebookModel, name, revision: str | None = None, **kw) -> CodebookModel:
     "A codebook model from the folder that save_pretrained wrote, or from the Hub; kw go to transformers' from_pretrained."
-    from transformers import AutoModelForCausalLM
     from codebook_tutorial.model.hub import check_weights
+    from transformers import AutoModelForCausalLM
+
     folder = name
     if not Path(name).is_dir():
-        if str(name).count("/") != 1: raise ValueError(f"from_pretrained: no folder {name}; expected one that CodebookModel.save_pretrained wrote, or owner/name on the Hub")
+        if str(name).count("/") != 1:
+            raise ValueError(
+                f"from_pretrained: no folder {name}; expected one that CodebookModel.save_pretrained wrote, or owner/name on the Hub"
+            )
         from huggingface_hub import snapshot_download
-        folder = snapshot_download(str(name), revision=revision, allow_patterns=["*.json", "*.safetensors"])
-    if not (Path(folder) / "codebooks.json").exists(): raise ValueError(f"from_pretrained: no codebooks.json in {name}; expected what CodebookModel.save_pretrained wrote")
+
+        folder = snapshot_download(
+            str(name), revision=revision, allow_patterns=["*.json", "*.safetensors"]
+        )
+    if not (Path(folder) / "codebooks.json").exists():
+        raise ValueError(
+            f"from_pretrained: no codebooks.json in {name}; expected what CodebookModel.save_pretrained wrote"
+        )
     check_weights("from_pretrained", name, folder)
-    return load_codebooks(AutoModelForCausalLM.from_pretrained(folder, **({"dtype": torch.float32, "use_safetensors": True} | kw)).eval(), folder)
+    return load_codebooks(
+        AutoModelForCausalLM.from_pretrained(
+            folder, **({"dtype": torch.float32, "use_safetensors": True} | kw)
+        ).eval(),
+        folder,
+    )

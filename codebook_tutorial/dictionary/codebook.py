@@ -18,29 +18,65 @@ from torch import nn
 # %% ../../nbs/02_codebook.ipynb #c02-38
 class Codebook(Dictionary):
     "Replaces activations by sums of k of n_codes codes (arXiv 2310.17230, section 3): `out, ids, recon = codebook(x)`."
-    def __init__(self, d_model: int, n_codes: int, k: int = 1, groups: int = 1,
-                 select: str = "cosine",       # "cosine" (the paper), "euclidean", or "residual": each code nearest to what the ones before left over
-                 combine: str = "sum",         # "sum" (the paper's text) or "mean" (the authors' code)
-                 learn: str = "gradient",      # codes move by "gradient", or to moving averages ("ema") when `step` is called
-                 commitment: float = 0.,       # weight of the term that pulls the input towards its codes
-                 norm: bool = False):          # codes are chosen for LayerNorm(x), as in the authors' code; with "cosine" only
-        super().__init__()
-        self.config = dict(d_model=d_model, n_codes=n_codes, k=k, groups=groups, select=select, combine=combine, learn=learn, commitment=commitment, norm=norm)
-        _check_config(**self.config)
-        self.k, self.select, self.combine, self.learn, self.commitment, self.norm = k, select, combine, learn, commitment, norm
-        width = d_model // groups
-        self.weight = nn.Parameter(torch.randn(groups, n_codes, width) / width**.5, requires_grad=learn == "gradient")
-        self.register_buffer("counts", torch.zeros(groups, n_codes, dtype=torch.long), persistent=False)      # uses since reset_counts
-        if learn == "ema":
-            self.register_buffer("size", torch.ones(groups, n_codes)); self.register_buffer("total", self.weight.detach().clone())
-            self.register_buffer("new", torch.zeros(groups, n_codes, width + 1), persistent=False)            # sums and counts since the last step
 
-    def extra_repr(self): return ", ".join(f"{k}={v}" for k, v in self.config.items())
+    def __init__(
+        self,
+        d_model: int,
+        n_codes: int,
+        k: int = 1,
+        *,
+        groups: int = 1,
+        select: str = "cosine",  # "cosine" (the paper), "euclidean", or "residual": each code nearest to what the ones before left over
+        combine: str = "sum",  # "sum" (the paper's text) or "mean" (the authors' code)
+        learn: str = "gradient",  # codes move by "gradient", or to moving averages ("ema") when `step` is called
+        commitment: float = 0.0,  # weight of the term that pulls the input towards its codes
+        norm: bool = False,
+    ):  # codes are chosen for LayerNorm(x), as in the authors' code; with "cosine" only
+        super().__init__()
+        self.config = dict(
+            d_model=d_model,
+            n_codes=n_codes,
+            k=k,
+            groups=groups,
+            select=select,
+            combine=combine,
+            learn=learn,
+            commitment=commitment,
+            norm=norm,
+        )
+        _check_config(**self.config)
+        self.k, self.select, self.combine, self.learn, self.commitment, self.norm = (
+            k,
+            select,
+            combine,
+            learn,
+            commitment,
+            norm,
+        )
+        width = d_model // groups
+        self.weight = nn.Parameter(
+            torch.randn(groups, n_codes, width) / width**0.5,
+            requires_grad=learn == "gradient",
+        )
+        self.register_buffer(
+            "counts", torch.zeros(groups, n_codes, dtype=torch.long), persistent=False
+        )  # uses since reset_counts
+        if learn == "ema":
+            self.register_buffer("size", torch.ones(groups, n_codes))
+            self.register_buffer("total", self.weight.detach().clone())
+            self.register_buffer(
+                "new", torch.zeros(groups, n_codes, width + 1), persistent=False
+            )  # sums and counts since the last step
+
+    def extra_repr(self):
+        return ", ".join(f"{k}={v}" for k, v in self.config.items())
 
     @property
     def share(self):
         "What part of the input one code stands for: a k-th, when k codes chosen together are summed."
-        return 1 / self.k if self.combine == "sum" and self.select != "residual" else 1.
+        return (
+            1 / self.k if self.combine == "sum" and self.select != "residual" else 1.0
+        )
 
     @property
     def directions(self):
@@ -48,103 +84,187 @@ class Codebook(Dictionary):
         return torch.block_diag(*self.weight.detach())
 
 # %% ../../nbs/02_codebook.ipynb #c02-39
-def _check_config(d_model, n_codes, k, groups, select, combine, learn, commitment, norm):
-    for name, value, known in (("select", select, ("cosine", "euclidean", "residual")), ("combine", combine, ("sum", "mean")), ("learn", learn, ("gradient", "ema"))):
-        if value not in known: raise ValueError(f"Codebook: {name}={value!r}, expected one of {', '.join(known)}")
-    if not 1 <= k <= n_codes: raise ValueError(f"Codebook: expected 1 <= k <= n_codes, got k={k}, n_codes={n_codes}")
-    if groups < 1 or d_model < 1 or d_model % groups: raise ValueError(f"Codebook: expected d_model divisible by groups, got d_model={d_model}, groups={groups}")
-    if select == "residual" and combine != "sum": raise ValueError("Codebook: select='residual' adds up what is left over, so combine must be 'sum'")
-    if norm and select != "cosine": raise ValueError(f"Codebook: norm=True changes lengths, which only select='cosine' does not look at; got {select!r}")
+def _check_config(
+    d_model, n_codes, k, *, groups, select, combine, learn, commitment, norm
+):
+    for name, value, known in (
+        ("select", select, ("cosine", "euclidean", "residual")),
+        ("combine", combine, ("sum", "mean")),
+        ("learn", learn, ("gradient", "ema")),
+    ):
+        if value not in known:
+            raise ValueError(
+                f"Codebook: {name}={value!r}, expected one of {', '.join(known)}"
+            )
+    if not 1 <= k <= n_codes:
+        raise ValueError(
+            f"Codebook: expected 1 <= k <= n_codes, got k={k}, n_codes={n_codes}"
+        )
+    if groups < 1 or d_model < 1 or d_model % groups:
+        raise ValueError(
+            f"Codebook: expected d_model divisible by groups, got d_model={d_model}, groups={groups}"
+        )
+    if select == "residual" and combine != "sum":
+        raise ValueError(
+            "Codebook: select='residual' adds up what is left over, so combine must be 'sum'"
+        )
+    if norm and select != "cosine":
+        raise ValueError(
+            f"Codebook: norm=True changes lengths, which only select='cosine' does not look at; got {select!r}"
+        )
 
 # %% ../../nbs/02_codebook.ipynb #c02-41
 @patch
-def parts(self: Codebook, x):              # [.., d] -> [groups, N, d / groups]
+def parts(self: Codebook, x):  # [.., d] -> [groups, N, d / groups]
     "The input cut into one part a group."
     groups, _, width = self.weight.shape
-    if x.shape[-1] != groups * width: raise ValueError(f"Codebook: expected activations [.., {groups * width}], got {list(x.shape)}")
+    if x.shape[-1] != groups * width:
+        raise ValueError(
+            f"Codebook: expected activations [.., {groups * width}], got {list(x.shape)}"
+        )
     return x.reshape(-1, groups, width).transpose(0, 1)
 
-def _residual(x, codes, k):                # [N, w], [C, w] -> ids [N, k], each nearest to what the ones before left over
+
+def _residual(
+    x, codes, k
+):  # [N, w], [C, w] -> ids [N, k], each nearest to what the ones before left over
     ids = []
     for _ in range(k):
         ids.append(nearest(x, codes, cosine=False))
         x = x - codes[ids[-1][:, 0]]
     return torch.cat(ids, -1)
 
+
 @patch
 @torch.no_grad()
-def choose(self: Codebook, x):             # [.., d] -> ids [.., groups, k]
+def choose(self: Codebook, x):  # [.., d] -> ids [.., groups, k]
     "The ids of the k codes of each group."
     parts = self.parts(x)
-    if self.norm: parts = F.layer_norm(parts, parts.shape[-1:])
-    if self.select == "residual": ids = [_residual(part, codes, self.k) for part, codes in zip(parts, self.weight)]
-    else: ids = [nearest(part, codes, self.select == "cosine", self.k) for part, codes in zip(parts, self.weight)]
+    if self.norm:
+        parts = F.layer_norm(parts, parts.shape[-1:])
+    if self.select == "residual":
+        ids = [
+            _residual(part, codes, self.k) for part, codes in zip(parts, self.weight)
+        ]
+    else:
+        ids = [
+            nearest(part, codes, self.select == "cosine", k=self.k)
+            for part, codes in zip(parts, self.weight)
+        ]
     return torch.stack(ids, 1).view(*x.shape[:-1], len(ids), self.k)
 
 # %% ../../nbs/02_codebook.ipynb #c02-43
-def feature_ids(self, ids):                  # ids [.., groups, k] within groups -> feature numbers g * n_codes + id
-    return ids + self.weight.shape[1] * torch.arange(len(self.weight), device=ids.device)[:, None]
+def feature_ids(
+    self, ids
+):  # ids [.., groups, k] within groups -> feature numbers g * n_codes + id
+    return (
+        ids
+        + self.weight.shape[1]
+        * torch.arange(len(self.weight), device=ids.device)[:, None]
+    )
+
 
 @patch
-def decode_ids(self: Codebook, ids):       # [.., groups, k] -> [.., d]
+def decode_ids(self: Codebook, ids):  # [.., groups, k] -> [.., d]
     "Sum (or mean) of the codes; never gathers [N, k, d]."
-    bags = F.embedding_bag(feature_ids(self, ids).reshape(-1, self.k), self.weight.flatten(0, 1), mode=self.combine)
+    bags = F.embedding_bag(
+        feature_ids(self, ids).reshape(-1, self.k),
+        self.weight.flatten(0, 1),
+        mode=self.combine,
+    )
     return bags.view(*ids.shape[:-2], len(self.weight) * self.weight.shape[-1])
 
+
 @patch
-def forward(self: Codebook, x, edit=None, mask=None):      # [.., d], fn(ids) -> ids, [..] bool: what counts; returns out [.., d], ids [.., groups, k], recon
+def forward(
+    self: Codebook, x, edit=None, mask=None
+):  # [.., d], fn(ids) -> ids, [..] bool: what counts; returns out [.., d], ids [.., groups, k], recon
     "Replace x by its codes; recon is mean |out - stop(x)|^2 a token, plus commitment * |stop(out) - x|^2."
     ids = self.choose(x)
-    if edit is not None: ids = _edited(edit(ids.clone()), ids, self.weight.shape[1])
+    if edit is not None:
+        ids = _edited(edit(ids.clone()), ids, self.weight.shape[1])
     out = self.decode_ids(ids)
     recon = F.mse_loss(out, x.detach(), reduction="none").sum(-1)
-    if self.commitment: recon = recon + self.commitment * F.mse_loss(out.detach(), x, reduction="none").sum(-1)
+    if self.commitment:
+        recon = recon + self.commitment * F.mse_loss(
+            out.detach(), x, reduction="none"
+        ).sum(-1)
     counts = slice(None) if mask is None else mask
     self.note(x.detach()[counts], ids[counts])
     recon = recon[counts]
-    return (x - x.detach()).add_(out), ids, recon.mean() if recon.numel() else recon.sum()          # 0 where nothing counts
+    return (
+        (x - x.detach()).add_(out),
+        ids,
+        recon.mean() if recon.numel() else recon.sum(),
+    )  # 0 where nothing counts
 
 # %% ../../nbs/02_codebook.ipynb #c02-44
 def _edited(new, ids, n_codes):
     if not torch.is_tensor(new) or new.shape != ids.shape:
-        raise ValueError(f"edit: expected ids of shape {list(ids.shape)}, got {list(new.shape) if torch.is_tensor(new) else type(new).__name__}")
-    if new.numel() and not 0 <= new.min() <= new.max() < n_codes: raise ValueError(f"edit: expected ids from 0 to {n_codes - 1}, got {int(new.min())} to {int(new.max())}")
+        raise ValueError(
+            f"edit: expected ids of shape {list(ids.shape)}, got {list(new.shape) if torch.is_tensor(new) else type(new).__name__}"
+        )
+    if new.numel() and not 0 <= new.min() <= new.max() < n_codes:
+        raise ValueError(
+            f"edit: expected ids from 0 to {n_codes - 1}, got {int(new.min())} to {int(new.max())}"
+        )
     return new.long()
 
-def in_backward(): return not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1      # as torch.utils.checkpoint asks
+
+def in_backward():
+    return (
+        not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1
+    )  # as torch.utils.checkpoint asks
+
 
 @patch
 @torch.no_grad()
-def note(self: Codebook, x, ids):          # [.., d], [.., groups, k]
+def note(self: Codebook, x, ids):  # [.., d], [.., groups, k]
     "Count uses; with moving averages and in training, also sum what each code was chosen for."
-    if in_backward(): return                  # counted before
+    if in_backward():
+        return  # counted before
     groups = len(self.weight)
     used = feature_ids(self, ids).flatten()
     self.counts.view(-1).index_add_(0, used, torch.ones_like(used))
-    if self.learn != "ema" or not self.training: return
-    for new, part, codes, own in zip(self.new, self.parts(x), self.weight, ids.reshape(-1, groups, self.k).transpose(0, 1)):
+    if self.learn != "ema" or not self.training:
+        return
+    for new, part, codes, own in zip(
+        self.new,
+        self.parts(x),
+        self.weight,
+        ids.reshape(-1, groups, self.k).transpose(0, 1),
+    ):
         wanted = part if self.select == "residual" else part * self.share
         for mine in own.T:
-            new.index_add_(0, mine, F.pad(wanted, (0, 1), value=1.).to(new.dtype))
-            if self.select == "residual": wanted = wanted - codes[mine]
+            new.index_add_(0, mine, F.pad(wanted, (0, 1), value=1.0).to(new.dtype))
+            if self.select == "residual":
+                wanted = wanted - codes[mine]
 
 # %% ../../nbs/02_codebook.ipynb #c02-46
 @patch
-def encode_sparse(self: Codebook, x):      # ids [.., groups * k], values [.., groups * k]
+def encode_sparse(self: Codebook, x):  # ids [.., groups * k], values [.., groups * k]
     "The chosen codes' feature numbers and their weights."
     ids = feature_ids(self, self.choose(x)).flatten(-2)
-    return ids, torch.full(ids.shape, 1 / self.k if self.combine == "mean" else 1., dtype=x.dtype, device=x.device)
+    return ids, torch.full(
+        ids.shape,
+        1 / self.k if self.combine == "mean" else 1.0,
+        dtype=x.dtype,
+        device=x.device,
+    )
+
 
 @patch
-def encode(self: Codebook, x):             # [.., d] -> [.., groups * n_codes]
+def encode(self: Codebook, x):  # [.., d] -> [.., groups * n_codes]
     "Weight of every code, most of them 0."
     ids, values = self.encode_sparse(x)
-    return torch.zeros(*x.shape[:-1], self.weight.shape[:2].numel(), dtype=x.dtype, device=x.device).scatter_add_(-1, ids, values)
+    return torch.zeros(
+        *x.shape[:-1], self.weight.shape[:2].numel(), dtype=x.dtype, device=x.device
+    ).scatter_add_(-1, ids, values)
 
 # %% ../../nbs/02_codebook.ipynb #c02-52
 @patch
 @torch.no_grad()
-def init_from(self: Codebook, x, iters: int = 10, generator=None):      # x [.., d]
+def init_from(self: Codebook, x, iters: int = 10, generator=None):  # x [.., d]
     "Begin from data: k-means with k-means|| seeds in every group; under `residual`, half of the codes learn what the other half leaves over."
     finite(x, "init_from")
     for part, codes in zip(self.parts(x), self.weight):
@@ -152,22 +272,42 @@ def init_from(self: Codebook, x, iters: int = 10, generator=None):      # x [..,
         if self.select == "residual" and self.k > 1:
             coarse = kmeans(part, n - n // 2, iters, cosine=False, generator=generator)
             left = part - coarse[nearest(part, coarse, cosine=False)[:, 0]]
-            codes.copy_(torch.cat([coarse, kmeans(left, n // 2, iters, cosine=False, generator=generator)]))
-        else: codes.copy_(kmeans(part, n, iters, self.select == "cosine", generator) * self.share)
-    if self.learn == "ema": self.size.fill_(1.); self.total.copy_(self.weight); self.new.zero_()
+            codes.copy_(
+                torch.cat(
+                    [
+                        coarse,
+                        kmeans(left, n // 2, iters, cosine=False, generator=generator),
+                    ]
+                )
+            )
+        else:
+            codes.copy_(
+                kmeans(
+                    part, n, iters, cosine=self.select == "cosine", generator=generator
+                )
+                * self.share
+            )
+    if self.learn == "ema":
+        self.size.fill_(1.0)
+        self.total.copy_(self.weight)
+        self.new.zero_()
     self.reset_counts()
     return self
 
+
 @patch
 @torch.no_grad()
-def step(self: Codebook, decay: float = .99):
+def step(self: Codebook, decay: float = 0.99):
     "Once an optimiser step: codes with learn='ema' move towards the mean of what they were chosen for since the last call."
-    if self.learn != "ema": return
+    if self.learn != "ema":
+        return
     finite(self.new, "Codebook.step")
     self.size.mul_(decay).add_(self.new[..., -1], alpha=1 - decay)
     self.total.mul_(decay).add_(self.new[..., :-1], alpha=1 - decay)
     size = self.size[..., None]
-    self.weight.copy_(torch.where(size > 1e-3, self.total / size.clamp(min=1e-3), self.weight))       # a code long unused stays where it is
+    self.weight.copy_(
+        torch.where(size > 1e-3, self.total / size.clamp(min=1e-3), self.weight)
+    )  # a code long unused stays where it is
     self.new.zero_()
 
 # %% ../../nbs/02_codebook.ipynb #c02-53
@@ -176,36 +316,60 @@ def reset_counts(self: Codebook):
     "Begin counting uses afresh."
     self.counts.zero_()
 
+
 @patch
 @torch.no_grad()
-def revive(self: Codebook, x,             # [.., d] inputs to move onto
-           error=None,                    # [..] how much each token suffers (its loss, say); None: all alike
-           by: str = "distance",          # draw in proportion to "distance" (1 - cosine to the own codes) x error, or at "random"
-           optimizer=None,                # its moments for the moved codes are set to zero
-           generator=None) -> int:
+def revive(
+    self: Codebook,
+    x,  # [.., d] inputs to move onto
+    error=None,  # [..] how much each token suffers (its loss, say); None: all alike
+    by: str = "distance",  # draw in proportion to "distance" (1 - cosine to the own codes) x error, or at "random"
+    *,
+    optimizer=None,  # its moments for the moved codes are set to zero
+    generator=None,
+) -> int:
     "Move codes that were not used since `reset_counts` onto inputs (under `residual`, onto what a random number of their codes leaves over); returns how many, and begins counting afresh."
     finite(x, "revive")
-    if by not in ("distance", "random"): raise ValueError(f"revive: by={by!r}, expected 'distance' or 'random'")
+    if by not in ("distance", "random"):
+        raise ValueError(f"revive: by={by!r}, expected 'distance' or 'random'")
     ids, moved = self.choose(x), 0
     own, ids = self.parts(self.decode_ids(ids)), ids.view(-1, *ids.shape[-2:])
     for g, (part, mine) in enumerate(zip(self.parts(x), own)):
-        weight = torch.ones(len(part), device=x.device) if by == "random" else (1 - F.cosine_similarity(part, mine, dim=-1)).clamp(min=0)
-        if error is not None: weight = weight * error.flatten().clamp(min=0)
-        dead = (self.counts[g] == 0).nonzero()[: int((weight > 0).sum()), 0]       # no more than there are inputs to move onto
-        if not len(dead): continue
-        rows = torch.multinomial(weight.float().cpu(), len(dead), generator=generator).to(x.device)
+        weight = (
+            torch.ones(len(part), device=x.device)
+            if by == "random"
+            else (1 - F.cosine_similarity(part, mine, dim=-1)).clamp(min=0)
+        )
+        if error is not None:
+            weight = weight * error.flatten().clamp(min=0)
+        dead = (self.counts[g] == 0).nonzero()[
+            : int((weight > 0).sum()), 0
+        ]  # no more than there are inputs to move onto
+        if not len(dead):
+            continue
+        rows = torch.multinomial(
+            weight.float().cpu(), len(dead), generator=generator
+        ).to(x.device)
         target = part[rows] * self.share
-        if self.select == "residual":                                              # some as first codes, some as second, ...
-            earlier = torch.arange(self.k) < torch.randint(self.k, (len(rows), 1), generator=generator)
-            target = target - torch.einsum("nk,nkd->nd", earlier.to(target), self.weight[g][ids[rows, g]])
+        if self.select == "residual":  # some as first codes, some as second, ...
+            earlier = torch.arange(self.k) < torch.randint(
+                self.k, (len(rows), 1), generator=generator
+            )
+            target = target - torch.einsum(
+                "nk,nkd->nd", earlier.to(target), self.weight[g][ids[rows, g]]
+            )
         self.weight[g, dead] = target
-        _forget(self, g, dead, optimizer)
+        _forget(self, g, dead, optimizer=optimizer)
         moved += len(dead)
     self.reset_counts()
     return moved
 
-def _forget(book, g, rows, optimizer):
+
+def _forget(book, g, rows, *, optimizer):
     "Set the optimiser's moments and the moving averages of replaced codes back."
-    if book.learn == "ema": book.size[g, rows] = 1.; book.total[g, rows] = book.weight[g, rows]
+    if book.learn == "ema":
+        book.size[g, rows] = 1.0
+        book.total[g, rows] = book.weight[g, rows]
     for moment in optimizer.state.get(book.weight, {}).values() if optimizer else ():
-        if torch.is_tensor(moment) and moment.shape == book.weight.shape: moment[g, rows] = 0
+        if torch.is_tensor(moment) and moment.shape == book.weight.shape:
+            moment[g, rows] = 0

@@ -14,83 +14,177 @@ import json
 import math
 import re
 import tempfile
+from pathlib import Path
+
 import torch
 from ..core import device
 from .bottleneck import CodebookModel
 from .trainer import CodebookTrainer, last_checkpoint, undamaged
 from ..model.run import check_length, evaluating
 from fastcore.basics import patch
-from pathlib import Path
 from transformers import PrinterCallback, TrainerState, TrainingArguments
 
 # %% ../../nbs/lib/dictionary_finetune.ipynb #dictionary-finetune-4
-def as_dataset(text) -> list[dict]:        # a Text
+def as_dataset(text) -> list[dict]:  # a Text
     "Rows as Trainer takes them: input_ids, labels and, where there is padding, attention_mask."
-    rows = dict(input_ids=text.ids, labels=text.labels) | ({} if text.attention_mask.all() else {"attention_mask": text.attention_mask.long()})
+    rows = dict(input_ids=text.ids, labels=text.labels) | (
+        {} if text.attention_mask.all() else {"attention_mask": text.attention_mask.long()}
+    )
     return [dict(zip(rows, row)) for row in zip(*rows.values())]
+
 
 def _same_run(trainer, text, last):
     "Keep what decides a run in its folder; ValueError if what stands there was begun with something else."
     args, file = trainer.args, Path(trainer.args.output_dir) / "finetune.json"
-    now = dict(lr=args.learning_rate, batch=args.train_batch_size * args.gradient_accumulation_steps * args.world_size, seed=args.seed, text=hashlib.sha256(text.ids.numpy().tobytes()).hexdigest()[:16],
-               **{name: getattr(trainer, name) for name in ("recon", "decay", "codes_lr", "revive_every", "revive_until")})
-    try: began = {name: json.loads(file.read_text())[name] for name in now} if last else now
-    except (OSError, ValueError, LookupError, TypeError) as e: raise ValueError(f"finetune: {file}, which tells how {last} was begun, is missing or damaged ({type(e).__name__}: {e}); copy it again, give another folder, or resume=False") from e
-    if differs := {name: f"{began[name]} there, {now[name]} now" for name in now if began[name] != now[name]}: raise ValueError(f"finetune: {last} was begun with other settings: {differs}; give another folder, or resume=False")
-    if not trainer.is_world_process_zero(): return
+    now = dict(
+        lr=args.learning_rate,
+        batch=args.train_batch_size * args.gradient_accumulation_steps * args.world_size,
+        seed=args.seed,
+        text=hashlib.sha256(text.ids.numpy().tobytes()).hexdigest()[:16],
+        **{
+            name: getattr(trainer, name)
+            for name in ("recon", "decay", "codes_lr", "revive_every", "revive_until")
+        },
+    )
+    try:
+        began = {name: json.loads(file.read_text())[name] for name in now} if last else now
+    except (OSError, ValueError, LookupError, TypeError) as e:
+        raise ValueError(
+            f"finetune: {file}, which tells how {last} was begun, is missing or damaged ({type(e).__name__}: {e}); copy it again, give another folder, or resume=False"
+        ) from e
+    if differs := {
+        name: f"{began[name]} there, {now[name]} now" for name in now if began[name] != now[name]
+    }:
+        raise ValueError(
+            f"finetune: {last} was begun with other settings: {differs}; give another folder, or resume=False"
+        )
+    if not trainer.is_world_process_zero():
+        return
     file.parent.mkdir(parents=True, exist_ok=True)
-    for half in file.parent.glob("checkpoint-*/.tmp??????"): half.unlink()             # of a stop in mid-writing
-    file.with_suffix(".part").write_text(json.dumps(now)); file.with_suffix(".part").replace(file)
+    for half in file.parent.glob("checkpoint-*/.tmp??????"):
+        half.unlink()  # of a stop in mid-writing
+    file.with_suffix(".part").write_text(json.dumps(now))
+    file.with_suffix(".part").replace(file)
 
-def finetune(model,                        # a CodebookModel; a plain model: the control, trained in the same way without codes
-             text,                         # a Text
-             steps: int = 200, lr: float = 5e-4, batch: int = 8,
-             folder=None,                  # where checkpoints are kept, and taken up again after a stop; None: none are written
-             resume: bool = True,          # go on from the folder's last whole checkpoint
-             save_every: int = 100, log_every: int = 25, seed: int = 0,
-             **kw,                         # of CodebookTrainer (recon, decay, codes_lr, revive_every, revive_until) or of TrainingArguments (bf16, gradient_accumulation_steps, ...)
-             ) -> list[dict]:
+
+def finetune(
+    model,  # a CodebookModel; a plain model: the control, trained in the same way without codes
+    text,  # a Text
+    steps: int = 200,
+    *,
+    lr: float = 5e-4,
+    batch: int = 8,
+    folder=None,  # where checkpoints are kept, and taken up again after a stop; None: none are written
+    resume: bool = True,  # go on from the folder's last whole checkpoint
+    save_every: int = 100,
+    log_every: int = 25,
+    seed: int = 0,
+    **kw,  # of CodebookTrainer (recon, decay, codes_lr, revive_every, revive_until) or of TrainingArguments (bf16, gradient_accumulation_steps, ...)
+) -> list[dict]:
     "Train all weights and codes on a text with transformers' Trainer; returns the logs, one dict every log_every steps."
-    if len(text) < 1: raise ValueError("finetune: the text has no rows")
+    if len(text) < 1:
+        raise ValueError("finetune: the text has no rows")
     check_length(model, text.ids.shape[1], "finetune")
-    ours = {name: kw.pop(name) for name in inspect.signature(CodebookTrainer.__init__).parameters if name in kw}
-    defaults = dict(max_steps=steps, learning_rate=lr, per_device_train_batch_size=batch, lr_scheduler_type="cosine", warmup_steps=steps // 10, adam_beta2=.98, weight_decay=.01,
-                    logging_steps=log_every, save_steps=save_every, save_strategy="steps" if folder else "no", save_total_limit=2, seed=seed, data_seed=seed, report_to="none",
-                    disable_tqdm=True, use_cpu=device().type == "cpu", dataloader_pin_memory=False)
+    ours = {
+        name: kw.pop(name)
+        for name in inspect.signature(CodebookTrainer.__init__).parameters
+        if name in kw
+    }
+    defaults = dict(
+        max_steps=steps,
+        learning_rate=lr,
+        per_device_train_batch_size=batch,
+        lr_scheduler_type="cosine",
+        warmup_steps=steps // 10,
+        adam_beta2=0.98,
+        weight_decay=0.01,
+        logging_steps=log_every,
+        save_steps=save_every,
+        save_strategy="steps" if folder else "no",
+        save_total_limit=2,
+        seed=seed,
+        data_seed=seed,
+        report_to="none",
+        disable_tqdm=True,
+        use_cpu=device().type == "cpu",
+        dataloader_pin_memory=False,
+    )
     with tempfile.TemporaryDirectory() as nowhere:
-        trainer = CodebookTrainer(model, TrainingArguments(str(folder or nowhere), **(defaults | kw)), train_dataset=as_dataset(text), **ours)
+        trainer = CodebookTrainer(
+            model,
+            TrainingArguments(str(folder or nowhere), **(defaults | kw)),
+            train_dataset=as_dataset(text),
+            **ours,
+        )
         trainer.remove_callback(PrinterCallback)
         last = last_checkpoint(folder) if folder and resume else None
-        if last: undamaged(last)
-        if last and (done := TrainerState.load_from_json(f"{last}/trainer_state.json")).global_step > steps: raise ValueError(f"finetune: {last} is further than steps={steps}; give another folder, or resume=False")
-        if folder: _same_run(trainer, text, last)
-        if last and done.global_step == steps: trainer.state = done; trainer._load_from_checkpoint(last)
-        else: trainer.train(resume_from_checkpoint=last)
+        if last:
+            undamaged(last)
+        if (
+            last
+            and (done := TrainerState.load_from_json(f"{last}/trainer_state.json")).global_step
+            > steps
+        ):
+            raise ValueError(
+                f"finetune: {last} is further than steps={steps}; give another folder, or resume=False"
+            )
+        if folder:
+            _same_run(trainer, text, last)
+        if last and done.global_step == steps:
+            trainer.state = done
+            trainer._load_from_checkpoint(last)
+        else:
+            trainer.train(resume_from_checkpoint=last)
     model.eval()
     return [row for row in trainer.state.log_history if "lm_loss" in row]
 
 # %% ../../nbs/lib/dictionary_finetune.ipynb #dictionary-finetune-5
 @torch.no_grad()
-def bits_per_activation(cb_model, text, batch: int = 16) -> dict:      # text: a Text
+def bits_per_activation(cb_model, text, batch: int = 16) -> dict:  # text: a Text
     "Per site: bits that a position's codes carry at most (k times the entropy of a book's use, summed over groups), what they could carry, and bits of the dense state; counts afresh, so dead_share then is of this text."
     cb_model.reset_counts()
     for i in range(0, len(text), batch):
-        part = text[i:i + batch]
-        with evaluating(cb_model): cb_model(input_ids=part.ids.to(cb_model.device), attention_mask=part.attention_mask.to(cb_model.device))
+        part = text[i : i + batch]
+        with evaluating(cb_model):
+            cb_model(
+                input_ids=part.ids.to(cb_model.device),
+                attention_mask=part.attention_mask.to(cb_model.device),
+            )
+
     def row(book):
         shares = book.counts.double() / book.counts.sum(-1, keepdim=True)
         groups, n_codes, width = book.weight.shape
-        return dict(bits=book.k * torch.special.entr(shares).sum().item() / math.log(2), most=groups * book.k * math.log2(n_codes), dense=groups * width * 8 * book.weight.element_size())
+        return dict(
+            bits=book.k * torch.special.entr(shares).sum().item() / math.log(2),
+            most=groups * book.k * math.log2(n_codes),
+            dense=groups * width * 8 * book.weight.element_size(),
+        )
+
     return {site: row(book) for site, book in cb_model.codebooks.items()}
 
 # %% ../../nbs/lib/dictionary_finetune.ipynb #dictionary-finetune-6
-def model_card(cb_model, losses: dict | None = None) -> str:           # {name: nats a token}
+def model_card(cb_model, losses: dict | None = None) -> str:  # {name: nats a token}
     "What a reader of the Hub must know: sites, codes, how they are chosen, what they cost, how to load them."
-    rows = "\n".join(f"| `{site}` | {c['n_codes']} | {c['k']} | {c['groups']} | {c['select']}, {c['combine']} |" for site, c in ((s, b.config) for s, b in cb_model.codebooks.items()))
+    rows = "\n".join(
+        f"| `{site}` | {c['n_codes']} | {c['k']} | {c['groups']} | {c['select']}, {c['combine']} |"
+        for site, c in ((s, b.config) for s, b in cb_model.codebooks.items())
+    )
     costs = "\n".join(f"| {name} | {nats:.4f} |" for name, nats in (losses or {}).items())
     base = cb_model.config.name_or_path
-    head = "\n".join(["---", "library_name: codebook_tutorial", "pipeline_tag: text-generation", "tags: [codebook-features, interpretability]"]
-                     + ([f"base_model: {base}"] if re.fullmatch(r"[\w.-]+/[\w.-]+", base or "") and not Path(base).exists() else []) + ["---"])
+    head = "\n".join(
+        [
+            "---",
+            "library_name: codebook_tutorial",
+            "pipeline_tag: text-generation",
+            "tags: [codebook-features, interpretability]",
+        ]
+        + (
+            [f"base_model: {base}"]
+            if re.fullmatch(r"[\w.-]+/[\w.-]+", base or "") and not Path(base).exists()
+            else []
+        )
+        + ["---"]
+    )
     return f"""{head}
 # A language model with codebook features
 At the sites below, every hidden state is replaced by a sum of a few discrete codes (*Codebook Features*, arXiv 2310.17230).
@@ -105,21 +199,38 @@ cb_model = CodebookModel.from_pretrained("this repository or folder")
 {rows}
 """ + (f"\n| text | nats a token |\n|---|---|\n{costs}\n" if costs else "")
 
+
 @patch
 def save_with_card(self: CodebookModel, folder, tok=None, losses: dict | None = None):
     "save_pretrained, with the tokenizer and a model card that tells the losses."
     self.save_pretrained(folder)
-    if tok is not None: tok.save_pretrained(folder)
+    if tok is not None:
+        tok.save_pretrained(folder)
     part = Path(folder) / "README.md.part"
-    part.write_text(model_card(self, losses), encoding="utf-8"); part.replace(part.with_suffix(""))
+    part.write_text(model_card(self, losses), encoding="utf-8")
+    part.replace(part.with_suffix(""))
+
 
 @patch
-def push_to_hub(self: CodebookModel, repo_id: str, tok=None, losses: dict | None = None, private: bool | None = None, token: str | None = None) -> str:
+def push_to_hub(
+    self: CodebookModel,
+    repo_id: str,
+    tok=None,
+    losses: dict | None = None,
+    *,
+    private: bool | None = None,
+    token: str | None = None,
+) -> str:
     "Upload what save_with_card writes to a repository of the Hub, made if there is none; returns its address."
     from huggingface_hub import HfApi
+
     api = HfApi(token=token)
     repo = api.create_repo(repo_id, private=private, exist_ok=True)
     with tempfile.TemporaryDirectory() as folder:
         self.save_with_card(folder, tok, losses)
-        api.upload_folder(repo_id=repo.repo_id, folder_path=folder, commit_message="A language model with codebook features")
+        api.upload_folder(
+            repo_id=repo.repo_id,
+            folder_path=folder,
+            commit_message="A language model with codebook features",
+        )
     return str(repo)

@@ -10,304 +10,684 @@ __all__ = ['FILES', 'TENSORS', 'WRITES', 'ALPHA_UNITS', 'save_sae', 'export_sae'
 # %% ../../nbs/lib/dictionary_formats.ipynb #dictionary-formats-3
 import json
 import re
+from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
+
 import torch
 from ..core import seeded
 from .kmeans import finite
 from .sae import KINDS, TopK
 from ..files import checksum
 from ..model.hub import WAYS_OUT, error_names, reach
-from ..model.sites import TRANSFORMER_LENS, from_transformer_lens, to_transformer_lens
-from contextlib import contextmanager
-from functools import partial
-from pathlib import Path
+from codebook_tutorial.model.sites import (
+    TRANSFORMER_LENS,
+    from_transformer_lens,
+    to_transformer_lens,
+)
 
 # %% ../../nbs/lib/dictionary_formats.ipynb #dictionary-formats-4
 # layout -> its files: (configuration,) weights
-FILES = dict(ours=("sae.json", "sae_state.safetensors"), saelens=("cfg.json", "sae_weights.safetensors"), dictionary_learning=("config.json", "ae.pt"),
-             sparsify=("cfg.json", "sae.safetensors"), gemma_scope=("params.npz",))
+FILES = dict(
+    ours=("sae.json", "sae_state.safetensors"),
+    saelens=("cfg.json", "sae_weights.safetensors"),
+    dictionary_learning=("config.json", "ae.pt"),
+    sparsify=("cfg.json", "sae.safetensors"),
+    gemma_scope=("params.npz",),
+)
 
 # layout -> their class -> our kind, {our tensor: theirs}; .T where theirs lies the other way
 _ROWS = dict(W_enc="W_enc.T", W_dec="W_dec", b_enc="b_enc", b_dec="b_dec")
 
-_LINEAR = dict(W_enc="encoder.weight", W_dec="decoder.weight.T", b_enc="encoder.bias", b_dec="b_dec")
+_LINEAR = dict(
+    W_enc="encoder.weight", W_dec="decoder.weight.T", b_enc="encoder.bias", b_dec="b_dec"
+)
 
 _JUMP = dict(threshold="threshold")
 
 TENSORS = {
-    "saelens": {"standard": ("untied", _ROWS), "topk": ("topk", _ROWS), "jumprelu": ("jumprelu", _ROWS | _JUMP), "gated": ("gated", _ROWS | dict(b_enc="b_gate", r_mag="r_mag", b_mag="b_mag"))},
+    "saelens": {
+        "standard": ("untied", _ROWS),
+        "topk": ("topk", _ROWS),
+        "jumprelu": ("jumprelu", _ROWS | _JUMP),
+        "gated": ("gated", _ROWS | dict(b_enc="b_gate", r_mag="r_mag", b_mag="b_mag")),
+    },
     "dictionary_learning": {
-        "AutoEncoder": ("untied", _LINEAR | dict(b_dec="bias")), "AutoEncoderNew": ("untied", _LINEAR | dict(b_dec="decoder.bias")), "AutoEncoderTopK": ("topk", _LINEAR),
-        "BatchTopKSAE": ("batchtopk", _LINEAR | _JUMP), "MatryoshkaBatchTopKSAE": ("matryoshka", _ROWS | _JUMP), "JumpReluAutoEncoder": ("jumprelu", _ROWS | _JUMP),
-        "GatedAutoEncoder": ("gated", _LINEAR | dict(b_enc="gate_bias", b_dec="decoder_bias", r_mag="r_mag", b_mag="mag_bias"))},
+        "AutoEncoder": ("untied", _LINEAR | dict(b_dec="bias")),
+        "AutoEncoderNew": ("untied", _LINEAR | dict(b_dec="decoder.bias")),
+        "AutoEncoderTopK": ("topk", _LINEAR),
+        "BatchTopKSAE": ("batchtopk", _LINEAR | _JUMP),
+        "MatryoshkaBatchTopKSAE": ("matryoshka", _ROWS | _JUMP),
+        "JumpReluAutoEncoder": ("jumprelu", _ROWS | _JUMP),
+        "GatedAutoEncoder": (
+            "gated",
+            _LINEAR
+            | dict(b_enc="gate_bias", b_dec="decoder_bias", r_mag="r_mag", b_mag="mag_bias"),
+        ),
+    },
     "sparsify": {"topk": ("topk", _LINEAR | dict(W_dec="W_dec"))},
     "gemma_scope": {"jumprelu": ("jumprelu", _ROWS | _JUMP)},
 }
 
-_NO_BIAS_FIRST = ("AutoEncoderNew", "JumpReluAutoEncoder")             # dictionary_learning's that do not subtract b_dec before they encode
+_NO_BIAS_FIRST = (
+    "AutoEncoderNew",
+    "JumpReluAutoEncoder",
+)  # dictionary_learning's that do not subtract b_dec before they encode
 
 # layout -> our kind -> their class that can hold it
 WRITES = {
-    "saelens": dict(tied="standard", untied="standard", topk="topk", batchtopk="jumprelu", matryoshka="jumprelu", jumprelu="jumprelu", gated="gated"),
-    "dictionary_learning": dict(tied="AutoEncoder", untied="AutoEncoder", topk="AutoEncoderTopK", batchtopk="BatchTopKSAE", matryoshka="MatryoshkaBatchTopKSAE",
-                                jumprelu="JumpReluAutoEncoder", gated="GatedAutoEncoder"),
+    "saelens": dict(
+        tied="standard",
+        untied="standard",
+        topk="topk",
+        batchtopk="jumprelu",
+        matryoshka="jumprelu",
+        jumprelu="jumprelu",
+        gated="gated",
+    ),
+    "dictionary_learning": dict(
+        tied="AutoEncoder",
+        untied="AutoEncoder",
+        topk="AutoEncoderTopK",
+        batchtopk="BatchTopKSAE",
+        matryoshka="MatryoshkaBatchTopKSAE",
+        jumprelu="JumpReluAutoEncoder",
+        gated="GatedAutoEncoder",
+    ),
     "sparsify": dict(topk="topk"),
 }
 
 # %% ../../nbs/lib/dictionary_formats.ipynb #dictionary-formats-5
-def save_sae(sae, folder,
-             site: str | None = None,         # where its activations come from: "resid.2"
-             **meta):                         # what else to remember: anything that JSON holds
+def save_sae(
+    sae,
+    folder,
+    site: str | None = None,  # where its activations come from: "resid.2"
+    **meta,
+):  # what else to remember: anything that JSON holds
     "Write `sae_state.safetensors` and `sae.json`; `load_sae` gives the same autoencoder, bit for bit."
     from safetensors.torch import save_file
-    _check(sae, "save_sae")
-    try: _json(head := dict(format=1, config=sae.config, site=site, meta=meta))
-    except (TypeError, ValueError) as e: raise ValueError(f"save_sae: {e}; expected only what JSON can hold in {', '.join(meta) or 'the settings'}") from e
-    tensors = {name: t.detach().cpu().contiguous().clone() for name, t in sae.state_dict().items()}
-    _write(folder, "sae_state.safetensors", partial(save_file, tensors), "sae.json", head)
 
-def export_sae(sae, folder,
-               layout: str,                   # "saelens", "dictionary_learning" or "sparsify" (TopK only)
-               site: str | None = None,       # "resid.2"
-               model_name: str | None = None):
+    _check(sae, "save_sae")
+    try:
+        _json(head := dict(format=1, config=sae.config, site=site, meta=meta))
+    except (TypeError, ValueError) as e:
+        raise ValueError(
+            f"save_sae: {e}; expected only what JSON can hold in {', '.join(meta) or 'the settings'}"
+        ) from e
+    tensors = {name: t.detach().cpu().contiguous().clone() for name, t in sae.state_dict().items()}
+    _write(
+        folder, "sae_state.safetensors", partial(save_file, tensors), head="sae.json", config=head
+    )
+
+
+def export_sae(
+    sae,
+    folder,
+    layout: str,  # "saelens", "dictionary_learning" or "sparsify" (TopK only)
+    *,
+    site: str | None = None,  # "resid.2"
+    model_name: str | None = None,
+):
     "Write another library's own files, for it to load; a tied autoencoder goes as an untied one, and to SAELens the BatchTopK kinds as JumpReLU."
     from safetensors.torch import save_file
-    _check(sae, "export_sae", layout, site)
+
+    _check(sae, "export_sae", layout, site=site)
     cls = WRITES[layout][sae.kind]
     kind, names = TENSORS[layout][cls]
-    own = {name: t.detach().float().cpu() for name, t in (sae.state_dict() | {"W_enc": sae.W_enc}).items()}
-    if kind == "jumprelu": own["threshold"] = own["threshold"].expand_as(own["b_enc"])
-    if cls in _NO_BIAS_FIRST: own = _absorb(own, -1)
-    tensors = {theirs.removesuffix(".T"): _turned(own[name], theirs).contiguous().clone() for name, theirs in names.items()}
-    config, more = dict(saelens=_for_saelens, dictionary_learning=_for_dictionary_learning, sparsify=_for_sparsify)[layout](sae, cls, site, model_name)
+    own = {
+        name: t.detach().float().cpu()
+        for name, t in (sae.state_dict() | {"W_enc": sae.W_enc}).items()
+    }
+    if kind == "jumprelu":
+        own["threshold"] = own["threshold"].expand_as(own["b_enc"])
+    if cls in _NO_BIAS_FIRST:
+        own = _absorb(own, -1)
+    tensors = {
+        theirs.removesuffix(".T"): _turned(own[name], theirs).contiguous().clone()
+        for name, theirs in names.items()
+    }
+    config, more = dict(
+        saelens=_for_saelens, dictionary_learning=_for_dictionary_learning, sparsify=_for_sparsify
+    )[layout](sae, cls, site, model_name)
     head, weights = FILES[layout]
-    _write(folder, weights, partial(torch.save if weights == "ae.pt" else save_file, tensors | more), head, config)
+    _write(
+        folder,
+        weights,
+        partial(torch.save if weights == "ae.pt" else save_file, tensors | more),
+        head=head,
+        config=config,
+    )
 
-def _turned(t, theirs): return t.T if theirs.endswith(".T") else t
 
-def _lies(theirs, shape): return list(shape)[::-1] if theirs.endswith(".T") else list(shape)
+def _turned(t, theirs):
+    return t.T if theirs.endswith(".T") else t
 
-def _json(what): return json.dumps(what, indent=1) + "\n"
+
+def _lies(theirs, shape):
+    return list(shape)[::-1] if theirs.endswith(".T") else list(shape)
+
+
+def _json(what):
+    return json.dumps(what, indent=1) + "\n"
 
 # %% ../../nbs/lib/dictionary_formats.ipynb #dictionary-formats-6
-def _check(sae, call, layout=None, site=None):
-    if type(sae) not in KINDS.values(): raise ValueError(f"{call}: got a {type(sae).__name__}; expected one of {', '.join(cls.__name__ for cls in KINDS.values())}")
-    if sae.b_dec.dim() != 1: raise ValueError(f"{call}: got a stack of {len(sae.b_dec)} autoencoders; expected one of members(sae)")
-    if call == "save_sae": return
-    if layout not in WRITES: raise ValueError(f"{call}: layout={layout!r}; expected one of {', '.join(WRITES)}")
-    if sae.kind not in WRITES[layout]: raise ValueError(f"{call}: {layout} holds {', '.join(WRITES[layout])} only, got kind {sae.kind!r}; expected layout {' or '.join(to for to in WRITES if sae.kind in WRITES[to])}")
-    if site and not re.fullmatch(rf"({'|'.join(TRANSFORMER_LENS)})\.\d+", site): raise ValueError(f"{call}: site={site!r}; expected one like resid.2, of {', '.join(TRANSFORMER_LENS)}")
-    if (least := getattr(sae, "threshold", torch.zeros(1)).min()) < 0: raise ValueError(f"{call}: a threshold is {least:.3g}; expected none below 0, for in {layout} nothing negative passes")
+def _check(sae, call, layout=None, *, site=None):
+    if type(sae) not in KINDS.values():
+        raise ValueError(
+            f"{call}: got a {type(sae).__name__}; expected one of {', '.join(cls.__name__ for cls in KINDS.values())}"
+        )
+    if sae.b_dec.dim() != 1:
+        raise ValueError(
+            f"{call}: got a stack of {len(sae.b_dec)} autoencoders; expected one of members(sae)"
+        )
+    if call == "save_sae":
+        return
+    if layout not in WRITES:
+        raise ValueError(f"{call}: layout={layout!r}; expected one of {', '.join(WRITES)}")
+    if sae.kind not in WRITES[layout]:
+        raise ValueError(
+            f"{call}: {layout} holds {', '.join(WRITES[layout])} only, got kind {sae.kind!r}; expected layout {' or '.join(to for to in WRITES if sae.kind in WRITES[to])}"
+        )
+    if site and not re.fullmatch(rf"({'|'.join(TRANSFORMER_LENS)})\.\d+", site):
+        raise ValueError(
+            f"{call}: site={site!r}; expected one like resid.2, of {', '.join(TRANSFORMER_LENS)}"
+        )
+    if (least := getattr(sae, "threshold", torch.zeros(1)).min()) < 0:
+        raise ValueError(
+            f"{call}: a threshold is {least:.3g}; expected none below 0, for in {layout} nothing negative passes"
+        )
 
-def _write(folder, weights, save, head, config):       # two names, fn(path) for the first
+
+def _write(folder, weights, save, *, head, config):  # two names, fn(path) for the first
     "Weights, and the configuration with their checksum, under names that nobody reads; then both renamed."
     (folder := Path(folder)).mkdir(parents=True, exist_ok=True)
-    for half in folder.glob(".tmp??????"): half.unlink()               # of a save that was killed
+    for half in folder.glob(".tmp??????"):
+        half.unlink()  # of a save that was killed
     part = lambda name: folder / f"{name}.part"
-    save(part(weights)); part(head).write_text(_json(config | dict(sha256=checksum(part(weights)))))
-    for name in (weights, head): part(name).replace(folder / name)
+    save(part(weights))
+    part(head).write_text(_json(config | dict(sha256=checksum(part(weights)))))
+    for name in (weights, head):
+        part(name).replace(folder / name)
+
 
 # each: configuration, and tensors beside those of TENSORS
 def _for_saelens(sae, cls, site, model_name):
-    hook, top = to_transformer_lens(site) if site else None, dict(k=sae.k, rescale_acts_by_decoder_norm=False) if cls == "topk" else {}
-    return dict(architecture=cls, d_in=sae.config["d_model"], d_sae=sae.config["n_feats"], dtype="float32", device="cpu", apply_b_dec_to_input=True, normalize_activations="none",
-                reshape_activations="hook_z" if (hook or "").endswith("hook_z") else "none", metadata=dict(sae_lens_version="6.0.0", hook_name=hook, model_name=model_name), **top), {}
+    hook, top = (
+        to_transformer_lens(site) if site else None,
+        dict(k=sae.k, rescale_acts_by_decoder_norm=False) if cls == "topk" else {},
+    )
+    return dict(
+        architecture=cls,
+        d_in=sae.config["d_model"],
+        d_sae=sae.config["n_feats"],
+        dtype="float32",
+        device="cpu",
+        apply_b_dec_to_input=True,
+        normalize_activations="none",
+        reshape_activations="hook_z" if (hook or "").endswith("hook_z") else "none",
+        metadata=dict(sae_lens_version="6.0.0", hook_name=hook, model_name=model_name),
+        **top,
+    ), {}
+
 
 def _for_dictionary_learning(sae, cls, site, model_name):
-    trainer = dict(dict_class=cls, activation_dim=sae.config["d_model"], dict_size=sae.config["n_feats"], lm_name=model_name, submodule_name=site, layer=int(site.split(".")[1]) if site else None)
+    trainer = dict(
+        dict_class=cls,
+        activation_dim=sae.config["d_model"],
+        dict_size=sae.config["n_feats"],
+        lm_name=model_name,
+        submodule_name=site,
+        layer=int(site.split(".")[1]) if site else None,
+    )
     more = {"k": torch.tensor(sae.k, dtype=torch.int)} if isinstance(sae, TopK) else {}
-    if cls == "AutoEncoderTopK": more["threshold"] = torch.tensor(-1.)                                # theirs, for another way to encode: -1 is "none learnt"
-    if cls == "MatryoshkaBatchTopKSAE": more["group_sizes"] = torch.tensor(sorted({0, *sae.sizes, len(sae.b_enc)})).diff()
-    return dict(trainer=trainer | ({"k": sae.k} if more else {}), buffer=dict(d_submodule=sae.config["d_model"], io="out")), more
+    if cls == "AutoEncoderTopK":
+        more["threshold"] = torch.tensor(
+            -1.0
+        )  # theirs, for another way to encode: -1 is "none learnt"
+    if cls == "MatryoshkaBatchTopKSAE":
+        more["group_sizes"] = torch.tensor(sorted({0, *sae.sizes, len(sae.b_enc)})).diff()
+    return dict(
+        trainer=trainer | ({"k": sae.k} if more else {}),
+        buffer=dict(d_submodule=sae.config["d_model"], io="out"),
+    ), more
+
 
 def _for_sparsify(sae, cls, site, model_name):
     d, n = sae.config["d_model"], sae.config["n_feats"]
-    return dict(activation=cls, expansion_factor=max(1, n // d), normalize_decoder=True, num_latents=n, k=sae.k, multi_topk=False, skip_connection=False, transcode=False, d_in=d), {}
+    return dict(
+        activation=cls,
+        expansion_factor=max(1, n // d),
+        normalize_decoder=True,
+        num_latents=n,
+        k=sae.k,
+        multi_topk=False,
+        skip_connection=False,
+        transcode=False,
+        d_in=d,
+    ), {}
 
 # %% ../../nbs/lib/dictionary_formats.ipynb #dictionary-formats-7
-def load_sae(name,                            # a folder, or owner/name on the Hub
-             path: str = "",                  # the folder in it, or the weights' file
-             revision: str | None = None):    # a branch, tag or commit of the Hub
+def load_sae(
+    name,  # a folder, or owner/name on the Hub
+    path: str = "",  # the folder in it, or the weights' file
+    revision: str | None = None,
+):  # a branch, tag or commit of the Hub
     "An autoencoder in eval mode, float32, on the CPU, of whichever layout lies there; `.source`: layout, name, path, site where known, and the peer's config."
     folder, layout, path = _fetch(str(name), str(path).strip("/"), revision)
     at = "/".join(part for part in (str(name), path) if part)
     config, tensors = _config(folder, layout, at), _tensors(file := folder / FILES[layout][-1], at)
-    if (mark := config.get("sha256")) and checksum(file) != mark: raise ValueError(f"load_sae: {file.name} of {at} is not what {FILES[layout][0]} was written for: damaged, or of a save that was broken off; save or copy both again (or take sha256 out of {FILES[layout][0]}, if the change is yours)")
-    try: sae = _build(at, tensors, **_READERS[layout](at, config, tensors))
-    except (AttributeError, TypeError, RuntimeError) as e: raise ValueError(f"load_sae: {at}: its settings are none of {layout}'s ({e})") from e
+    if (mark := config.get("sha256")) and checksum(file) != mark:
+        raise ValueError(
+            f"load_sae: {file.name} of {at} is not what {FILES[layout][0]} was written for: damaged, or of a save that was broken off; save or copy both again (or take sha256 out of {FILES[layout][0]}, if the change is yours)"
+        )
+    try:
+        sae = _build(at, tensors, **_READERS[layout](at, config, tensors))
+    except (AttributeError, TypeError, RuntimeError) as e:
+        raise ValueError(f"load_sae: {at}: its settings are none of {layout}'s ({e})") from e
     site = config.get("site") if layout == "ours" else _site(_meta(config).get("hook_name"))
     sae.source = dict(layout=layout, name=str(name), path=path, site=site, config=config)
     return sae.eval()
 
-def _fetch(name, path, revision):             # -> folder on this machine, layout, path
+
+def _fetch(name, path, revision):  # -> folder on this machine, layout, path
     "Where an autoencoder's files lie; of a Hub repository only those are loaded."
     from huggingface_hub import hf_hub_download
+
     root = Path(name).expanduser()
-    if root.is_file(): root, path = root.parent, root.name
+    if root.is_file():
+        root, path = root.parent, root.name
     if root.is_dir():
-        if revision: raise ValueError(f"load_sae: {name!r} is a folder and has no revision {revision!r}; expected a Hub id")
+        if revision:
+            raise ValueError(
+                f"load_sae: {name!r} is a folder and has no revision {revision!r}; expected a Hub id"
+            )
         return _local(root, path, name)
-    if name.count("/") != 1 or name[0] in "./~": raise ValueError(f"load_sae: no folder {name!r}; expected one with an autoencoder, or owner/name on the Hub")
+    if name.count("/") != 1 or name[0] in "./~":
+        raise ValueError(
+            f"load_sae: no folder {name!r}; expected one with an autoencoder, or owner/name on the Hub"
+        )
     with _asking(name, revision):
         info, cached = reach(name, "model", revision)
-        if cached: return _local(Path(cached), path, name)
+        if cached:
+            return _local(Path(cached), path, name)
         folder, layout = _find([f.rfilename for f in info.siblings], path, name)
-        for file in FILES[layout]: got = hf_hub_download(name, f"{folder}/{file}".strip("/"), revision=revision)
+        for file in FILES[layout]:
+            got = hf_hub_download(name, f"{folder}/{file}".strip("/"), revision=revision)
     return Path(got).parent, layout, folder
+
 
 def _local(root, path, name):
     folder, layout = _find([p.relative_to(root).as_posix() for p in root.rglob("*")], path, name)
     return root / folder, layout, folder
 
 # %% ../../nbs/lib/dictionary_formats.ipynb #dictionary-formats-8
-def _find(files, path, name):                 # the paths of all files there -> folder, layout
+def _find(files, path, name):  # the paths of all files there -> folder, layout
     "The one autoencoder at `path`, else the only one below it."
-    known = {f: f.rpartition("/") for f in sorted(files) if any(f.rpartition("/")[2] in needs for needs in FILES.values())}
-    found = {f: (folder, layout) for f, (folder, slash, file) in known.items() for layout, needs in FILES.items()
-             if file == needs[-1] and all(f"{folder}{slash}{need}" in known for need in needs)}
-    here = [f for f in found if path in (f, found[f][0])] or [f for f in found if f.startswith(f"{path}/" if path else "")]
-    if len(here) == 1: return found[here[0]]
+    known = {
+        f: f.rpartition("/")
+        for f in sorted(files)
+        if any(f.rpartition("/")[2] in needs for needs in FILES.values())
+    }
+    found = {
+        f: (folder, layout)
+        for f, (folder, slash, file) in known.items()
+        for layout, needs in FILES.items()
+        if file == needs[-1] and all(f"{folder}{slash}{need}" in known for need in needs)
+    }
+    here = [f for f in found if path in (f, found[f][0])] or [
+        f for f in found if f.startswith(f"{path}/" if path else "")
+    ]
+    if len(here) == 1:
+        return found[here[0]]
     place, some = name + (f" at {path}" if path else ""), here or list(known)
     listed = ", ".join(some[:20]) + (f" and {len(some) - 20} more" if len(some) > 20 else "")
-    if here: raise ValueError(f"load_sae: {len(here)} autoencoders in {place}; expected path= one of {listed}")
-    raise ValueError(f"load_sae: no autoencoder in {place}; expected {', or '.join(' and '.join(needs) for needs in FILES.values())}; of these there are {listed or 'none'}")
+    if here:
+        raise ValueError(
+            f"load_sae: {len(here)} autoencoders in {place}; expected path= one of {listed}"
+        )
+    raise ValueError(
+        f"load_sae: no autoencoder in {place}; expected {', or '.join(' and '.join(needs) for needs in FILES.values())}; of these there are {listed or 'none'}"
+    )
+
 
 @contextmanager
 def _asking(id, revision):
     "Turn what the Hub's library raises into an error that says the way out; our own pass as they are."
-    try: yield
+    try:
+        yield
     except Exception as e:
-        if str(e).startswith("load_sae: "): raise
-        kind, says = next((kind, says) for raised, kind, says in WAYS_OUT if raised & error_names(e))
-        raise kind("load_sae: " + says.format(name=id, id=id, revision=revision, known="autoencoders have none", near="", once=f"load_sae({id!r}, ...) or ", options=f" --revision {revision}" if revision else "",
-                                              offline="a folder", detail=f"{type(e).__name__}: {' '.join(str(e).split())[:200]}", last="expected files of an autoencoder")) from e
+        if str(e).startswith("load_sae: "):
+            raise
+        kind, says = next(
+            (kind, says) for raised, kind, says in WAYS_OUT if raised & error_names(e)
+        )
+        raise kind(
+            "load_sae: "
+            + says.format(
+                name=id,
+                id=id,
+                revision=revision,
+                known="autoencoders have none",
+                near="",
+                once=f"load_sae({id!r}, ...) or ",
+                options=f" --revision {revision}" if revision else "",
+                offline="a folder",
+                detail=f"{type(e).__name__}: {' '.join(str(e).split())[:200]}",
+                last="expected files of an autoencoder",
+            )
+        ) from e
+
 
 def _config(folder, layout, at):
-    if layout == "gemma_scope": return {}
-    try: config = json.loads((folder / FILES[layout][0]).read_text())
-    except ValueError as e: raise ValueError(f"load_sae: {FILES[layout][0]} of {at} is damaged or cut short ({e})") from e
-    if not isinstance(config, dict): raise ValueError(f"load_sae: {FILES[layout][0]} of {at} holds a {type(config).__name__}; expected the settings of {layout}")
+    if layout == "gemma_scope":
+        return {}
+    try:
+        config = json.loads((folder / FILES[layout][0]).read_text())
+    except ValueError as e:
+        raise ValueError(
+            f"load_sae: {FILES[layout][0]} of {at} is damaged or cut short ({e})"
+        ) from e
+    if not isinstance(config, dict):
+        raise ValueError(
+            f"load_sae: {FILES[layout][0]} of {at} holds a {type(config).__name__}; expected the settings of {layout}"
+        )
     return config
 
 # %% ../../nbs/lib/dictionary_formats.ipynb #dictionary-formats-9
-def _tensors(file, at):                       # -> {name: tensor}
+def _tensors(file, at):  # -> {name: tensor}
     "What a weights file holds; a pickle is read as tensors alone, and no code of it is ever run."
     from safetensors.torch import load_file
-    try: tensors = load_file(file) if file.suffix == ".safetensors" else _arrays(file) if file.suffix == ".npz" else torch.load(file, map_location="cpu", weights_only=True)
+
+    try:
+        tensors = (
+            load_file(file)
+            if file.suffix == ".safetensors"
+            else _arrays(file)
+            if file.suffix == ".npz"
+            else torch.load(file, map_location="cpu", weights_only=True)
+        )
     except Exception as e:
-        asks, says = re.search(r"GLOBAL (\S+)", str(e)), type(e).__name__ if "weights_only" in str(e) else f"{type(e).__name__}: {' '.join(str(e).split())[:120]}"      # torch advises to run it
-        why = f"is a pickle that wants to run {asks[1]}: refused, nothing of it was run" if asks else f"is damaged or cut short, or holds more than tensors, which are not run ({says}); copy it again, or load it anew with `hf download --force-download`"
-        raise ValueError(f"load_sae: {file.name} of {at} {why}; expected plain tensors by name") from None
-    if not isinstance(tensors, dict) or not all(torch.is_tensor(t) for t in tensors.values()): raise ValueError(f"load_sae: {file.name} of {at} holds a {type(tensors).__name__}; expected plain tensors by name")
+        asks, says = (
+            re.search(r"GLOBAL (\S+)", str(e)),
+            type(e).__name__
+            if "weights_only" in str(e)
+            else f"{type(e).__name__}: {' '.join(str(e).split())[:120]}",
+        )  # torch advises to run it
+        why = (
+            f"is a pickle that wants to run {asks[1]}: refused, nothing of it was run"
+            if asks
+            else f"is damaged or cut short, or holds more than tensors, which are not run ({says}); copy it again, or load it anew with `hf download --force-download`"
+        )
+        raise ValueError(
+            f"load_sae: {file.name} of {at} {why}; expected plain tensors by name"
+        ) from None
+    if not isinstance(tensors, dict) or not all(torch.is_tensor(t) for t in tensors.values()):
+        raise ValueError(
+            f"load_sae: {file.name} of {at} holds a {type(tensors).__name__}; expected plain tensors by name"
+        )
     return tensors
+
 
 def _arrays(file):
     import numpy as np
-    with np.load(file, allow_pickle=False) as arrays: return {name: torch.from_numpy(arrays[name]) for name in arrays.files}
 
-def _build(at, tensors, kind, names, d, n, settings, then=()):        # as a reader below found them; `then`: what makes their numbers ours
+    with np.load(file, allow_pickle=False) as arrays:
+        return {name: torch.from_numpy(arrays[name]) for name in arrays.files}
+
+
+def _build(
+    at, tensors, kind, *, names, d, n, settings, then=()
+):  # as a reader below found them; `then`: what makes their numbers ours
     "The autoencoder of our own class that computes the same."
     rows = names.get("W_dec", "W_dec")
-    if d is None: n, d = _lies(rows, _shaped(at, tensors, rows).shape)
-    for what, got in (dict(d_model=d, n_feats=n) | ({"k": settings.get("k")} if issubclass(KINDS[kind], TopK) else {})).items():
-        if type(got) is not int or not 0 < got <= (n if what == "k" else got): raise ValueError(f"load_sae: {at}: {what} is {got!r}; expected a whole number from 1" + (f" to {n}" if what == "k" else ""))
-    _shaped(at, tensors, rows, _lies(rows, (n, d)))                    # before memory is taken for what a configuration says
+    if d is None:
+        n, d = _lies(rows, _shaped(at, tensors, rows).shape)
+    for what, got in (
+        dict(d_model=d, n_feats=n)
+        | ({"k": settings.get("k")} if issubclass(KINDS[kind], TopK) else {})
+    ).items():
+        if type(got) is not int or not 0 < got <= (n if what == "k" else got):
+            raise ValueError(
+                f"load_sae: {at}: {what} is {got!r}; expected a whole number from 1"
+                + (f" to {n}" if what == "k" else "")
+            )
+    _shaped(
+        at, tensors, rows, want=_lies(rows, (n, d))
+    )  # before memory is taken for what a configuration says
     sae = KINDS[kind](d, n, generator=seeded(0), **settings)
-    want = {theirs.removesuffix(".T"): _lies(theirs, t.shape) for name, t in sae.state_dict().items() for theirs in [names.get(name, name)]}
-    for name in sorted(want.keys() | tensors.keys()): finite(_shaped(at, tensors, name, want.get(name, "no such tensor")), f"load_sae: {at}: tensor {name}")
-    own = {name: _turned(tensors[theirs.removesuffix(".T")], theirs).detach().float() for name, theirs in names.items()}
-    for mend in then: own = mend(own)
+    want = {
+        theirs.removesuffix(".T"): _lies(theirs, t.shape)
+        for name, t in sae.state_dict().items()
+        for theirs in [names.get(name, name)]
+    }
+    for name in sorted(want.keys() | tensors.keys()):
+        finite(
+            _shaped(at, tensors, name, want=want.get(name, "no such tensor")),
+            f"load_sae: {at}: tensor {name}",
+        )
+    own = {
+        name: _turned(tensors[theirs.removesuffix(".T")], theirs).detach().float()
+        for name, theirs in names.items()
+    }
+    for mend in then:
+        own = mend(own)
     sae.load_state_dict(own)
     return sae
 
 # %% ../../nbs/lib/dictionary_formats.ipynb #dictionary-formats-10
-def _shaped(at, tensors, name, want=None):    # a shape; None: any matrix
+def _shaped(at, tensors, name, *, want=None):  # a shape; None: any matrix
     "A tensor by name; ValueError where it is missing or has another shape."
     name = name.removesuffix(".T")
     got = list(tensors[name].shape) if name in tensors else None
-    if got is None or (len(got) != 2 if want is None else got != want): raise ValueError(f"load_sae: {at}: tensor {name} has shape {'none: it is missing' if got is None else got}; expected {'a matrix' if want is None else want}")
+    if got is None or (len(got) != 2 if want is None else got != want):
+        raise ValueError(
+            f"load_sae: {at}: tensor {name} has shape {'none: it is missing' if got is None else got}; expected {'a matrix' if want is None else want}"
+        )
     return tensors[name]
 
-def _positive(own):                           # theirs is ReLU(pre) where pre > threshold, ours pre
+
+def _positive(own):  # theirs is ReLU(pre) where pre > threshold, ours pre
     return own | {"threshold": own["threshold"].clamp(min=0)} if "threshold" in own else own
+
 
 def _absorb(own, sign=1):
     "Biases of the encoder for x - b_dec from those for x, or back (-1)."
     moved = sign * (own["W_enc"].double() @ own["b_dec"].double())
     own = own | {"b_enc": (own["b_enc"] + moved).float()}
-    return own | {"b_mag": (own["b_mag"] + own["r_mag"].double().exp() * moved).float()} if "b_mag" in own else own
+    return (
+        own | {"b_mag": (own["b_mag"] + own["r_mag"].double().exp() * moved).float()}
+        if "b_mag" in own
+        else own
+    )
+
 
 def _fold(own):
     "Features measured by pre * |row of W_dec|: an encoder longer by it, and unit rows."
     norm = own["W_dec"].norm(dim=-1).clamp(min=1e-30)
-    return own | dict(W_enc=own["W_enc"] * norm[:, None], b_enc=own["b_enc"] * norm, W_dec=own["W_dec"] / norm[:, None])
+    return own | dict(
+        W_enc=own["W_enc"] * norm[:, None],
+        b_enc=own["b_enc"] * norm,
+        W_dec=own["W_dec"] / norm[:, None],
+    )
+
 
 def _only(at, option, got, *can):
-    if got not in can: raise ValueError(f"load_sae: {at}: {option} is {got!r}, which cannot be loaded as it is; expected {' or '.join(map(repr, can))}")
+    if got not in can:
+        raise ValueError(
+            f"load_sae: {at}: {option} is {got!r}, which cannot be loaded as it is; expected {' or '.join(map(repr, can))}"
+        )
 
-def _found(at, layout, option, cls, d, n, subtracts=True, then=(), **settings):
+
+def _found(at, layout, option, *, cls, d, n, subtracts=True, then=(), **settings):
     _only(at, option, cls, *TENSORS[layout])
     kind, names = TENSORS[layout][cls]
-    settings = {name: settings[name] for name in dict(topk=["k"], batchtopk=["k"], matryoshka=["k", "shares"]).get(kind, ())}
-    return dict(kind=kind, names=names, d=d, n=n, settings=settings, then=[_positive] + [_absorb] * (not subtracts) + list(then))
+    settings = {
+        name: settings[name]
+        for name in dict(topk=["k"], batchtopk=["k"], matryoshka=["k", "shares"]).get(kind, ())
+    }
+    return dict(
+        kind=kind,
+        names=names,
+        d=d,
+        n=n,
+        settings=settings,
+        then=[_positive] + [_absorb] * (not subtracts) + list(then),
+    )
 
 # %% ../../nbs/lib/dictionary_formats.ipynb #dictionary-formats-11
 def _ours(at, config, tensors):
     _only(at, "format", config.get("format"), 1)
     settings = dict(config.get("config") or {})
     _only(at, "kind", kind := settings.pop("kind", None), *KINDS)
-    return dict(kind=kind, names={name: name for name in tensors}, d=settings.pop("d_model", 0), n=settings.pop("n_feats", 0), settings=settings)
+    return dict(
+        kind=kind,
+        names={name: name for name in tensors},
+        d=settings.pop("d_model", 0),
+        n=settings.pop("n_feats", 0),
+        settings=settings,
+    )
 
-def _meta(config): return config.get("metadata") or config              # before SAELens 6 all lay together
+
+def _meta(config):
+    return config.get("metadata") or config  # before SAELens 6 all lay together
+
 
 def _saelens(at, config, tensors):
-    meta, cls, fn = _meta(config), config.get("architecture") or "standard", config.get("activation_fn") or config.get("activation_fn_str") or "relu"
-    if (cls, fn) == ("standard", "topk"): cls = "topk"
-    rescale, before = bool(config.get("rescale_acts_by_decoder_norm")), config.get("apply_b_dec_to_input", True)
+    meta, cls, fn = (
+        _meta(config),
+        config.get("architecture") or "standard",
+        config.get("activation_fn") or config.get("activation_fn_str") or "relu",
+    )
+    if (cls, fn) == ("standard", "topk"):
+        cls = "topk"
+    rescale, before = (
+        bool(config.get("rescale_acts_by_decoder_norm")),
+        config.get("apply_b_dec_to_input", True),
+    )
     _only(at, "activation_fn", fn, "relu", *["topk"] * (cls == "topk"))
     _only(at, "normalize_activations", config.get("normalize_activations"), "none", None, False)
-    _only(at, "reshape_activations", config.get("reshape_activations"), "none", "hook_z", None)                  # heads.L lies flat already
+    _only(
+        at, "reshape_activations", config.get("reshape_activations"), "none", "hook_z", None
+    )  # heads.L lies flat already
     _only(at, "hook_name_out", meta.get("hook_name_out"), None, meta.get("hook_name"))
     _only(at, "rescale_acts_by_decoder_norm", rescale, False, cls == "topk")
-    _only(at, "scaling_factor, all 1,", bool((tensors.pop("scaling_factor", torch.ones(1)) == 1).all()), True)
+    _only(
+        at,
+        "scaling_factor, all 1,",
+        bool((tensors.pop("scaling_factor", torch.ones(1)) == 1).all()),
+        True,
+    )
     k = config.get("k") or (config.get("activation_fn_kwargs") or {}).get("k")
-    return _found(at, "saelens", "architecture", cls, config.get("d_in", 0), config.get("d_sae", 0), before, [_fold] * rescale, k=k)
+    return _found(
+        at,
+        "saelens",
+        "architecture",
+        cls=cls,
+        d=config.get("d_in", 0),
+        n=config.get("d_sae", 0),
+        subtracts=before,
+        then=[_fold] * rescale,
+        k=k,
+    )
+
 
 def _dictionary_learning(at, config, tensors):
-    trainer, k, groups = config.get("trainer") or {}, tensors.pop("k", None), tensors.pop("group_sizes", torch.ones(1))
+    trainer, k, groups = (
+        config.get("trainer") or {},
+        tensors.pop("k", None),
+        tensors.pop("group_sizes", torch.ones(1)),
+    )
     k = trainer.get("k") if k is None else int(k)
     _only(at, "buffer.io", (config.get("buffer") or {}).get("io"), None, "in", "out")
     _only(at, "trainer.k", trainer.get("k"), None, k)
-    if (cls := trainer.get("dict_class")) == "AutoEncoderTopK": tensors.pop("threshold", None)
-    return _found(at, "dictionary_learning", "trainer.dict_class", cls, trainer.get("activation_dim"), trainer.get("dict_size"), cls not in _NO_BIAS_FIRST,
-                  k=k, shares=(groups.cumsum(0) / groups.sum()).tolist())
+    if (cls := trainer.get("dict_class")) == "AutoEncoderTopK":
+        tensors.pop("threshold", None)
+    return _found(
+        at,
+        "dictionary_learning",
+        "trainer.dict_class",
+        cls=cls,
+        d=trainer.get("activation_dim"),
+        n=trainer.get("dict_size"),
+        subtracts=cls not in _NO_BIAS_FIRST,
+        k=k,
+        shares=(groups.cumsum(0) / groups.sum()).tolist(),
+    )
 
 # %% ../../nbs/lib/dictionary_formats.ipynb #dictionary-formats-12
 def _sparsify(at, config, tensors):
-    plain = {"activation", "expansion_factor", "normalize_decoder", "num_latents", "k", "multi_topk", "d_in", "sha256"}
-    for option in config.keys() - plain: _only(at, option, config[option], False, None)                # skip_connection, transcode, signed
+    plain = {
+        "activation",
+        "expansion_factor",
+        "normalize_decoder",
+        "num_latents",
+        "k",
+        "multi_topk",
+        "d_in",
+        "sha256",
+    }
+    for option in config.keys() - plain:
+        _only(at, option, config[option], False, None)  # skip_connection, transcode, signed
     n = config.get("num_latents") or (config.get("d_in") or 0) * config.get("expansion_factor", 32)
-    return _found(at, "sparsify", "activation", config.get("activation", "topk"), config.get("d_in", 0), n, k=config.get("k"))
+    return _found(
+        at,
+        "sparsify",
+        "activation",
+        cls=config.get("activation", "topk"),
+        d=config.get("d_in", 0),
+        n=n,
+        k=config.get("k"),
+    )
+
 
 def _gemma_scope(at, config, tensors):
-    if "transcoder" in at.lower(): raise ValueError(f"load_sae: {at} is a transcoder, which decodes another site than it encodes; expected an autoencoder")
-    return _found(at, "gemma_scope", "", "jumprelu", None, None, subtracts=False)
+    if "transcoder" in at.lower():
+        raise ValueError(
+            f"load_sae: {at} is a transcoder, which decodes another site than it encodes; expected an autoencoder"
+        )
+    return _found(at, "gemma_scope", "", cls="jumprelu", d=None, n=None, subtracts=False)
 
-_READERS = dict(ours=_ours, saelens=_saelens, dictionary_learning=_dictionary_learning, sparsify=_sparsify, gemma_scope=_gemma_scope)
+
+_READERS = dict(
+    ours=_ours,
+    saelens=_saelens,
+    dictionary_learning=_dictionary_learning,
+    sparsify=_sparsify,
+    gemma_scope=_gemma_scope,
+)
+
 
 def _site(hook):
     "Our name for TransformerLens' hook, None where there is none; what goes in to a block is what came out of the one before."
-    if before := re.fullmatch(r"blocks\.([1-9]\d*)\.hook_resid_pre", hook or ""): return f"resid.{int(before[1]) - 1}"
-    try: return from_transformer_lens(hook or "")
-    except ValueError: return None
+    if before := re.fullmatch(r"blocks\.([1-9]\d*)\.hook_resid_pre", hook or ""):
+        return f"resid.{int(before[1]) - 1}"
+    try:
+        return from_transformer_lens(hook or "")
+    except ValueError:
+        return None
+
 
 # the penalty's weight beside the printed equation's; SAELens 6.54 and dictionary_learning 0.1 also take the sum over d and the mean over rows (and weight |f| by the rows' lengths in W_dec: 1)
-ALPHA_UNITS = dict(equation=lambda d: 1., paper_code=lambda d: 1 / d, saelens=lambda d: 1., dictionary_learning=lambda d: 1.)
+ALPHA_UNITS = dict(
+    equation=lambda d: 1.0,
+    paper_code=lambda d: 1 / d,
+    saelens=lambda d: 1.0,
+    dictionary_learning=lambda d: 1.0,
+)
 
-def convert_alpha(alpha: float, d_model: int,
-                  begin: str = "equation",    # |x - x^|^2 + alpha |f|_1, mean over rows; "paper_code": the mean over d too; "saelens", "dictionary_learning": as the equation
-                  end: str = "equation",
-                  scale: float = 1.) -> float:        # `alpha` was for activations divided by this, as both libraries can do before training; the result is for activations as they are
+
+def convert_alpha(
+    alpha: float,
+    d_model: int,
+    begin: str = "equation",  # |x - x^|^2 + alpha |f|_1, mean over rows; "paper_code": the mean over d too; "saelens", "dictionary_learning": as the equation
+    *,
+    end: str = "equation",
+    scale: float = 1.0,
+) -> float:  # `alpha` was for activations divided by this, as both libraries can do before training; the result is for activations as they are
     "The weight of the L1 penalty in other units: 8.6e-4 in the paper's code at d = 512 is 0.44 in its equation."
     for units in (begin, end):
-        if units not in ALPHA_UNITS: raise ValueError(f"convert_alpha: units {units!r}; expected one of {', '.join(ALPHA_UNITS)}")
+        if units not in ALPHA_UNITS:
+            raise ValueError(
+                f"convert_alpha: units {units!r}; expected one of {', '.join(ALPHA_UNITS)}"
+            )
     return alpha * scale * ALPHA_UNITS[end](d_model) / ALPHA_UNITS[begin](d_model)

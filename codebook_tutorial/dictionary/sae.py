@@ -14,47 +14,90 @@ from .base import Dictionary
 from torch import nn
 
 # %% ../../nbs/07_sae.ipynb #c07-147
-def _error(x, x_hat): return (x - x_hat).pow(2).sum(-1).mean(-1)
+def _error(x, x_hat):
+    return (x - x_hat).pow(2).sum(-1).mean(-1)
 
-def _row(b): return b if b.dim() == 1 else b.unsqueeze(-2)           # a bias beside [N, ..]; of a stack, [S, 1, ..]
+
+def _row(b):
+    return (
+        b if b.dim() == 1 else b.unsqueeze(-2)
+    )  # a bias beside [N, ..]; of a stack, [S, 1, ..]
 
 # %% ../../nbs/07_sae.ipynb #c07-31
 class SAE(Dictionary):
     "Sparse autoencoder, f = ReLU(pre), pre = W_enc (x - b_dec) + b_enc, x^ = f W_dec + b_dec; encoder and decoder apart (untied), unit rows in W_dec."
-    kind, tied, in_units, fresh = "untied", False, ("b_enc", "b_dec"), {}          # fresh: what else than 0 a new feature's parameters begin with
-    def __init__(self, d_model: int, n_feats: int,
-                 stack: tuple = (),            # (S,): S autoencoders of this shape in one, for batches [N, d]
-                 generator=None, **settings):
+
+    kind, tied, in_units, fresh = (
+        "untied",
+        False,
+        ("b_enc", "b_dec"),
+        {},
+    )  # fresh: what else than 0 a new feature's parameters begin with
+
+    def __init__(
+        self,
+        d_model: int,
+        n_feats: int,
+        stack: tuple = (),  # (S,): S autoencoders of this shape in one, for batches [N, d]
+        *,
+        generator=None,
+        **settings,
+    ):
         super().__init__()
-        if n_feats < 1 or d_model < 1: raise ValueError(f"{type(self).__name__}: expected d_model and n_feats of at least 1, got d_model={d_model}, n_feats={n_feats}")
+        if n_feats < 1 or d_model < 1:
+            raise ValueError(
+                f"{type(self).__name__}: expected d_model and n_feats of at least 1, got d_model={d_model}, n_feats={n_feats}"
+            )
         self.config = dict(kind=self.kind, d_model=d_model, n_feats=n_feats) | settings
-        start = F.normalize(torch.randn(n_feats, d_model, generator=generator), dim=-1).expand(*stack, n_feats, d_model)        # all of a stack begin alike
+        start = F.normalize(
+            torch.randn(n_feats, d_model, generator=generator), dim=-1
+        ).expand(*stack, n_feats, d_model)  # all of a stack begin alike
         self.W_dec = nn.Parameter(start.clone())
-        if not self.tied: self.W_enc = nn.Parameter(start.clone())
-        self.b_enc, self.b_dec = nn.Parameter(torch.zeros(*stack, n_feats)), nn.Parameter(torch.zeros(*stack, d_model), requires_grad=not self.tied)
-        self.register_buffer("silent", torch.zeros(*stack, n_feats), persistent=False)        # rows since a feature last fired
+        if not self.tied:
+            self.W_enc = nn.Parameter(start.clone())
+        self.b_enc, self.b_dec = (
+            nn.Parameter(torch.zeros(*stack, n_feats)),
+            nn.Parameter(torch.zeros(*stack, d_model), requires_grad=not self.tied),
+        )
+        self.register_buffer(
+            "silent", torch.zeros(*stack, n_feats), persistent=False
+        )  # rows since a feature last fired
 
     directions = property(lambda self: self.W_dec)
 
-    def linear(self, x, bias):             # [N, d], [F] -> [N, F]
+    def linear(self, x, bias):  # [N, d], [F] -> [N, F]
         "W_enc (x - b_dec) + bias; in training by W_enc x + (bias - W_enc b_dec), so that no gradient has to go back to x."
-        if x.shape[-1] != self.W_dec.shape[-1]: raise ValueError(f"{type(self).__name__}: expected states [.., {self.W_dec.shape[-1]}], got {list(x.shape)}")
-        if self.training and self.b_dec.requires_grad: return (x @ self.W_enc.mT).add_(_row(bias - (self.W_enc @ self.b_dec.unsqueeze(-1)).squeeze(-1)))
+        if x.shape[-1] != self.W_dec.shape[-1]:
+            raise ValueError(
+                f"{type(self).__name__}: expected states [.., {self.W_dec.shape[-1]}], got {list(x.shape)}"
+            )
+        if self.training and self.b_dec.requires_grad:
+            return (x @ self.W_enc.mT).add_(
+                _row(bias - (self.W_enc @ self.b_dec.unsqueeze(-1)).squeeze(-1))
+            )
         return ((x - _row(self.b_dec)) @ self.W_enc.mT).add_(_row(bias))
-    def pre(self, x): return self.linear(x, self.b_enc)
-    def encode(self, x): return self.pre(x).relu_()
-    def decode(self, f): return f @ self.W_dec + _row(self.b_dec)
-    def decode_sparse(self, ids, values): return super().decode_sparse(ids, values) + self.b_dec
 
-    def loss(self, x, alpha):              # [N, d], weight of the penalty -> [] or [S]
+    def pre(self, x):
+        return self.linear(x, self.b_enc)
+
+    def encode(self, x):
+        return self.pre(x).relu_()
+
+    def decode(self, f):
+        return f @ self.W_dec + _row(self.b_dec)
+
+    def decode_sparse(self, ids, values):
+        return super().decode_sparse(ids, values) + self.b_dec
+
+    def loss(self, x, alpha):  # [N, d], weight of the penalty -> [] or [S]
         "|x - x^|^2 + alpha |f|_1, mean over rows (arXiv 2309.08600, equation 4)."
         f = self.encode(x)
         self.note(f > 0)
         return _error(x, self.decode(f)) + alpha * f.sum(-1).mean(-1)
 
-    def note(self, active):                # [.., N, F] bool
+    def note(self, active):  # [.., N, F] bool
         "Count for how many rows each feature has been silent."
-        self.silent.add_(active.shape[-2]).masked_fill_(active.any(-2), 0.)
+        self.silent.add_(active.shape[-2]).masked_fill_(active.any(-2), 0.0)
 
     @torch.no_grad()
     def project(self):
@@ -64,22 +107,31 @@ class SAE(Dictionary):
     @torch.no_grad()
     def in_units_of(self, mean, scale):
         "Trained on (x - mean) / scale: now the same for x."
-        for name in self.in_units: getattr(self, name).mul_(scale)
+        for name in self.in_units:
+            getattr(self, name).mul_(scale)
         self.b_dec.add_(mean)
 
 # %% ../../nbs/07_sae.ipynb #c07-32
 class Tied(SAE):
     "The paper's: f = ReLU(M x + b), x^ = M^T f, unit rows in M; x is centred (section 2)."
+
     kind, tied = "tied", True
     W_enc = property(lambda self: self.W_dec)
 
 # %% ../../nbs/07_sae.ipynb #c07-86
 class TopK(SAE):
     "The k largest are kept (arXiv 2406.04093); features long silent learn from what the others leave over."
+
     kind = "topk"
-    def __init__(self, *args, k: int = 8, patience: int = 50_000, k_aux: int = 32, **kw):     # rows of silence after which a feature counts as dead
+
+    def __init__(
+        self, *args, k: int = 8, patience: int = 50_000, k_aux: int = 32, **kw
+    ):  # rows of silence after which a feature counts as dead
         super().__init__(*args, k=k, patience=patience, k_aux=k_aux, **kw)
-        if not 1 <= k <= self.config["n_feats"]: raise ValueError(f"{type(self).__name__}: expected 1 <= k <= n_feats, got k={k}, n_feats={self.config['n_feats']}")
+        if not 1 <= k <= self.config["n_feats"]:
+            raise ValueError(
+                f"{type(self).__name__}: expected 1 <= k <= n_feats, got k={k}, n_feats={self.config['n_feats']}"
+            )
         self.k, self.patience, self.k_aux = k, patience, k_aux
 
     def encode_sparse(self, x):
@@ -88,7 +140,9 @@ class TopK(SAE):
 
     def encode(self, x):
         ids, values = self.encode_sparse(x)
-        return values.new_zeros(*values.shape[:-1], len(self.b_enc)).scatter(-1, ids, values)
+        return values.new_zeros(*values.shape[:-1], len(self.b_enc)).scatter(
+            -1, ids, values
+        )
 
     def loss(self, x, alpha):
         "|x - x^|^2 + alpha * the auxiliary loss."
@@ -98,30 +152,38 @@ class TopK(SAE):
         left = x - self.decode_sparse(ids, values.relu())
         return left.pow(2).sum(-1).mean() + alpha * self.auxiliary(pre, left.detach())
 
-    def auxiliary(self, pre, left):        # [N, F], [N, d] what the others leave over
+    def auxiliary(self, pre, left):  # [N, F], [N, d] what the others leave over
         "How badly the dead features alone explain what is left; its gradient reaches encoder and decoder."
         dead = (self.silent > self.patience).nonzero()[:, 0]
-        if not len(dead): return 0.
+        if not len(dead):
+            return 0.0
         values, ids = pre[:, dead].topk(min(self.k_aux, len(dead)), -1)
         return _error(left, self.decode_sparse(dead[ids], values.relu()) - self.b_dec)
 
 # %% ../../nbs/07_sae.ipynb #c07-87
 class BatchTopK(TopK):
     "The k N largest of a whole batch of N are kept (arXiv 2412.06410); afterwards, all above their threshold."
+
     kind, in_units = "batchtopk", ("b_enc", "b_dec", "threshold")
+
     def __init__(self, *args, **kw):
         super().__init__(*args, **kw)
-        self.register_buffer("threshold", torch.tensor(0.))
+        self.register_buffer("threshold", torch.tensor(0.0))
 
     encode_sparse = Dictionary.encode_sparse
+
     def encode(self, x):
         pre = self.pre(x)
         return pre * (pre > self.threshold)
 
-    def active(self, pre):                 # in training: [N, F] -> the same, zero but for k a row in the mean
+    def active(
+        self, pre
+    ):  # in training: [N, F] -> the same, zero but for k a row in the mean
         f = pre.relu()
         least = f.detach().flatten().kthvalue(f.numel() - self.k * len(f)).values
-        self.threshold.lerp_(least.clamp(min=0).to(self.threshold), .01 if self.threshold > 0 else 1.)
+        self.threshold.lerp_(
+            least.clamp(min=0).to(self.threshold), 0.01 if self.threshold > 0 else 1.0
+        )
         self.note(f > least)
         return f * (f > least)
 
@@ -133,7 +195,9 @@ class BatchTopK(TopK):
 # %% ../../nbs/07_sae.ipynb #c07-88
 class Matryoshka(BatchTopK):
     "BatchTopK whose first features must do alone, and so on in nested groups (arXiv 2503.17547)."
+
     kind = "matryoshka"
+
     def __init__(self, *args, shares: tuple = (1 / 16, 1 / 8, 1 / 4, 1 / 2, 1), **kw):
         super().__init__(*args, shares=list(shares), **kw)
         self.sizes = [max(1, round(s * self.config["n_feats"])) for s in shares]
@@ -141,7 +205,7 @@ class Matryoshka(BatchTopK):
     def loss(self, x, alpha):
         "Mean over the nested dictionaries of |x - x^|^2, + alpha * the auxiliary loss."
         pre = self.pre(x)
-        f, x_hat, total, begin = self.active(pre), self.b_dec, 0., 0
+        f, x_hat, total, begin = self.active(pre), self.b_dec, 0.0, 0
         for end in self.sizes:
             x_hat = x_hat + f[:, begin:end] @ self.W_dec[begin:end]
             total, begin = total + _error(x, x_hat) / len(self.sizes), end
@@ -150,10 +214,21 @@ class Matryoshka(BatchTopK):
 # %% ../../nbs/07_sae.ipynb #c07-89
 class JumpReLU(SAE):
     "A threshold of its own for every feature, learnt with the number of active features as penalty (arXiv 2407.14435)."
-    kind, in_units, fresh = "jumprelu", ("b_enc", "b_dec", "threshold"), {"threshold": .1}
-    def __init__(self, *args, stack=(), bandwidth: float = .1, **kw):
+
+    kind, in_units, fresh = (
+        "jumprelu",
+        ("b_enc", "b_dec", "threshold"),
+        {"threshold": 0.1},
+    )
+
+    def __init__(self, *args, stack=(), bandwidth: float = 0.1, **kw):
         super().__init__(*args, stack=stack, bandwidth=bandwidth, **kw)
-        self.bandwidth, self.threshold = bandwidth, nn.Parameter(torch.full((*stack, self.config["n_feats"]), self.fresh["threshold"]))
+        self.bandwidth, self.threshold = (
+            bandwidth,
+            nn.Parameter(
+                torch.full((*stack, self.config["n_feats"]), self.fresh["threshold"])
+            ),
+        )
 
     def encode(self, x):
         pre = self.pre(x)
@@ -165,25 +240,37 @@ class JumpReLU(SAE):
         active = pre > threshold
         self.note(active)
         near = ((pre - threshold).abs() < self.bandwidth / 2) / self.bandwidth
-        moves = threshold.detach() - threshold                                        # zero; its gradient is -1 by the threshold
+        moves = (
+            threshold.detach() - threshold
+        )  # zero; its gradient is -1 by the threshold
         f = pre * active + near * threshold.detach() * moves
-        return _error(x, self.decode(f)) + alpha * (active + near * moves).sum(-1).mean(-1)
+        return _error(x, self.decode(f)) + alpha * (active + near * moves).sum(-1).mean(
+            -1
+        )
 
     @torch.no_grad()
-    def project(self): super().project(); self.threshold.clamp_(min=1e-3)
+    def project(self):
+        super().project()
+        self.threshold.clamp_(min=1e-3)
 
 # %% ../../nbs/07_sae.ipynb #c07-90
 class Gated(SAE):
     "One path decides which features are active, another how much (arXiv 2404.16014)."
+
     kind, in_units = "gated", ("b_enc", "b_dec", "b_mag")
+
     def __init__(self, *args, stack=(), **kw):
         super().__init__(*args, stack=stack, **kw)
-        self.r_mag, self.b_mag = (nn.Parameter(torch.zeros(*stack, self.config["n_feats"])) for _ in range(2))
+        self.r_mag, self.b_mag = (
+            nn.Parameter(torch.zeros(*stack, self.config["n_feats"])) for _ in range(2)
+        )
 
     def paths(self, x):
         "Which (before its step), how much."
         shared = self.linear(x, torch.zeros_like(self.b_enc))
-        return shared + _row(self.b_enc), (shared * _row(self.r_mag).exp() + _row(self.b_mag)).relu()
+        return shared + _row(self.b_enc), (
+            shared * _row(self.r_mag).exp() + _row(self.b_mag)
+        ).relu()
 
     def encode(self, x):
         gate, size = self.paths(x)
@@ -194,6 +281,13 @@ class Gated(SAE):
         gate, size = self.paths(x)
         self.note(gate > 0)
         alone = gate.relu() @ self.W_dec.detach() + _row(self.b_dec.detach())
-        return _error(x, self.decode(size * (gate > 0))) + alpha * gate.relu().sum(-1).mean(-1) + _error(x, alone)
+        return (
+            _error(x, self.decode(size * (gate > 0)))
+            + alpha * gate.relu().sum(-1).mean(-1)
+            + _error(x, alone)
+        )
 
-KINDS = {cls.kind: cls for cls in (Tied, SAE, TopK, BatchTopK, JumpReLU, Gated, Matryoshka)}
+
+KINDS = {
+    cls.kind: cls for cls in (Tied, SAE, TopK, BatchTopK, JumpReLU, Gated, Matryoshka)
+}

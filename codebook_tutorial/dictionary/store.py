@@ -12,262 +12,487 @@ import hashlib
 import json
 import os
 import shutil
+from datetime import timedelta
+from functools import cached_property
+from pathlib import Path
+
 import torch
 from ..core import seeded
 from ..files import checksum
 from ..model.run import check_length, evaluating
 from ..model.sites import capture, site_dims
 from ..model.text import Text
-from datetime import timedelta
-from functools import cached_property
-from pathlib import Path
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from tqdm.auto import tqdm
 
 # %% ../../nbs/lib/dictionary_store.ipynb #dictionary-store-4
-_DTYPES = {torch.float16: "F16", torch.bfloat16: "BF16", torch.float32: "F32"}      # as safetensors calls them
+_DTYPES = {
+    torch.float16: "F16",
+    torch.bfloat16: "BF16",
+    torch.float32: "F32",
+}  # as safetensors calls them
 
-_COLUMNS = ("ids", "document", "row", "position")                                   # int32, beside the sites
+_COLUMNS = ("ids", "document", "row", "position")  # int32, beside the sites
 
-def _shard(folder, i, kind="safetensors"): return folder / f"shard-{i:05d}.{kind}"
 
-def _done(folder, i): return _shard(folder, i).exists() and _shard(folder, i, "json").exists()
+def _shard(folder, i, kind="safetensors"):
+    return folder / f"shard-{i:05d}.{kind}"
 
-def _part(path): return path.with_name(path.name + ".part")                         # its name while it is being written
+
+def _done(folder, i):
+    return _shard(folder, i).exists() and _shard(folder, i, "json").exists()
+
+
+def _part(path):
+    return path.with_name(path.name + ".part")  # its name while it is being written
+
 
 def _write_json(path, info):
     _part(path).write_text(json.dumps(info, indent=1) + "\n")
     _part(path).replace(path)
 
+
 def _info(folder, call):
     "What activations.json says; ValueError if it is damaged, or not ours."
     try:
         info = json.loads((folder / "activations.json").read_text())
-        if info["format"] != 1 or not {"sites", "dtype", "tokens", "shards"} <= info.keys(): raise ValueError(f"expected format 1 with sites, dtype, tokens and shards, got {str(info)[:80]}")
+        if info["format"] != 1 or not {"sites", "dtype", "tokens", "shards"} <= info.keys():
+            raise ValueError(
+                f"expected format 1 with sites, dtype, tokens and shards, got {str(info)[:80]}"
+            )
         return info
-    except Exception as e: raise ValueError(f"{call}: activations.json in {folder} is damaged, or harvest did not write it ({type(e).__name__}: {e}); remove the folder or choose another") from e
+    except Exception as e:
+        raise ValueError(
+            f"{call}: activations.json in {folder} is damaged, or harvest did not write it ({type(e).__name__}: {e}); remove the folder or choose another"
+        ) from e
 
-def _check(model, text, sites, dtype, batch, shard):
-    if not isinstance(text, Text): raise ValueError(f"harvest: expected a Text, got {type(text).__name__}; load_text makes one")
-    if dtype not in _DTYPES: raise ValueError(f"harvest: dtype={dtype}, expected one of {', '.join(map(str, _DTYPES))}")
-    if batch < 1 or shard < 1: raise ValueError(f"harvest: expected batch and shard of 1 or more, got batch={batch}, shard={shard}")
-    if not text.n_tokens: raise ValueError("harvest: the text has no ordinary token, only BOS and padding")
-    if not sites: raise ValueError("harvest: no site; expected names or patterns, e.g. ['resid.1', 'mlp.*']")
+
+def _check(model, text, sites, *, dtype, batch, shard):
+    if not isinstance(text, Text):
+        raise ValueError(
+            f"harvest: expected a Text, got {type(text).__name__}; load_text makes one"
+        )
+    if dtype not in _DTYPES:
+        raise ValueError(f"harvest: dtype={dtype}, expected one of {', '.join(map(str, _DTYPES))}")
+    if batch < 1 or shard < 1:
+        raise ValueError(
+            f"harvest: expected batch and shard of 1 or more, got batch={batch}, shard={shard}"
+        )
+    if not text.n_tokens:
+        raise ValueError("harvest: the text has no ordinary token, only BOS and padding")
+    if not sites:
+        raise ValueError("harvest: no site; expected names or patterns, e.g. ['resid.1', 'mlp.*']")
     check_length(model, text.ids.shape[1], "harvest")
 
 # %% ../../nbs/lib/dictionary_store.ipynb #dictionary-store-5
-def _weights_mark(model):                     # sha256
+def _weights_mark(model):  # sha256
     "Marks a model by a thousand or two numbers of each weight, since two may have one name."
     mark = hashlib.sha256()
     for name, p in model.named_parameters():
-        some = p.detach().flatten()[::max(1, p.numel() // 1024)].contiguous()
-        mark.update(name.encode() + (b"" if p.is_meta else some.cpu().view(torch.uint8).numpy().tobytes()))
+        some = p.detach().flatten()[:: max(1, p.numel() // 1024)].contiguous()
+        mark.update(
+            name.encode() + (b"" if p.is_meta else some.cpu().view(torch.uint8).numpy().tobytes())
+        )
     return mark.hexdigest()
 
-def _settings(model, text, sites, dtype, k):  # k: rows a shard
+
+def _settings(model, text, sites, *, dtype, k):  # k: rows a shard
     "What must agree for a harvest to go on."
-    return dict(format=1, model=str(getattr(model.config, "name_or_path", "")), weights=_weights_mark(model), sites=site_dims(model, sites), dtype=str(dtype).removeprefix("torch."),
-                text=hashlib.sha256(text.ids.cpu().long().contiguous().numpy().tobytes()).hexdigest(), rows=len(text), length=text.ids.shape[1], bos=text.bos, pad=text.pad,
-                tokens=text.n_tokens, rows_a_shard=k, shards=-(-len(text) // k))
+    return dict(
+        format=1,
+        model=str(getattr(model.config, "name_or_path", "")),
+        weights=_weights_mark(model),
+        sites=site_dims(model, sites),
+        dtype=str(dtype).removeprefix("torch."),
+        text=hashlib.sha256(text.ids.cpu().long().contiguous().numpy().tobytes()).hexdigest(),
+        rows=len(text),
+        length=text.ids.shape[1],
+        bos=text.bos,
+        pad=text.pad,
+        tokens=text.n_tokens,
+        rows_a_shard=k,
+        shards=-(-len(text) // k),
+    )
+
 
 def _check_folder(folder, info, overwrite):
     "ValueError unless the folder is to be made, or holds the beginning of this very store, or of one that may be overwritten."
     there = {p.name for p in folder.iterdir()} if folder.is_dir() else set()
     if folder.is_file() or "activations.json" not in there and there - {"activations.json.part"}:
-        raise ValueError(f"harvest: {folder} is there and holds no activations; expected a folder to be made")
+        raise ValueError(
+            f"harvest: {folder} is there and holds no activations; expected a folder to be made"
+        )
     old = _info(folder, "harvest") if "activations.json" in there else info
-    differ = [f"{name}: {old.get(name)} there, {new} now" for name, new in info.items() if old.get(name) != new]
-    if differ and not overwrite: raise ValueError(f"harvest: the activations in {folder} were begun with other settings: {'; '.join(differ)}. overwrite=True replaces them")
+    differ = [
+        f"{name}: {old.get(name)} there, {new} now"
+        for name, new in info.items()
+        if old.get(name) != new
+    ]
+    if differ and not overwrite:
+        raise ValueError(
+            f"harvest: the activations in {folder} were begun with other settings: {'; '.join(differ)}. overwrite=True replaces them"
+        )
 
 # %% ../../nbs/lib/dictionary_store.ipynb #dictionary-store-6
-def _check_room(folder, info, text, batch, overwrite, verbose):
+def _check_room(folder, info, text, *, batch, overwrite, verbose):
     "Say in one line what it takes; OSError if the disk has less room."
-    N, k, sites, MB = info["shards"], info["rows_a_shard"], info["sites"], lambda size: f"{size / 1e6:,.1f} MB"
-    token = sum(sites.values()) * getattr(torch, info["dtype"]).itemsize + 4 * len(_COLUMNS)          # bytes
+    N, k, sites, MB = (
+        info["shards"],
+        info["rows_a_shard"],
+        info["sites"],
+        lambda size: f"{size / 1e6:,.1f} MB",
+    )
+    token = sum(sites.values()) * getattr(torch, info["dtype"]).itemsize + 4 * len(
+        _COLUMNS
+    )  # bytes
     sizes = [int(n.sum()) * token for n in text.mask.sum(1).split(k)]
     done = set() if overwrite else {i for i in range(N) if _done(folder, i)}
-    most = max(sizes) + min(batch, k, len(text)) * info["length"] * (sum(sites.values()) + 2 * max(sites.values())) * 4       # a shard, and what a pass gives
-    if verbose: print(f"harvest: {info['tokens']:,} tokens x {len(sites)} sites ({', '.join(f'{s} {d}' for s, d in sites.items())}), {info['dtype']}: {MB(sum(sizes))} on disk "
-                      f"in {N} shard{'s' * (N > 1)}, at most {MB(most)} of memory beside the model" + f"; {len(done)} of the shards are there" * bool(done))
+    most = (
+        max(sizes)
+        + min(batch, k, len(text))
+        * info["length"]
+        * (sum(sites.values()) + 2 * max(sites.values()))
+        * 4
+    )  # a shard, and what a pass gives
+    if verbose:
+        print(
+            f"harvest: {info['tokens']:,} tokens x {len(sites)} sites ({', '.join(f'{s} {d}' for s, d in sites.items())}), {info['dtype']}: {MB(sum(sizes))} on disk "
+            f"in {N} shard{'s' * (N > 1)}, at most {MB(most)} of memory beside the model"
+            + f"; {len(done)} of the shards are there"
+            * bool(done)
+        )
     need = sum(size for i, size in enumerate(sizes) if i not in done)
-    room = shutil.disk_usage(next(p for p in (folder.absolute(), *folder.absolute().parents) if p.exists())).free
-    if overwrite: room += sum(p.stat().st_size for p in folder.glob("shard-*"))
-    if need > room: raise OSError(f"harvest: {MB(need)} are needed in {folder}, the disk has {MB(room)} left; choose fewer sites or tokens, or another disk")
+    room = shutil.disk_usage(
+        next(p for p in (folder.absolute(), *folder.absolute().parents) if p.exists())
+    ).free
+    if overwrite:
+        room += sum(p.stat().st_size for p in folder.glob("shard-*"))
+    if need > room:
+        raise OSError(
+            f"harvest: {MB(need)} are needed in {folder}, the disk has {MB(room)} left; choose fewer sites or tokens, or another disk"
+        )
+
 
 def _begin(folder, info, overwrite):
     "Make the folder, sweep out what a killed run left half-written, write activations.json."
     folder.mkdir(parents=True, exist_ok=True)
-    for pattern in [".tmp*"] + ["shard-*"] * overwrite:                             # save_file's own half-written files are .tmp*; a .part is written over
-        for path in folder.glob(pattern): path.unlink()
-    if overwrite or not (folder / "activations.json").exists(): _write_json(folder / "activations.json", info)
+    for pattern in [".tmp*"] + [
+        "shard-*"
+    ] * overwrite:  # save_file's own half-written files are .tmp*; a .part is written over
+        for path in folder.glob(pattern):
+            path.unlink()
+    if overwrite or not (folder / "activations.json").exists():
+        _write_json(folder / "activations.json", info)
 
-def _refuse(site, x, kept, row, position):    # [n, d] as the model gave it, [n, d] in the store's dtype, [n], [n]
+
+def _refuse(
+    site, x, kept, *, row, position
+):  # [n, d] as the model gave it, [n, d] in the store's dtype, [n], [n]
     "ValueError that names the first token with a number that is not finite."
     i = int((~kept.isfinite()).any(1).nonzero()[0])
     wider = "bfloat16 or float32" if kept.dtype == torch.float16 else "float32"
-    what = f"a number too large for {kept.dtype}: use {wider}" if x[i].isfinite().all() else "NaN or infinity"
-    raise ValueError(f"harvest: {site} at row {int(row[i])}, position {int(position[i])} holds {what}")
+    what = (
+        f"a number too large for {kept.dtype}: use {wider}"
+        if x[i].isfinite().all()
+        else "NaN or infinity"
+    )
+    raise ValueError(
+        f"harvest: {site} at row {int(row[i])}, position {int(position[i])} holds {what}"
+    )
 
 # %% ../../nbs/lib/dictionary_store.ipynb #dictionary-store-7
-def _harvest_rows(model, text, first, document, sites, dtype, batch, bar):      # rows of a shard, number of the first, [rows, length], {site: width} -> {name: [n, ..]}
+def _harvest_rows(
+    model, text, first, *, document, sites, dtype, batch, bar
+):  # rows of a shard, number of the first, [rows, length], {site: width} -> {name: [n, ..]}
     "The activations at the rows' ordinary tokens, and which tokens these are."
-    base, where, at = getattr(model, "base_model", model), next(model.parameters()).device, 0         # the base has no language-model head
+    base, where, at = (
+        getattr(model, "base_model", model),
+        next(model.parameters()).device,
+        0,
+    )  # the base has no language-model head
     keep = text.mask
     row, position = keep.nonzero(as_tuple=True)
     out = {site: torch.empty(len(row), width, dtype=dtype) for site, width in sites.items()}
     with capture(model, list(sites)) as acts:
         for i in range(0, len(text), batch):
-            base(input_ids=text.ids[i:i + batch].to(where), use_cache=False)
-            here = keep[i:i + batch].flatten().nonzero()[:, 0].to(where)
+            base(input_ids=text.ids[i : i + batch].to(where), use_cache=False)
+            here = keep[i : i + batch].flatten().nonzero()[:, 0].to(where)
             span = slice(at, at := at + len(here))
             for site in sites:
                 x = acts[site].flatten(0, 1)[here]
                 kept = x.to(dtype)
-                if not kept.isfinite().all(): _refuse(site, x, kept, row[span] + first, position[span])
+                if not kept.isfinite().all():
+                    _refuse(site, x, kept, row=row[span] + first, position=position[span])
                 out[site][span] = kept
             bar.update(len(here))
-    return out | {name: x.int() for name, x in zip(_COLUMNS, (text.ids[keep], document[keep], row + first, position))}
+    return out | {
+        name: x.int()
+        for name, x in zip(_COLUMNS, (text.ids[keep], document[keep], row + first, position))
+    }
 
 # %% ../../nbs/lib/dictionary_store.ipynb #dictionary-store-8
-def _save(folder, i, tensors, info):
+def _save(folder, i, tensors, *, info):
     "Write a shard: under its name only when it is whole, and its json last."
     path, note, k = _shard(folder, i), _shard(folder, i, "json"), info["rows_a_shard"]
     try:
         save_file(tensors, _part(path))
-        shutil.copymode(folder / "activations.json", _part(path))                   # save_file lets nobody else read it
+        shutil.copymode(
+            folder / "activations.json", _part(path)
+        )  # save_file lets nobody else read it
         mark = checksum(_part(path))
         _part(path).replace(path)
-        _write_json(note, dict(n=len(tensors["ids"]), rows=min(k, info["rows"] - i * k), sha256=mark))
-    except (OSError, SafetensorError) as e:                                         # save_file's errors are no OSErrors
+        _write_json(
+            note, dict(n=len(tensors["ids"]), rows=min(k, info["rows"] - i * k), sha256=mark)
+        )
+    except (OSError, SafetensorError) as e:  # save_file's errors are no OSErrors
         done = sum(_done(folder, j) for j in range(info["shards"]))
-        raise OSError(f"harvest: {path.name} could not be written ({e}); {done} of {info['shards']} shards are in {folder}: make room and call harvest again, it goes on from there") from e
+        raise OSError(
+            f"harvest: {path.name} could not be written ({e}); {done} of {info['shards']} shards are in {folder}: make room and call harvest again, it goes on from there"
+        ) from e
     finally:
-        for half in (_part(path), _part(note)): half.unlink(missing_ok=True)
+        for half in (_part(path), _part(note)):
+            half.unlink(missing_ok=True)
 
-def _processes(where):                        # the model's device
+
+def _processes(where):  # the model's device
     "accelerate's state where torchrun started several processes, else None."
-    if int(os.environ.get("WORLD_SIZE", 1)) == 1: return None
+    if int(os.environ.get("WORLD_SIZE", 1)) == 1:
+        return None
     from accelerate import PartialState
-    return PartialState(cpu=where.type == "cpu", timeout=timedelta(days=7))         # one may have a shard more to make than another
+
+    return PartialState(
+        cpu=where.type == "cpu", timeout=timedelta(days=7)
+    )  # one may have a shard more to make than another
 
 # %% ../../nbs/lib/dictionary_store.ipynb #dictionary-store-9
 @torch.no_grad()
-def harvest(model,                            # any that has sites, also a CodebookModel
-            text,                             # a Text: rows of token ids
-            sites: str | list[str],           # names or patterns
-            folder,                           # to be made, or where a harvest was interrupted
-            dtype=torch.float16,              # or torch.bfloat16, torch.float32
-            batch: int = 16,                  # rows a pass
-            shard: int = 65_536,              # about how many tokens a file holds, and memory
-            overwrite: bool = False,          # replace the activations that are there?
-            verbose: bool = True):            # say what it takes, show a bar
+def harvest(
+    model,  # any that has sites, also a CodebookModel
+    text,  # a Text: rows of token ids
+    sites: str | list[str],  # names or patterns
+    *,
+    folder,  # to be made, or where a harvest was interrupted
+    dtype=torch.float16,  # or torch.bfloat16, torch.float32
+    batch: int = 16,  # rows a pass
+    shard: int = 65_536,  # about how many tokens a file holds, and memory
+    overwrite: bool = False,  # replace the activations that are there?
+    verbose: bool = True,
+):  # say what it takes, show a bar
     "Write down the activations at every ordinary token (never at BOS and padding); called again, it goes on where it was stopped. Returns the open Activations."
-    _check(model, text, sites, dtype, batch, shard)
-    folder, k, state = Path(folder), max(1, shard // text.ids.shape[1]), _processes(next(model.parameters()).device)
-    info = _settings(model, text, sites, dtype, k)
+    _check(model, text, sites, dtype=dtype, batch=batch, shard=shard)
+    folder, k, state = (
+        Path(folder),
+        max(1, shard // text.ids.shape[1]),
+        _processes(next(model.parameters()).device),
+    )
+    info = _settings(model, text, sites, dtype=dtype, k=k)
     if state is None or state.is_main_process:
         _check_folder(folder, info, overwrite)
-        _check_room(folder, info, text, batch, overwrite, verbose)
+        _check_room(folder, info, text, batch=batch, overwrite=overwrite, verbose=verbose)
         _begin(folder, info, overwrite)
-    if state: state.wait_for_everyone()
+    if state:
+        state.wait_for_everyone()
     rank, world = (state.process_index, state.num_processes) if state else (0, 1)
-    spans = {i: slice(i * k, (i + 1) * k) for i in range(rank, info["shards"], world) if not _done(folder, i)}
-    document = ((text.ids == text.bos).flatten().cumsum(0, dtype=torch.int32) - 1).clamp(min=0).view_as(text.ids)
-    with evaluating(model), tqdm(total=sum(text[rows].n_tokens for rows in spans.values()), desc="harvest", unit="token", delay=2, disable=not verbose) as bar:
-        for i, rows in spans.items(): _save(folder, i, _harvest_rows(model, text[rows], i * k, document[rows], info["sites"], dtype, batch, bar), info)
-    if state: state.wait_for_everyone()
+    spans = {
+        i: slice(i * k, (i + 1) * k)
+        for i in range(rank, info["shards"], world)
+        if not _done(folder, i)
+    }
+    document = (
+        ((text.ids == text.bos).flatten().cumsum(0, dtype=torch.int32) - 1)
+        .clamp(min=0)
+        .view_as(text.ids)
+    )
+    with (
+        evaluating(model),
+        tqdm(
+            total=sum(text[rows].n_tokens for rows in spans.values()),
+            desc="harvest",
+            unit="token",
+            delay=2,
+            disable=not verbose,
+        ) as bar,
+    ):
+        for i, rows in spans.items():
+            _save(
+                folder,
+                i,
+                _harvest_rows(
+                    model,
+                    text[rows],
+                    i * k,
+                    document=document[rows],
+                    sites=info["sites"],
+                    dtype=dtype,
+                    batch=batch,
+                    bar=bar,
+                ),
+                info=info,
+            )
+    if state:
+        state.wait_for_everyone()
     return open_activations(folder)
 
 # %% ../../nbs/lib/dictionary_store.ipynb #dictionary-store-10
-def _fill(buffer, free, runs, read):          # [hold, d], slots [m], stack of (shard, begin, end), fn(shard, begin, end) -> [.., d]
+def _fill(
+    buffer, free, runs, *, read
+):  # [hold, d], slots [m], stack of (shard, begin, end), fn(shard, begin, end) -> [.., d]
     "Read runs off the stack into free slots until either is used up; returns the slots that were filled."
     at = 0
     while runs and at < len(free):
         i, begin, end = runs.pop()
         stop = min(end, begin + len(free) - at)
-        if stop < end: runs.append((i, stop, end))
-        buffer[free[at:at + stop - begin]] = read(i, begin, stop).to(buffer.dtype)
+        if stop < end:
+            runs.append((i, stop, end))
+        buffer[free[at : at + stop - begin]] = read(i, begin, stop).to(buffer.dtype)
         at += stop - begin
     return free[:at]
 
 # %% ../../nbs/lib/dictionary_store.ipynb #dictionary-store-11
 class Activations:
     "A text's activations on disk: `.sites` {site: width}, `.n` tokens; `.ids`, `.document`, `.row`, `.position` [n] say which tokens they are."
-    def __init__(self, folder, info, shards):      # [(safe_open, number of tokens)]
-        self.folder, self.info, self.shards, self.sites, self.n = folder, info, shards, info["sites"], info["tokens"]
+
+    def __init__(self, folder, info, shards):  # [(safe_open, number of tokens)]
+        self.folder, self.info, self.shards, self.sites, self.n = (
+            folder,
+            info,
+            shards,
+            info["sites"],
+            info["tokens"],
+        )
 
     ids = cached_property(lambda self: self._column("ids"))
     document = cached_property(lambda self: self._column("document"))
     row = cached_property(lambda self: self._column("row"))
     position = cached_property(lambda self: self._column("position"))
-    def _column(self, name): return torch.cat([file.get_tensor(name) for file, _ in self.shards])
-    def __len__(self): return self.n
-    def __repr__(self): return f"Activations: {self.n:,} tokens in {len(self.shards)} shard{'s' * (len(self.shards) > 1)}, {self.info['dtype']}; " + ", ".join(f"{s} ({d})" for s, d in self.sites.items())
 
-    def _read(self, site, i, begin, end):          # -> [end - begin, d]
+    def _column(self, name):
+        return torch.cat([file.get_tensor(name) for file, _ in self.shards])
+
+    def __len__(self):
+        return self.n
+
+    def __repr__(self):
+        return (
+            f"Activations: {self.n:,} tokens in {len(self.shards)} shard{'s' * (len(self.shards) > 1)}, {self.info['dtype']}; "
+            + ", ".join(f"{s} ({d})" for s, d in self.sites.items())
+        )
+
+    def _read(self, site, i, begin, end):  # -> [end - begin, d]
         "Some rows of a shard; the file is memory-mapped, so only these are read."
         return self.shards[i][0].get_slice(site)[begin:end]
 
-    def _runs(self, site, length, call):           # -> [(shard, begin, end)] of at most `length` rows
-        if site not in self.sites: raise ValueError(f"{call}: no site {site!r} in {self.folder}; expected one of {', '.join(self.sites)}")
-        return [(i, a, min(a + length, n)) for i, (_, n) in enumerate(self.shards) for a in range(0, n, length)]
+    def _runs(self, site, length, call):  # -> [(shard, begin, end)] of at most `length` rows
+        if site not in self.sites:
+            raise ValueError(
+                f"{call}: no site {site!r} in {self.folder}; expected one of {', '.join(self.sites)}"
+            )
+        return [
+            (i, a, min(a + length, n))
+            for i, (_, n) in enumerate(self.shards)
+            for a in range(0, n, length)
+        ]
 
-    def load(self, site: str, n: int | None = None):      # -> float32 [n, d]
+    def load(self, site: str, n: int | None = None):  # -> float32 [n, d]
         "The first n tokens' activations, all if n is None."
         runs, n = self._runs(site, max(self.n, 1), "load"), self.n if n is None else n
-        if not 0 <= n <= self.n: raise ValueError(f"load: n={n}, expected 0 to {self.n}")
+        if not 0 <= n <= self.n:
+            raise ValueError(f"load: n={n}, expected 0 to {self.n}")
         out = torch.empty(n, self.sites[site])
-        _fill(out, torch.arange(n), runs[::-1], lambda *run: self._read(site, *run))
+        _fill(out, torch.arange(n), runs[::-1], read=lambda *run: self._read(site, *run))
         return out
 
-    def batches(self, site: str,
-                size: int,                         # rows a batch; the last of an epoch may be smaller
-                seed: int = 0,
-                hold: int = 65_536,                # rows in memory, among which a batch is drawn
-                epochs: int = 1,                   # each gives every row once
-                dtype=torch.float32):
+    def batches(
+        self,
+        site: str,
+        size: int,  # rows a batch; the last of an epoch may be smaller
+        seed: int = 0,
+        *,
+        hold: int = 65_536,  # rows in memory, among which a batch is drawn
+        epochs: int = 1,  # each gives every row once
+        dtype=torch.float32,
+    ):
         "Shuffled batches [size, d]: short runs of rows are read in random order into a buffer, which is shuffled, half given out, and filled again."
         runs = self._runs(site, max(1, min(256, hold // 32)), "batches")
-        if not 1 <= size <= hold: raise ValueError(f"batches: expected 1 <= size <= hold, got size={size}, hold={hold}")
-        return self._batches(site, runs, size, seeded(seed), hold, epochs, dtype)
+        if not 1 <= size <= hold:
+            raise ValueError(f"batches: expected 1 <= size <= hold, got size={size}, hold={hold}")
+        return self._batches(
+            site, runs, size, draw=seeded(seed), hold=hold, epochs=epochs, dtype=dtype
+        )
 
-    def _batches(self, site, runs, size, draw, hold, epochs, dtype):
+    def _batches(self, site, runs, size, *, draw, hold, epochs, dtype):
         buffer = torch.empty(min(hold, self.n), self.sites[site], dtype=dtype)
         for _ in range(epochs):
-            left, full, free = [runs[i] for i in torch.randperm(len(runs), generator=draw).tolist()], torch.arange(0), torch.arange(len(buffer))
+            left, full, free = (
+                [runs[i] for i in torch.randperm(len(runs), generator=draw).tolist()],
+                torch.arange(0),
+                torch.arange(len(buffer)),
+            )
             while left or len(full):
-                full = torch.cat([full, _fill(buffer, free, left, lambda *run: self._read(site, *run))])
+                full = torch.cat(
+                    [full, _fill(buffer, free, left, read=lambda *run: self._read(site, *run))]
+                )
                 full = full[torch.randperm(len(full), generator=draw)]
                 give = max(1, len(full) // 2 // size) * size
                 free, full = full[:give], full[give:]
-                for some in free.split(size): yield buffer[some]
+                for some in free.split(size):
+                    yield buffer[some]
 
     def verify(self):
         "ValueError that names a shard whose file is not the one that was written."
         for i in range(len(self.shards)):
-            if checksum(_shard(self.folder, i)) != json.loads(_shard(self.folder, i, "json").read_text())["sha256"]:
-                raise ValueError(f"verify: {_shard(self.folder, i).name} in {self.folder} is not what harvest wrote (its sha256 differs); remove it and call harvest again")
+            if (
+                checksum(_shard(self.folder, i))
+                != json.loads(_shard(self.folder, i, "json").read_text())["sha256"]
+            ):
+                raise ValueError(
+                    f"verify: {_shard(self.folder, i).name} in {self.folder} is not what harvest wrote (its sha256 differs); remove it and call harvest again"
+                )
 
 # %% ../../nbs/lib/dictionary_store.ipynb #dictionary-store-12
-def _open_shard(folder, i, info):             # -> safe_open, number of tokens
+def _open_shard(folder, i, info):  # -> safe_open, number of tokens
     "A shard, whose header is checked against its json, the store and the file's size; ValueError if they do not agree."
     try:
-        n, file = json.loads(_shard(folder, i, "json").read_text())["n"], safe_open(_shard(folder, i), "pt")
-        want = {site: ([n, d], _DTYPES[getattr(torch, info["dtype"])]) for site, d in info["sites"].items()} | {name: ([n], "I32") for name in _COLUMNS}
-        got = {name: (file.get_slice(name).get_shape(), file.get_slice(name).get_dtype()) for name in file.keys()}
-        if got != want: raise ValueError(f"expected {want}, got {got}")
-    except Exception as e: raise ValueError(f"open_activations: {_shard(folder, i).name} in {folder} is damaged or cut short ({type(e).__name__}: {e}); remove it and call harvest again, which makes it anew") from e
+        n, file = (
+            json.loads(_shard(folder, i, "json").read_text())["n"],
+            safe_open(_shard(folder, i), "pt"),
+        )
+        want = {
+            site: ([n, d], _DTYPES[getattr(torch, info["dtype"])])
+            for site, d in info["sites"].items()
+        } | {name: ([n], "I32") for name in _COLUMNS}
+        got = {
+            name: (file.get_slice(name).get_shape(), file.get_slice(name).get_dtype())
+            for name in file.keys()
+        }
+        if got != want:
+            raise ValueError(f"expected {want}, got {got}")
+    except Exception as e:
+        raise ValueError(
+            f"open_activations: {_shard(folder, i).name} in {folder} is damaged or cut short ({type(e).__name__}: {e}); remove it and call harvest again, which makes it anew"
+        ) from e
     return file, n
 
-def open_activations(folder, verify: bool = False) -> Activations:      # verify: compare all checksums, which reads everything
+
+def open_activations(
+    folder, verify: bool = False
+) -> Activations:  # verify: compare all checksums, which reads everything
     "The activations in a folder, memory-mapped; ValueError if there are none, if the harvest is not finished, or if a file is damaged."
     folder = Path(folder)
-    if not (folder / "activations.json").exists(): raise ValueError(f"open_activations: no activations in {folder}; harvest makes them")
+    if not (folder / "activations.json").exists():
+        raise ValueError(f"open_activations: no activations in {folder}; harvest makes them")
     info = _info(folder, "open_activations")
     missing = [_shard(folder, i).name for i in range(info["shards"]) if not _done(folder, i)]
-    if missing: raise ValueError(f"open_activations: {len(missing)} of {info['shards']} shards are missing in {folder}, the first is {missing[0]}; call harvest again, it goes on from there")
+    if missing:
+        raise ValueError(
+            f"open_activations: {len(missing)} of {info['shards']} shards are missing in {folder}, the first is {missing[0]}; call harvest again, it goes on from there"
+        )
     store = Activations(folder, info, [_open_shard(folder, i, info) for i in range(info["shards"])])
-    if (n := sum(n for _, n in store.shards)) != store.n: raise ValueError(f"open_activations: the shards in {folder} hold {n} tokens, expected {store.n}")
-    if verify: store.verify()
+    if (n := sum(n for _, n in store.shards)) != store.n:
+        raise ValueError(
+            f"open_activations: the shards in {folder} hold {n} tokens, expected {store.n}"
+        )
+    if verify:
+        store.verify()
     return store

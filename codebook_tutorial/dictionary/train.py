@@ -10,180 +10,352 @@ __all__ = ['ALPHA', 'resample', 'unstack', 'train_sae', 'refit', 'tune_decoder']
 # %% ../../nbs/lib/dictionary_train.ipynb #dictionary-train-3
 import hashlib
 import json
+import warnings
+from itertools import islice, product
+from pathlib import Path
+
 import torch
 import torch.nn.functional as F
-import warnings
 from ..core import seeded
 from .kmeans import finite
 from .sae import KINDS, SAE, TopK
 from ..model.run import evaluating
 from ..model.sites import intervene
 from ..model.text import Text
-from itertools import islice, product
-from pathlib import Path
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from tqdm.auto import tqdm
 
 # %% ../../nbs/lib/dictionary_train.ipynb #dictionary-train-5
-def _stream(acts, site, size, seed):          # shuffled batches [size, d] without end
+def _stream(acts, site, size, *, seed):  # shuffled batches [size, d] without end
     epoch = 0
     while True:
-        if torch.is_tensor(acts): some = (acts[i] for i in torch.randperm(len(acts), generator=seeded(seed + epoch)).split(size))
-        else: some = acts.batches(site, size, seed=seed + epoch)
+        if torch.is_tensor(acts):
+            some = (
+                acts[i]
+                for i in torch.randperm(len(acts), generator=seeded(seed + epoch)).split(size)
+            )
+        else:
+            some = acts.batches(site, size, seed=seed + epoch)
         for x in some:
-            if len(x) == size: yield x
+            if len(x) == size:
+                yield x
         epoch += 1
 
+
 @torch.no_grad()
-def resample(sae, x, optimizer, patience: int, generator=None) -> int:      # [N, d]; rows of silence after which a feature is dead
+def resample(
+    sae, x, optimizer, *, patience: int, generator=None
+) -> int:  # [N, d]; rows of silence after which a feature is dead
     "Dead features begin anew as what is badly explained of inputs, drawn by their squared error; returns how many."
     left, moved = x - sae.decode(sae.encode(x)), 0
-    for one in product(*map(range, sae.silent.shape[:-1])):                              # of a stack, each by itself
+    for one in product(*map(range, sae.silent.shape[:-1])):  # of a stack, each by itself
         dead = (sae.silent[one] > patience).nonzero()[:, 0]
-        if not len(dead): continue
-        rows = torch.multinomial(left[one].pow(2).sum(-1), len(dead), replacement=len(dead) > len(x), generator=generator)
+        if not len(dead):
+            continue
+        rows = torch.multinomial(
+            left[one].pow(2).sum(-1), len(dead), replacement=len(dead) > len(x), generator=generator
+        )
         for name, p in sae.named_parameters():
-            if name == "b_dec": continue
-            p[one][dead] = F.normalize(left[one][rows], dim=-1) if name in ("W_dec", "W_enc") else sae.fresh.get(name, 0.)
+            if name == "b_dec":
+                continue
+            p[one][dead] = (
+                F.normalize(left[one][rows], dim=-1)
+                if name in ("W_dec", "W_enc")
+                else sae.fresh.get(name, 0.0)
+            )
             for moment in ("exp_avg", "exp_avg_sq"):
-                if moment in optimizer.state[p]: optimizer.state[p][moment][one][dead] = 0.
-        sae.silent[one][dead] = 0.
+                if moment in optimizer.state[p]:
+                    optimizer.state[p][moment][one][dead] = 0.0
+        sae.silent[one][dead] = 0.0
         moved += len(dead)
     return moved
 
 # %% ../../nbs/lib/dictionary_train.ipynb #dictionary-train-6
 def unstack(sae) -> list:
     "The autoencoders of a stack, each by itself."
-    if sae.silent.dim() == 1: return [sae]
+    if sae.silent.dim() == 1:
+        return [sae]
     found = []
     for one in range(len(sae.silent)):
         found.append(type(sae)(**{k: v for k, v in sae.config.items() if k != "kind"}))
         found[-1].load_state_dict({name: t[one] for name, t in sae.state_dict().items()})
     return found
 
-ALPHA = dict(tied=.1, untied=.1, gated=.1, jumprelu=.05, topk=1 / 32, batchtopk=1 / 32, matryoshka=1 / 32)
+
+ALPHA = dict(
+    tied=0.1, untied=0.1, gated=0.1, jumprelu=0.05, topk=1 / 32, batchtopk=1 / 32, matryoshka=1 / 32
+)
 
 # %% ../../nbs/lib/dictionary_train.ipynb #dictionary-train-7
-def train_sae(acts,                           # [N, d]; or an Activations, with site=
-              n_feats: int, kind: str = "tied",
-              alpha: float | list | None = None,     # weight of the penalty, for activations whose coordinates have mean square 1; several: trained together, a list comes back
-              steps: int = 2000, batch: int = 1024, lr: float = 4e-3, seed: int = 0,
-              site: str | None = None,
-              resample: tuple = (.2, .4, .6), # shares of the steps after which dead features begin anew (the TopK kinds have an auxiliary loss instead)
-              folder=None, save_every: int = 500,    # where the state is kept, and taken up again after a stop; None: nowhere
-              bf16: bool = False, compile: bool = False,       # products in bfloat16 (for GPUs); the loss through torch.compile
-              **settings):                    # of the kind: k, patience, k_aux, shares, bandwidth
+def train_sae(
+    acts,  # [N, d]; or an Activations, with site=
+    n_feats: int,
+    kind: str = "tied",
+    *,
+    alpha: float
+    | list
+    | None = None,  # weight of the penalty, for activations whose coordinates have mean square 1; several: trained together, a list comes back
+    steps: int = 2000,
+    batch: int = 1024,
+    lr: float = 4e-3,
+    seed: int = 0,
+    site: str | None = None,
+    resample: tuple = (
+        0.2,
+        0.4,
+        0.6,
+    ),  # shares of the steps after which dead features begin anew (the TopK kinds have an auxiliary loss instead)
+    folder=None,
+    save_every: int = 500,  # where the state is kept, and taken up again after a stop; None: nowhere
+    bf16: bool = False,
+    compile: bool = False,  # products in bfloat16 (for GPUs); the loss through torch.compile
+    **settings,
+):  # of the kind: k, patience, k_aux, shares, bandwidth
     "Train a sparse autoencoder on activations."
     alpha = _checked(kind, ALPHA.get(kind) if alpha is None else alpha, steps)
     mean, scale = _units(acts if torch.is_tensor(acts) else acts.load(site, min(50_000, len(acts))))
-    if not 1 <= batch <= len(acts): raise ValueError(f"train_sae: expected a batch of at most the {len(acts)} rows of data, got {batch}")
-    sae = KINDS[kind](len(mean), n_feats, stack=tuple(alpha.shape), generator=seeded(seed), **settings).to(mean.device)
-    optimizer = torch.optim.Adam([p for p in sae.parameters() if p.requires_grad], lr, betas=(.9, .99), fused=True)
-    run = _Run(folder, sae, optimizer, dict(sae.config, alpha=alpha.tolist(), steps=steps, batch=batch, lr=lr, seed=seed, resample=list(resample), bf16=bf16, mean=mean.sum().item(), scale=scale.item(), rows=len(acts)))
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda t: min(1., (t + run.done + 1) / (.05 * steps), (steps - t - run.done) / (.3 * steps)))
+    if not 1 <= batch <= len(acts):
+        raise ValueError(
+            f"train_sae: expected a batch of at most the {len(acts)} rows of data, got {batch}"
+        )
+    sae = KINDS[kind](
+        len(mean), n_feats, stack=tuple(alpha.shape), generator=seeded(seed), **settings
+    ).to(mean.device)
+    optimizer = torch.optim.Adam(
+        [p for p in sae.parameters() if p.requires_grad], lr, betas=(0.9, 0.99), fused=True
+    )
+    run = _Run(
+        folder,
+        sae,
+        optimizer,
+        began=dict(
+            sae.config,
+            alpha=alpha.tolist(),
+            steps=steps,
+            batch=batch,
+            lr=lr,
+            seed=seed,
+            resample=list(resample),
+            bf16=bf16,
+            mean=mean.sum().item(),
+            scale=scale.item(),
+            rows=len(acts),
+        ),
+    )
+    schedule = torch.optim.lr_scheduler.LambdaLR(
+        optimizer,
+        lambda t: min(
+            1.0, (t + run.done + 1) / (0.05 * steps), (steps - t - run.done) / (0.3 * steps)
+        ),
+    )
     loss_of = torch.compile(sae.loss) if compile else sae.loss
-    for t, x in zip(tqdm(range(run.done, steps), desc=f"train_sae {kind}", unit="step", delay=2, initial=run.done, total=steps), islice(_stream(acts, site, batch, seed), run.done, None)):
+    for t, x in zip(
+        tqdm(
+            range(run.done, steps),
+            desc=f"train_sae {kind}",
+            unit="step",
+            delay=2,
+            initial=run.done,
+            total=steps,
+        ),
+        islice(_stream(acts, site, batch, seed=seed), run.done, None),
+    ):
         x = (x.to(mean) - mean) / scale
-        with torch.autocast(x.device.type, torch.bfloat16, enabled=bf16): loss = loss_of(x, alpha * min(1., (t + 1) / (.1 * steps)))
-        optimizer.zero_grad(); loss.sum().backward()
-        optimizer.step(); schedule.step(); sae.project()
-        if t + 1 in [int(s * steps) for s in resample] and not isinstance(sae, TopK): resample(sae, x, optimizer, 50 * batch, seeded(seed + t))
-        if folder and ((t + 1) % save_every == 0 or t + 1 == steps): run.keep(t + 1)
-    x = ((acts[:batch] if torch.is_tensor(acts) else acts.load(site, batch)).to(mean) - mean) / scale
+        with torch.autocast(x.device.type, torch.bfloat16, enabled=bf16):
+            loss = loss_of(x, alpha * min(1.0, (t + 1) / (0.1 * steps)))
+        optimizer.zero_grad()
+        loss.sum().backward()
+        optimizer.step()
+        schedule.step()
+        sae.project()
+        if t + 1 in [int(s * steps) for s in resample] and not isinstance(sae, TopK):
+            resample(sae, x, optimizer, patience=50 * batch, generator=seeded(seed + t))
+        if folder and ((t + 1) % save_every == 0 or t + 1 == steps):
+            run.keep(t + 1)
+    x = (
+        (acts[:batch] if torch.is_tensor(acts) else acts.load(site, batch)).to(mean) - mean
+    ) / scale
     for one, a in zip(unstack(sae), alpha.view(-1)):
-        if (one.encode(x) == 0).all(): warnings.warn(f"train_sae: with alpha={a:g} no feature is active any more; try a smaller one", stacklevel=2)
+        if (one.encode(x) == 0).all():
+            warnings.warn(
+                f"train_sae: with alpha={a:g} no feature is active any more; try a smaller one",
+                stacklevel=2,
+            )
     sae.in_units_of(mean, scale)
     return sae.eval() if not alpha.dim() else [one.eval() for one in unstack(sae)]
 
+
 class _Run:
     "What a training has come to, kept in a folder."
-    def __init__(self, folder, sae, optimizer, began):
-        self.file, self.sae, self.optimizer, self.began, self.done = Path(folder or ".") / "training.safetensors", sae, optimizer, json.dumps(began), 0
-        if folder and self.file.exists(): self.go_on()
 
-    def own(self): return dict(self.sae.named_parameters()) | dict(self.sae.named_buffers())
+    def __init__(self, folder, sae, optimizer, *, began):
+        self.file, self.sae, self.optimizer, self.began, self.done = (
+            Path(folder or ".") / "training.safetensors",
+            sae,
+            optimizer,
+            json.dumps(began),
+            0,
+        )
+        if folder and self.file.exists():
+            self.go_on()
+
+    def own(self):
+        return dict(self.sae.named_parameters()) | dict(self.sae.named_buffers())
 
     def keep(self, done):
-        moments = {f"{name}.{key}": t for name, p in self.sae.named_parameters() for key, t in self.optimizer.state.get(p, {}).items()}
+        moments = {
+            f"{name}.{key}": t
+            for name, p in self.sae.named_parameters()
+            for key, t in self.optimizer.state.get(p, {}).items()
+        }
         self.file.parent.mkdir(parents=True, exist_ok=True)
-        for half in self.file.parent.glob(".tmp??????"): half.unlink()                 # of a stop in mid-writing
+        for half in self.file.parent.glob(".tmp??????"):
+            half.unlink()  # of a stop in mid-writing
         kept = {name: t.detach().contiguous() for name, t in (self.own() | moments).items()}
-        save_file(kept, part := self.file.with_suffix(".part"), metadata=dict(done=str(done), began=self.began, sha256=_mark(kept)))
+        save_file(
+            kept,
+            part := self.file.with_suffix(".part"),
+            metadata=dict(done=str(done), began=self.began, sha256=_mark(kept)),
+        )
         part.replace(self.file)
 
     @torch.no_grad()
     def go_on(self):
         try:
-            with safe_open(self.file, "pt", device=str(self.sae.W_dec.device)) as f: kept, told = {name: f.get_tensor(name) for name in f.keys()}, f.metadata()
-            if (mark := told.get("sha256")) and _mark(kept) != mark: raise OSError("its checksum differs")
-        except (SafetensorError, OSError) as e: raise ValueError(f"train_sae: {self.file} is damaged ({e}); delete it to begin afresh") from e
+            with safe_open(self.file, "pt", device=str(self.sae.W_dec.device)) as f:
+                kept, told = {name: f.get_tensor(name) for name in f.keys()}, f.metadata()
+            if (mark := told.get("sha256")) and _mark(kept) != mark:
+                raise OSError("its checksum differs")
+        except (SafetensorError, OSError) as e:
+            raise ValueError(
+                f"train_sae: {self.file} is damaged ({e}); delete it to begin afresh"
+            ) from e
         began, now = json.loads(told["began"]), json.loads(self.began)
-        if differs := {name: f"{began.get(name)} there, {now.get(name)} now" for name in began | now if began.get(name) != now.get(name)}: raise ValueError(f"train_sae: {self.file} was begun with other settings: {differs}; give another folder, or delete it")
-        for name, t in self.own().items(): t.copy_(kept[name])
+        if differs := {
+            name: f"{began.get(name)} there, {now.get(name)} now"
+            for name in began | now
+            if began.get(name) != now.get(name)
+        }:
+            raise ValueError(
+                f"train_sae: {self.file} was begun with other settings: {differs}; give another folder, or delete it"
+            )
+        for name, t in self.own().items():
+            t.copy_(kept[name])
         for name, p in self.sae.named_parameters():
-            if moments := {key: kept[f"{name}.{key}"] for key in ("step", "exp_avg", "exp_avg_sq") if f"{name}.{key}" in kept}: self.optimizer.state[p] = moments
+            if moments := {
+                key: kept[f"{name}.{key}"]
+                for key in ("step", "exp_avg", "exp_avg_sq")
+                if f"{name}.{key}" in kept
+            }:
+                self.optimizer.state[p] = moments
         self.done = int(told["done"])
 
-def _mark(tensors):                           # sha256
+
+def _mark(tensors):  # sha256
     mark = hashlib.sha256()
-    for name in sorted(tensors): mark.update(name.encode() + tensors[name].reshape(-1).view(torch.uint8).cpu().numpy().tobytes())
+    for name in sorted(tensors):
+        mark.update(
+            name.encode() + tensors[name].reshape(-1).view(torch.uint8).cpu().numpy().tobytes()
+        )
     return mark.hexdigest()
 
 # %% ../../nbs/lib/dictionary_train.ipynb #dictionary-train-8
 def _checked(kind, alpha, steps):
     "alpha as a tensor, [] or [S]; ValueError for what cannot be trained."
-    if kind not in KINDS: raise ValueError(f"train_sae: kind={kind!r}, expected one of {', '.join(KINDS)}")
+    if kind not in KINDS:
+        raise ValueError(f"train_sae: kind={kind!r}, expected one of {', '.join(KINDS)}")
     alpha = torch.as_tensor(alpha, dtype=torch.float)
-    if alpha.dim() and issubclass(KINDS[kind], TopK): raise ValueError(f"train_sae: kind={kind!r} takes one alpha, the weight of its auxiliary loss (sparsity is set by k); got {alpha.tolist()}")
-    if alpha.dim() > 1 or not alpha.numel() or not (alpha >= 0).all(): raise ValueError(f"train_sae: expected alpha of at least 0, one or a list, got {alpha.tolist()}")
-    if steps < 1: raise ValueError(f"train_sae: expected steps of at least 1, got {steps}")
+    if alpha.dim() and issubclass(KINDS[kind], TopK):
+        raise ValueError(
+            f"train_sae: kind={kind!r} takes one alpha, the weight of its auxiliary loss (sparsity is set by k); got {alpha.tolist()}"
+        )
+    if alpha.dim() > 1 or not alpha.numel() or not (alpha >= 0).all():
+        raise ValueError(
+            f"train_sae: expected alpha of at least 0, one or a list, got {alpha.tolist()}"
+        )
+    if steps < 1:
+        raise ValueError(f"train_sae: expected steps of at least 1, got {steps}")
     return alpha
 
-def _units(x):                                # [n, d] -> mean [d], scale: the centred x / scale has mean square 1 a coordinate
-    if x.dim() != 2: raise ValueError(f"train_sae: expected activations [N, d], got {list(x.shape)}")
+
+def _units(x):  # [n, d] -> mean [d], scale: the centred x / scale has mean square 1 a coordinate
+    if x.dim() != 2:
+        raise ValueError(f"train_sae: expected activations [N, d], got {list(x.shape)}")
     finite(x := x.float(), "train_sae")
     mean = x.mean(0)
     scale = (x - mean).pow(2).mean().sqrt()
-    if not 1e-12 < scale < torch.inf: raise ValueError(f"train_sae: expected activations that vary, in units fit for float32; around their mean they are of size {scale:.3g}")
+    if not 1e-12 < scale < torch.inf:
+        raise ValueError(
+            f"train_sae: expected activations that vary, in units fit for float32; around their mean they are of size {scale:.3g}"
+        )
     return mean, scale
 
+
 @torch.no_grad()
-def refit(sae, x, ridge: float = 1e-4, batch: int = 8192):         # [N, d]
+def refit(sae, x, ridge: float = 1e-4, *, batch: int = 8192):  # [N, d]
     "The same features, and the decoder that explains x best with them (least squares): undoes what the L1 penalty has shrunk."
     n, width = sae.W_dec.shape
     ff, fx = x.new_zeros(n, n), x.new_zeros(n, width)
     for part in x.split(batch):
         f = sae.encode(part)
-        ff += f.T @ f; fx += f.T @ (part - sae.decode(f))
-    moved = torch.linalg.solve(ff + (ridge * ff.diagonal().mean()).clamp(min=1e-30) * torch.eye(n, device=x.device), fx)      # a feature that never fires stays where it is
+        ff += f.T @ f
+        fx += f.T @ (part - sae.decode(f))
+    moved = torch.linalg.solve(
+        ff + (ridge * ff.diagonal().mean()).clamp(min=1e-30) * torch.eye(n, device=x.device), fx
+    )  # a feature that never fires stays where it is
     new = _untied(sae)
     new.W_dec.add_(moved)
     return new
 
+
 def _untied(sae):
     "A copy with a decoder of its own, where the paper's is tied."
-    new = (SAE if sae.tied else type(sae))(**{k: v for k, v in sae.config.items() if k != "kind"}).to(sae.W_dec)
-    new.load_state_dict(sae.state_dict() | {"W_enc": sae.W_enc.detach().clone()} if sae.tied else sae.state_dict())
+    new = (SAE if sae.tied else type(sae))(
+        **{k: v for k, v in sae.config.items() if k != "kind"}
+    ).to(sae.W_dec)
+    new.load_state_dict(
+        sae.state_dict() | {"W_enc": sae.W_enc.detach().clone()} if sae.tied else sae.state_dict()
+    )
     return new.eval()
 
 # %% ../../nbs/lib/dictionary_train.ipynb #dictionary-train-9
-def tune_decoder(sae, model, text: Text, site: str, steps: int = 300, rows: int = 8, lr: float = 1e-3, seed: int = 0):
+def tune_decoder(
+    sae,
+    model,
+    text: Text,
+    *,
+    site: str,
+    steps: int = 300,
+    rows: int = 8,
+    lr: float = 1e-3,
+    seed: int = 0,
+):
     "The same features, and the decoder with which the model goes on most as if nothing had been replaced: KL(model, model with decoded states) + FVU, by W_dec alone (after arXiv 2503.17272)."
     new, where = _untied(sae), next(model.parameters()).device
     optimizer, draw, seen = torch.optim.Adam([new.W_dec], lr), seeded(seed), {}
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda t: min(1., (t + 1) / (.05 * steps), (steps - t) / (.5 * steps)))
+    schedule = torch.optim.lr_scheduler.LambdaLR(
+        optimizer, lambda t: min(1.0, (t + 1) / (0.05 * steps), (steps - t) / (0.5 * steps))
+    )
     with evaluating(model):
         for _ in tqdm(range(steps), desc="tune_decoder", unit="step", delay=2):
             part = text[torch.randint(len(text), (rows,), generator=draw)]
             ids, there = part.ids.to(where), part.mask.to(where)
+
             def decoded(x):
                 x_hat = new.decode(new.encode(x))
-                seen["fvu"] = (x - x_hat)[there].pow(2).sum() / (x[there] - x[there].mean(0)).pow(2).sum()
+                seen["fvu"] = (x - x_hat)[there].pow(2).sum() / (x[there] - x[there].mean(0)).pow(
+                    2
+                ).sum()
                 return torch.where(there[..., None], x_hat, x)
-            with torch.no_grad(): want = model(input_ids=ids, use_cache=False).logits[there].log_softmax(-1)
-            with intervene(model, {site: decoded}): got = model(input_ids=ids, use_cache=False).logits[there].log_softmax(-1)
+
+            with torch.no_grad():
+                want = model(input_ids=ids, use_cache=False).logits[there].log_softmax(-1)
+            with intervene(model, {site: decoded}):
+                got = model(input_ids=ids, use_cache=False).logits[there].log_softmax(-1)
             loss = F.kl_div(got, want, reduction="batchmean", log_target=True) + seen["fvu"]
-            optimizer.zero_grad(); loss.backward(inputs=[new.W_dec])
-            optimizer.step(); schedule.step()
+            optimizer.zero_grad()
+            loss.backward(inputs=[new.W_dec])
+            optimizer.step()
+            schedule.step()
     return new

@@ -26,93 +26,182 @@ from transformers import Trainer, TrainerCallback, TrainingArguments
 # %% ../../nbs/05_finetune.ipynb #c05-5
 class CodebookTrainer(Trainer):
     "transformers' Trainer for a CodebookModel (a plain model is its control): adds the reconstruction loss, the codes' own steps, and logs of both."
-    def __init__(self, model, args: TrainingArguments, *rest,
-                 recon: float = 1.,        # weight of the reconstruction loss: the sum over sites, each in units of its inputs' mean square
-                 decay: float = .99,       # of the moving averages, for codes with learn="ema"
-                 codes_lr: float | None = .01,     # learning rate of codes that learn by gradient, in units of their own size; None: as all else
-                 revive_every: int = 25,   # after so many steps, codes that none of them used move onto badly coded inputs; 0: never
-                 revive_until: float = .75,        # share of the steps after which no code moves any more
-                 **kw):                    # as of Trainer
-        args.ddp_broadcast_buffers, args.remove_unused_columns, args.label_names = False, False, ["labels"]        # each process counts for itself
+
+    def __init__(
+        self,
+        model,
+        args: TrainingArguments,
+        *rest,
+        recon: float = 1.0,  # weight of the reconstruction loss: the sum over sites, each in units of its inputs' mean square
+        decay: float = 0.99,  # of the moving averages, for codes with learn="ema"
+        codes_lr: float
+        | None = 0.01,  # learning rate of codes that learn by gradient, in units of their own size; None: as all else
+        revive_every: int = 25,  # after so many steps, codes that none of them used move onto badly coded inputs; 0: never
+        revive_until: float = 0.75,  # share of the steps after which no code moves any more
+        **kw,
+    ):  # as of Trainer
+        args.ddp_broadcast_buffers, args.remove_unused_columns, args.label_names = (
+            False,
+            False,
+            ["labels"],
+        )  # each process counts for itself
         super().__init__(model, args, *rest, **kw)
-        if args.n_gpu > 1: raise ValueError(f"CodebookTrainer: one process sees {args.n_gpu} GPUs; start one for each with torchrun, or set CUDA_VISIBLE_DEVICES")
+        if args.n_gpu > 1:
+            raise ValueError(
+                f"CodebookTrainer: one process sees {args.n_gpu} GPUs; start one for each with torchrun, or set CUDA_VISIBLE_DEVICES"
+            )
         self.counted, self.evaluated = {}, torch.zeros(2)
         self.books = model.codebooks if isinstance(model, CodebookModel) else {}
-        self.recon, self.decay, self.codes_lr, self.revive_every, self.revive_until = recon, decay, codes_lr, revive_every, revive_until
-        self.model_accepts_loss_kwargs = True                          # compute_loss divides by what the whole batch holds
-        self.whole, self.power, self.seen, self.sums, self.usage = None, {}, [], defaultdict(float), {}
+        self.recon, self.decay, self.codes_lr, self.revive_every, self.revive_until = (
+            recon,
+            decay,
+            codes_lr,
+            revive_every,
+            revive_until,
+        )
+        self.model_accepts_loss_kwargs = (
+            True  # compute_loss divides by what the whole batch holds
+        )
+        self.whole, self.power, self.seen, self.sums, self.usage = (
+            None,
+            {},
+            [],
+            defaultdict(float),
+            {},
+        )
         self.add_callback(_OwnSteps(self))
 
     def total(self, x):
         "Sum over all processes."
-        return self.accelerator.reduce(x.to(self.args.device), "sum") if self.args.world_size > 1 else x
+        return (
+            self.accelerator.reduce(x.to(self.args.device), "sum")
+            if self.args.world_size > 1
+            else x
+        )
+
 
 class _OwnSteps(TrainerCallback):
-    def __init__(self, trainer): self.trainer, self.bar = trainer, None
+    def __init__(self, trainer):
+        self.trainer, self.bar = trainer, None
+
     def on_train_begin(self, args, state, control, **kw):
         self.trainer.measure_power()
         self.trainer.logged = state.global_step
-        if args.disable_tqdm: self.bar = tqdm(total=state.max_steps, initial=state.global_step, desc="finetune", unit="step", delay=2, disable=not state.is_world_process_zero)
+        if args.disable_tqdm:
+            self.bar = tqdm(
+                total=state.max_steps,
+                initial=state.global_step,
+                desc="finetune",
+                unit="step",
+                delay=2,
+                disable=not state.is_world_process_zero,
+            )
+
     def on_step_end(self, *args, **kw):
         self.trainer.codes_step()
-        if self.bar: self.bar.update()
-    def on_log(self, args, state, control, logs=None, **kw):
-        if self.bar and "lm_loss" in (logs or {}): self.bar.set_postfix(loss=f"{logs['lm_loss']:.3f}")
+        if self.bar:
+            self.bar.update()
+
+    def on_log(self, args, state, control, *, logs=None, **kw):
+        if self.bar and "lm_loss" in (logs or {}):
+            self.bar.set_postfix(loss=f"{logs['lm_loss']:.3f}")
+
     def on_train_end(self, *args, **kw):
-        if self.bar: self.bar.close()
+        if self.bar:
+            self.bar.close()
 
 # %% ../../nbs/05_finetune.ipynb #c05-4
-def token_nats(logits, labels):            # [batch, seq, vocabulary], [batch, seq] with -100 where nothing is asked -> [batch, seq]
+def token_nats(
+    logits, labels
+):  # [batch, seq, vocabulary], [batch, seq] with -100 where nothing is asked -> [batch, seq]
     "Surprise of the token that follows each position; 0 where none is asked."
     following = F.pad(labels[:, 1:], (0, 1), value=-100)
-    return F.cross_entropy((logits if logits.dtype == torch.float64 else logits.float()).flatten(0, 1), following.flatten(), reduction="none").view_as(labels)
+    return F.cross_entropy(
+        (logits if logits.dtype == torch.float64 else logits.float()).flatten(0, 1),
+        following.flatten(),
+        reduction="none",
+    ).view_as(labels)
 
-def _sizes(inputs):                        # -> [2]
+
+def _sizes(inputs):  # -> [2]
     "Tokens to be predicted, and positions that are no padding."
     mask = inputs.get("attention_mask")
-    return torch.stack([(inputs["labels"][:, 1:] != -100).sum(), torch.tensor(inputs["labels"].numel()).to(inputs["labels"]) if mask is None else mask.sum()])
+    return torch.stack(
+        [
+            (inputs["labels"][:, 1:] != -100).sum(),
+            torch.tensor(inputs["labels"].numel()).to(inputs["labels"])
+            if mask is None
+            else mask.sum(),
+        ]
+    )
 
 # %% ../../nbs/05_finetune.ipynb #c05-48
 @patch
 @torch.no_grad()
 def measure_power(self: CodebookTrainer):
     "Mean square of each site's inputs on the first rows of the text: the unit of its reconstruction error, the same on all processes and after resuming."
-    if self.power or not self.books: return
+    if self.power or not self.books:
+        return
     rows = self.data_collator(list(islice(iter(self.train_dataset), 8)))
-    with self.model.bypass(), capture(self.model, list(self.books)) as acts: self.model(input_ids=rows["input_ids"].to(self.args.device))
-    there = rows.get("attention_mask", torch.ones_like(rows["input_ids"])).bool().to(self.args.device)
-    self.power = {site: x[there].float().pow(2).sum(-1).mean().clamp(min=1e-9) for site, x in acts.items()}
+    with self.model.bypass(), capture(self.model, list(self.books)) as acts:
+        self.model(input_ids=rows["input_ids"].to(self.args.device))
+    there = (
+        rows.get("attention_mask", torch.ones_like(rows["input_ids"]))
+        .bool()
+        .to(self.args.device)
+    )
+    self.power = {
+        site: x[there].float().pow(2).sum(-1).mean().clamp(min=1e-9)
+        for site, x in acts.items()
+    }
 
 # %% ../../nbs/05_finetune.ipynb #c05-52
 @patch
 def get_batch_samples(self: CodebookTrainer, *args):
     "The parts of a batch; remembers what the whole of it holds, on all processes."
     parts, n = Trainer.get_batch_samples(self, *args)
-    if parts: self.whole = self.total(sum(_sizes(part) for part in parts).to(self.args.device))
+    if parts:
+        self.whole = self.total(
+            sum(_sizes(part) for part in parts).to(self.args.device)
+        )
     return parts, n
 
+
 @patch
-def compute_loss(self: CodebookTrainer, model, inputs, return_outputs=False, num_items_in_batch=None):
+def compute_loss(
+    self: CodebookTrainer, model, inputs, return_outputs=False, num_items_in_batch=None
+):
     "Nats a token + recon * reconstruction errors, as this part's share of the whole batch: parts and processes add up to one big batch."
     size, training = _sizes(inputs), model.training
-    out = model(input_ids=inputs["input_ids"], attention_mask=inputs.get("attention_mask"), use_cache=False)
+    out = model(
+        input_ids=inputs["input_ids"],
+        attention_mask=inputs.get("attention_mask"),
+        use_cache=False,
+    )
     nats = token_nats(out.logits, inputs["labels"])
     asked, positions = self.whole if training else size
     loss = nats.sum() / asked
-    if not training: self.evaluated += torch.stack([nats.sum(), asked]).detach()
-    if training: loss = self.watch(loss, nats.detach(), size[1] / positions) * self.args.world_size      # gradients are averaged over processes
+    if not training:
+        self.evaluated += torch.stack([nats.sum(), asked]).detach()
+    if training:
+        loss = (
+            self.watch(loss, nats.detach(), size[1] / positions) * self.args.world_size
+        )  # gradients are averaged over processes
     return (loss, out) if return_outputs else loss
 
 # %% ../../nbs/05_finetune.ipynb #c05-54
 @patch
-def watch(self: CodebookTrainer, loss, nats, share):       # a scalar, [batch, seq], this part's share of the batch's positions
+def watch(
+    self: CodebookTrainer, loss, nats, share
+):  # a scalar, [batch, seq], this part's share of the batch's positions
     "Add the reconstruction errors to a loss, and keep what the logs and the next revival need."
     self.sums["lm_loss"] += loss.detach()
     for site, recon in (self.model.recon if self.books else {}).items():
         error = recon / self.power[site] * share
         loss = loss + self.recon * error
         self.sums[f"error {site}"] += error.detach() / (1 + self.books[site].commitment)
-    if self.due("revive"): self.seen.append((nats, dict(self.model.inputs)))
+    if self.due("revive"):
+        self.seen.append((nats, dict(self.model.inputs)))
     return loss
 
 # %% ../../nbs/05_finetune.ipynb #c05-56
@@ -120,34 +209,63 @@ def watch(self: CodebookTrainer, loss, nats, share):       # a scalar, [batch, s
 def due(self: CodebookTrainer, what: str = "count", done: int = 0) -> bool:
     "Whether the step at hand ends a window of counting, and whether unused codes move then."
     step = self.state.global_step + 1 - done
-    ends = bool(self.books) and step % (self.revive_every or self.args.logging_steps) == 0
-    return ends and (what == "count" or self.revive_every > 0 and step <= self.revive_until * self.state.max_steps)
+    ends = (
+        bool(self.books) and step % (self.revive_every or self.args.logging_steps) == 0
+    )
+    return ends and (
+        what == "count"
+        or self.revive_every > 0
+        and step <= self.revive_until * self.state.max_steps
+    )
+
 
 def code_usage(cb_model) -> dict:
     "Since reset_counts: dead_share, usage_entropy in nats (log n_codes if all codes are used alike), and code_norm, the codes' mean length."
     books = cb_model.codebooks.values()
-    shares = torch.cat([b.counts.double() / b.counts.sum(-1, keepdim=True).clamp(min=1) for b in books])
-    return dict(dead_share=cb_model.dead_share(), usage_entropy=torch.special.entr(shares).sum(-1).mean().item(),
-                code_norm=torch.stack([b.weight.detach().norm(dim=-1).mean() for b in books]).mean().item())
+    shares = torch.cat(
+        [b.counts.double() / b.counts.sum(-1, keepdim=True).clamp(min=1) for b in books]
+    )
+    return dict(
+        dead_share=cb_model.dead_share(),
+        usage_entropy=torch.special.entr(shares).sum(-1).mean().item(),
+        code_norm=torch.stack([b.weight.detach().norm(dim=-1).mean() for b in books])
+        .mean()
+        .item(),
+    )
+
 
 @patch
 def codes_step(self: CodebookTrainer):
     "After the optimiser's step: moving averages; at the end of a window, the codes' usage and the revival of those unused."
     for book in self.books.values():
-        if book.learn == "ema": book.new.copy_(self.total(book.new))
+        if book.learn == "ema":
+            book.new.copy_(self.total(book.new))
         book.step(self.decay)
-    if not self.due(done=1): return
-    for book in self.books.values(): book.counts.copy_(self.total(book.counts))
+    if not self.due(done=1):
+        return
+    for book in self.books.values():
+        book.counts.copy_(self.total(book.counts))
     self.usage = code_usage(self.model)
-    if self.due("revive", done=1): self.revive()
+    if self.due("revive", done=1):
+        self.revive()
     self.model.reset_counts()
+
 
 @patch
 def revive(self: CodebookTrainer):
     "Move unused codes onto inputs of the last batch, drawn in proportion to (1 - cosine to the own codes) * surprise of the next token."
     whole = lambda parts: self.accelerator.gather(torch.cat(parts)).flatten(0, 1)
-    nats, draw = whole([nats for nats, _ in self.seen]), seeded(self.args.seed * 1_000_003 + self.state.global_step)       # the same on all processes
-    for site, book in self.books.items(): book.revive(whole([inputs[site] for _, inputs in self.seen]).to(book.weight.dtype), nats, optimizer=self.optimizer, generator=draw)
+    nats, draw = (
+        whole([nats for nats, _ in self.seen]),
+        seeded(self.args.seed * 1_000_003 + self.state.global_step),
+    )  # the same on all processes
+    for site, book in self.books.items():
+        book.revive(
+            whole([inputs[site] for _, inputs in self.seen]).to(book.weight.dtype),
+            nats,
+            optimizer=self.optimizer,
+            generator=draw,
+        )
     self.seen.clear()
 
 # %% ../../nbs/05_finetune.ipynb #c05-9
@@ -156,8 +274,19 @@ def log(self: CodebookTrainer, logs, *args):
     "Trainer's logs, with lm_loss (nats), every site's relative error, and the codes' usage in the last whole window."
     if "loss" in logs and self.sums:
         names, steps = list(self.sums), self.state.global_step - self.logged
-        logs |= dict(zip(names, (self.total(torch.stack([self.sums[n] for n in names])) / steps).tolist())) | self.usage
-        self.sums.clear(); self.logged = self.state.global_step
+        logs |= (
+            dict(
+                zip(
+                    names,
+                    (
+                        self.total(torch.stack([self.sums[n] for n in names])) / steps
+                    ).tolist(),
+                )
+            )
+            | self.usage
+        )
+        self.sums.clear()
+        self.logged = self.state.global_step
     return Trainer.log(self, logs, *args)
 
 # %% ../../nbs/05_finetune.ipynb #c05-10
@@ -166,78 +295,158 @@ def create_optimizer(self: CodebookTrainer, model=None):
     "The optimiser that args name, with codes in a group of their own: not decayed, at codes_lr."
     if self.optimizer is None and self.books:
         make, kw = self.get_optimizer_cls_and_kwargs(self.args, self.model)
-        self.optimizer = make(self.model.param_groups(self.args.learning_rate, self.codes_lr, self.args.weight_decay), **kw)
+        self.optimizer = make(
+            self.model.param_groups(
+                self.args.learning_rate, self.codes_lr, self.args.weight_decay
+            ),
+            **kw,
+        )
     return self.optimizer or Trainer.create_optimizer(self, model)
 
+
 @patch
-def evaluation_loop(self: CodebookTrainer, *args, metric_key_prefix: str = "eval", **kw):
+def evaluation_loop(
+    self: CodebookTrainer, *args, metric_key_prefix: str = "eval", **kw
+):
     "As Trainer's, with the mean over all tokens, not over batches; what the codes are used for meanwhile is not counted."
-    kept, self.evaluated = {site: book.counts.clone() for site, book in self.books.items()}, torch.zeros(2, dtype=torch.double, device=self.args.device)
-    try: out = Trainer.evaluation_loop(self, *args, metric_key_prefix=metric_key_prefix, **kw)
+    kept, self.evaluated = (
+        {site: book.counts.clone() for site, book in self.books.items()},
+        torch.zeros(2, dtype=torch.double, device=self.args.device),
+    )
+    try:
+        out = Trainer.evaluation_loop(
+            self, *args, metric_key_prefix=metric_key_prefix, **kw
+        )
     finally:
-        for site, counts in kept.items(): self.books[site].counts.copy_(counts)
+        for site, counts in kept.items():
+            self.books[site].counts.copy_(counts)
     nats, asked = self.total(self.evaluated).tolist()
     out.metrics[f"{metric_key_prefix}_loss"] = nats / asked
     return out
 
 # %% ../../nbs/05_finetune.ipynb #c05-11
-STATE = "codebooks_training.safetensors"          # beside the model: what resuming needs besides
+STATE = (
+    "codebooks_training.safetensors"  # beside the model: what resuming needs besides
+)
 
-CHECKSUMS = "checksums.json"                      # of all files of a checkpoint
+CHECKSUMS = "checksums.json"  # of all files of a checkpoint
+
 
 @patch
 def _save(self: CodebookTrainer, output_dir=None, state_dict=None):
     "Write the codebook model, as save_pretrained does, and what resuming needs."
-    if not self.books: return Trainer._save(self, output_dir, state_dict)
-    if not self.args.should_save: return
-    (folder := Path(output_dir or self.args.output_dir)).mkdir(parents=True, exist_ok=True)
-    save_file({f"{site}.counts": self.counted.get(site, b.counts) for site, b in self.books.items()} | {f"{site}.power": p for site, p in self.power.items()}
-              | {f"usage.{name}": torch.tensor(v, dtype=torch.double) for name, v in self.usage.items()}, folder / STATE)
-    self.model.save_pretrained(folder)             # last: it writes the checksums of all
-    if self.processing_class is not None: self.processing_class.save_pretrained(folder)
+    if not self.books:
+        return Trainer._save(self, output_dir, state_dict)
+    if not self.args.should_save:
+        return
+    (folder := Path(output_dir or self.args.output_dir)).mkdir(
+        parents=True, exist_ok=True
+    )
+    save_file(
+        {
+            f"{site}.counts": self.counted.get(site, b.counts)
+            for site, b in self.books.items()
+        }
+        | {f"{site}.power": p for site, p in self.power.items()}
+        | {
+            f"usage.{name}": torch.tensor(v, dtype=torch.double)
+            for name, v in self.usage.items()
+        },
+        folder / STATE,
+    )
+    self.model.save_pretrained(folder)  # last: it writes the checksums of all
+    if self.processing_class is not None:
+        self.processing_class.save_pretrained(folder)
+
 
 @patch
 def _save_checkpoint(self: CodebookTrainer, *args, **kw):
     "As Trainer's; what is counted so far is summed over all processes first, and the checksums of all files come last."
     self.counted = {site: self.total(b.counts) for site, b in self.books.items()}
-    try: Trainer._save_checkpoint(self, *args, **kw)
-    finally: self.counted = {}
-    self.accelerator.wait_for_everyone()           # each process writes a file
-    if self.args.should_save: _write_checksums(Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}")
+    try:
+        Trainer._save_checkpoint(self, *args, **kw)
+    finally:
+        self.counted = {}
+    self.accelerator.wait_for_everyone()  # each process writes a file
+    if self.args.should_save:
+        _write_checksums(
+            Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}"
+        )
+
 
 @patch
 def _load_best_model(self: CodebookTrainer):
     "The checkpoint with the best metric."
-    return self._load_from_checkpoint(self.state.best_model_checkpoint) if self.books else Trainer._load_best_model(self)
+    return (
+        self._load_from_checkpoint(self.state.best_model_checkpoint)
+        if self.books
+        else Trainer._load_best_model(self)
+    )
+
 
 @patch
 def _load_from_checkpoint(self: CodebookTrainer, folder, model=None):
     "Weights, codes, counts and units of a checkpoint; ValueError if it is of other sites or settings."
-    if not self.books: return Trainer._load_from_checkpoint(self, folder, model)
+    if not self.books:
+        return Trainer._load_from_checkpoint(self, folder, model)
     saved = CodebookModel.from_pretrained(folder)
-    try: state = load_file(Path(folder) / STATE)
-    except Exception as e: raise ValueError(f"finetune: {STATE} in {folder} is missing or damaged ({e}); remove this checkpoint to go on from the one before, or give another folder") from e
-    ours, theirs = ({s: b.config for s, b in m.codebooks.items()} for m in (self.model, saved))
-    if ours != theirs: raise ValueError(f"finetune: the checkpoint {folder} has the codebooks {theirs}, the model to go on with {ours}; give another folder, or resume=False")
+    try:
+        state = load_file(Path(folder) / STATE)
+    except Exception as e:
+        raise ValueError(
+            f"finetune: {STATE} in {folder} is missing or damaged ({e}); remove this checkpoint to go on from the one before, or give another folder"
+        ) from e
+    ours, theirs = (
+        {s: b.config for s, b in m.codebooks.items()} for m in (self.model, saved)
+    )
+    if ours != theirs:
+        raise ValueError(
+            f"finetune: the checkpoint {folder} has the codebooks {theirs}, the model to go on with {ours}; give another folder, or resume=False"
+        )
     self.model.load_state_dict(saved.state_dict())
-    for site, book in self.books.items(): book.counts.copy_(state[f"{site}.counts"] * (self.args.process_index == 0))          # they are summed again later
-    self.power = {site: state[f"{site}.power"].to(self.args.device) for site in self.books}
-    self.usage = {name: state[f"usage.{name}"].item() for name in ("dead_share", "usage_entropy", "code_norm") if f"usage.{name}" in state}
+    for site, book in self.books.items():
+        book.counts.copy_(
+            state[f"{site}.counts"] * (self.args.process_index == 0)
+        )  # they are summed again later
+    self.power = {
+        site: state[f"{site}.power"].to(self.args.device) for site in self.books
+    }
+    self.usage = {
+        name: state[f"usage.{name}"].item()
+        for name in ("dead_share", "usage_entropy", "code_norm")
+        if f"usage.{name}" in state
+    }
+
 
 def _write_checksums(folder):
-    marks = {str(p.relative_to(folder)): checksum(p) for p in sorted(folder.rglob("*")) if p.is_file() and p.stem != "checksums"}
+    marks = {
+        str(p.relative_to(folder)): checksum(p)
+        for p in sorted(folder.rglob("*"))
+        if p.is_file() and p.stem != "checksums"
+    }
     part = (folder / CHECKSUMS).with_suffix(".part")
-    part.write_text(json.dumps(marks, indent=1) + "\n"); part.replace(folder / CHECKSUMS)
+    part.write_text(json.dumps(marks, indent=1) + "\n")
+    part.replace(folder / CHECKSUMS)
+
 
 def undamaged(folder):
     "ValueError that names a file which is not as it was written."
     file = CHECKSUMS
     try:
         for file, mark in json.loads((Path(folder) / CHECKSUMS).read_text()).items():
-            if checksum(Path(folder) / file) != mark: raise ValueError("its checksum differs")
-    except Exception as e: raise ValueError(f"finetune: {file} in {folder} is missing or damaged ({type(e).__name__}: {e}); remove this checkpoint to go on from the one before, or give another folder") from e
+            if checksum(Path(folder) / file) != mark:
+                raise ValueError("its checksum differs")
+    except Exception as e:
+        raise ValueError(
+            f"finetune: {file} in {folder} is missing or damaged ({type(e).__name__}: {e}); remove this checkpoint to go on from the one before, or give another folder"
+        ) from e
+
 
 def last_checkpoint(folder) -> str | None:
     "The newest checkpoint of a folder that was written to its end (checksums.json comes last), or None."
-    found = [p for p in Path(folder).glob("checkpoint-*") if p.name[11:].isdigit() and (p / CHECKSUMS).exists()]
+    found = [
+        p
+        for p in Path(folder).glob("checkpoint-*")
+        if p.name[11:].isdigit() and (p / CHECKSUMS).exists()
+    ]
     return str(max(found, key=lambda p: int(p.name[11:]))) if found else None

@@ -13,66 +13,124 @@ from scipy.stats import rankdata
 from tqdm.auto import tqdm
 
 # %% ../../nbs/lib/feature_detect.ipynb #feature-detect-5
-def best_f1(order, ascending, picks, counts, at, concept, signs=(1,)):     # [n] tokens by value, their values, ranks [q], [C], the true (token, concept) pairs [P] twice -> for each sign F1 [C], threshold [C]
+def best_f1(
+    order, ascending, picks, *, counts, at, concept, signs=(1,)
+):  # [n] tokens by value, their values, ranks [q], [C], the true (token, concept) pairs [P] twice -> for each sign F1 [C], threshold [C]
     "The best F1 for every concept over thresholds at some ranks, from the top (1) and from the bottom (-1): one count of the true tokens by the stretch of the order in which they lie serves both."
     n, levels = len(order), {1: ascending[len(order) - picks][::-1], -1: ascending[picks - 1][::-1]}
-    cut = {sign: ascending.searchsorted(levels[sign], "left" if sign == 1 else "right") for sign in signs}       # equal values fall on one side
+    cut = {
+        sign: ascending.searchsorted(levels[sign], "left" if sign == 1 else "right")
+        for sign in signs
+    }  # equal values fall on one side
     edges, stretch = np.unique(np.concatenate(list(cut.values()))), np.empty(n, int)
     size = len(edges) + 1
     stretch[order] = np.repeat(np.arange(size), np.diff(edges, prepend=0, append=n))
-    before = np.bincount(concept * size + stretch[at], minlength=len(counts) * size).reshape(len(counts), size).cumsum(1)
+    before = (
+        np.bincount(concept * size + stretch[at], minlength=len(counts) * size)
+        .reshape(len(counts), size)
+        .cumsum(1)
+    )
     for sign in signs:
         hits, fired = before[:, edges.searchsorted(cut[sign])], cut[sign]
-        if sign == 1: hits, fired = counts[:, None] - hits, n - fired
+        if sign == 1:
+            hits, fired = counts[:, None] - hits, n - fired
         f1 = 2 * hits / (fired + counts[:, None])
         yield f1.max(1), sign * levels[sign][f1.argmax(1)]
 
-def _above(order, ascending, counts, at, concept):                     # -> AUROC [C]
+
+def _above(order, ascending, counts, *, at, concept):  # -> AUROC [C]
     "The share of (true, other) pairs of tokens in which the true one is larger, from ranks; equal values share theirs."
     new = np.flatnonzero(np.append(True, ascending[1:] != ascending[:-1]))
     ends, rank = np.append(new[1:], len(order)), np.empty(len(order))
     rank[order] = np.repeat((new + 1 + ends) / 2, ends - new)
-    return (np.bincount(concept, rank[at], len(counts)) - counts * (counts + 1) / 2) / (counts * (len(order) - counts)).clip(1)
+    return (np.bincount(concept, rank[at], len(counts)) - counts * (counts + 1) / 2) / (
+        counts * (len(order) - counts)
+    ).clip(1)
 
 # %% ../../nbs/lib/feature_detect.ipynb #feature-detect-6
-def concept_scores(f,                         # [N, F] features at ordinary tokens
-                   truth,                     # [N, C] bool
-                   signs: bool = True,        # may a feature also count by its negative?
-                   at_least: int = 20,        # concepts with fewer tokens in either half are skipped: nan
-                   points: int = 64) -> dict: # thresholds tried, at geometrically spaced ranks
+def concept_scores(
+    f,  # [N, F] features at ordinary tokens
+    truth,  # [N, C] bool
+    signs: bool = True,  # may a feature also count by its negative?
+    *,
+    at_least: int = 20,  # concepts with fewer tokens in either half are skipped: nan
+    points: int = 64,
+) -> dict:  # thresholds tried, at geometrically spaced ranks
     "For every concept the feature, sign and threshold of the best F1, and the feature and sign of the best AUROC, all chosen on the first half of the tokens; both scored on the second. Every feature is sorted once."
     f, truth = np.asarray(f), np.asarray(truth, bool)
-    if f.ndim != 2 or truth.ndim != 2 or not 2 <= len(f) == len(truth) or not f.shape[1]: raise ValueError(f"concept_scores: expected features [N, F] and truth [N, C], of two rows or more, of the same tokens, got {list(f.shape)} and {list(truth.shape)}")
-    if not np.isfinite(f).all(): raise ValueError("concept_scores: the features hold NaN or infinity; expected finite numbers")
+    if f.ndim != 2 or truth.ndim != 2 or not 2 <= len(f) == len(truth) or not f.shape[1]:
+        raise ValueError(
+            f"concept_scores: expected features [N, F] and truth [N, C], of two rows or more, of the same tokens, got {list(f.shape)} and {list(truth.shape)}"
+        )
+    if not np.isfinite(f).all():
+        raise ValueError(
+            "concept_scores: the features hold NaN or infinity; expected finite numbers"
+        )
     half = len(f) // 2
     counts, later = truth[:half].sum(0), truth[half:].sum(0)
     asked = np.flatnonzero(np.minimum(counts, later) >= at_least)
     at, concept = truth[:half, asked].nonzero()
     counts, n = counts[asked], len(asked)
     levels = np.unique(np.geomspace(1, half, points).astype(int))
-    top = {key: np.full((3, n), -1.) for key in ("f1", "auroc")}                  # score, feature, sign; and for F1 the threshold
-    threshold, ways = np.zeros(n), (1, -1)[:1 + signs]
+    top = {
+        key: np.full((3, n), -1.0) for key in ("f1", "auroc")
+    }  # score, feature, sign; and for F1 the threshold
+    threshold, ways = np.zeros(n), (1, -1)[: 1 + signs]
+
     def offer(key, value, j, sign, t=None):
         better = value > top[key][0]
         top[key][:, better] = np.stack([value, np.full(n, j), np.full(n, sign)])[:, better]
-        if t is not None: threshold[better] = t[better]
+        if t is not None:
+            threshold[better] = t[better]
+
     for j in tqdm(range(f.shape[1]), desc="concept_scores", unit="feature", delay=3):
         order = f[:half, j].argsort()
         ascending = f[:half, j][order].astype(np.float64)
-        above = _above(order, ascending, counts, at, concept)
-        for sign, (value, t) in zip(ways, best_f1(order, ascending, levels, counts, at, concept, ways)):
+        above = _above(order, ascending, counts, at=at, concept=concept)
+        for sign, (value, t) in zip(
+            ways,
+            best_f1(order, ascending, levels, counts=counts, at=at, concept=concept, signs=ways),
+        ):
             offer("f1", value, j, sign, t)
             offer("auroc", above if sign == 1 else 1 - above, j, sign)
-    return _scored(f[half:], truth[half:, asked], top, threshold, asked, truth.shape[1])
+    return _scored(
+        f[half:],
+        truth[half:, asked],
+        top,
+        threshold=threshold,
+        asked=asked,
+        n_concepts=truth.shape[1],
+    )
 
 # %% ../../nbs/lib/feature_detect.ipynb #feature-detect-7
-def _scored(f, truth, top, threshold, asked, n_concepts):
+def _scored(f, truth, top, *, threshold, asked, n_concepts):
     "What was chosen, on the tokens that did not choose."
-    out = {key: np.full(n_concepts, np.nan) for key in ("f1", "auroc", "chosen_f1", "threshold")} | {"feature": np.full(n_concepts, -1), "sign": np.zeros(n_concepts, int), "skipped": n_concepts - len(asked)}
+    out = {
+        key: np.full(n_concepts, np.nan) for key in ("f1", "auroc", "chosen_f1", "threshold")
+    } | {
+        "feature": np.full(n_concepts, -1),
+        "sign": np.zeros(n_concepts, int),
+        "skipped": n_concepts - len(asked),
+    }
     for i, c in enumerate(asked):
         own, (_, j, sign), (_, best, way) = truth[:, i], top["f1"][:, i], top["auroc"][:, i]
         fires = sign * f[:, int(j)] >= threshold[i]
-        out["f1"][c], out["chosen_f1"][c], out["threshold"][c], out["feature"][c], out["sign"][c] = 2 * (fires & own).sum() / (fires.sum() + own.sum()), top["f1"][0, i], threshold[i], j, sign
+        (
+            out["f1"][c],
+            out["chosen_f1"][c],
+            out["threshold"][c],
+            out["feature"][c],
+            out["sign"][c],
+        ) = (
+            2 * (fires & own).sum() / (fires.sum() + own.sum()),
+            top["f1"][0, i],
+            threshold[i],
+            j,
+            sign,
+        )
         n = own.sum()
-        if n < len(own): out["auroc"][c] = (rankdata(way * f[:, int(best)])[own].sum() - n * (n + 1) / 2) / (n * (len(own) - n))
+        if n < len(own):
+            out["auroc"][c] = (rankdata(way * f[:, int(best)])[own].sum() - n * (n + 1) / 2) / (
+                n * (len(own) - n)
+            )
     return out

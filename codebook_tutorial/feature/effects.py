@@ -9,115 +9,243 @@ __all__ = ['topic_words', 'generate', 'text_nats', 'count_words', 'recognise', '
            'best_within']
 
 # %% ../../nbs/lib/feature_effects.ipynb #feature-effects-3
+from contextlib import nullcontext
+from dataclasses import dataclass
+
 import numpy as np
 import torch
 import torch.nn.functional as F
 from ..model.run import check_length, evaluating
 from ..world.concepts import WORD_TABLES
 from ..world.grammar import ID, LISTS, TOPICS, plural
-from contextlib import nullcontext
-from dataclasses import dataclass
 from tqdm.auto import tqdm
 
 # %% ../../nbs/lib/feature_effects.ipynb #feature-effects-4
-def topic_words() -> dict:                     # {topic: [(ids of a word's forms), ...]}
+def topic_words() -> dict:  # {topic: [(ids of a word's forms), ...]}
     "The words of the stories' topics, as `split_words` takes them: a noun and its plural are forms of one word."
     own = lambda word, i: WORD_TABLES["topic_word"][ID[word]] == i
-    forms = lambda word, part, i: tuple(ID[w] for w in dict.fromkeys((word, plural(word)) if part == "noun" else (word,)) if own(w, i))
-    return {topic: [f for part in ("noun", "verb", "adj", "place") for word in LISTS[f"topic_{part}"][topic] if (f := forms(word, part, i))] for i, topic in enumerate(TOPICS)}
+    forms = lambda word, part, i: tuple(
+        ID[w]
+        for w in dict.fromkeys((word, plural(word)) if part == "noun" else (word,))
+        if own(w, i)
+    )
+    return {
+        topic: [
+            f
+            for part in ("noun", "verb", "adj", "place")
+            for word in LISTS[f"topic_{part}"][topic]
+            if (f := forms(word, part, i))
+        ]
+        for i, topic in enumerate(TOPICS)
+    }
 
 # %% ../../nbs/lib/feature_effects.ipynb #feature-effects-5
 @torch.no_grad()
-def generate(model, tok, prompts: list,        # n lists of token ids, BOS first
-             n_tokens: int = 96, temperature: float = 1.,
-             steer=None,                       # rows [m] of prompts -> a context, e.g. lambda rows: steer(model, switches, target[rows])
-             batch: int = 256,                 # the same seed gives other texts in other batches
-             seed: int = 0, progress: bool = True) -> list:      # n lists of the tokens that were added
+def generate(
+    model,
+    tok,
+    prompts: list,  # n lists of token ids, BOS first
+    *,
+    n_tokens: int = 96,
+    temperature: float = 1.0,
+    steer=None,  # rows [m] of prompts -> a context, e.g. lambda rows: steer(model, switches, target[rows])
+    batch: int = 256,  # the same seed gives other texts in other batches
+    seed: int = 0,
+    progress: bool = True,
+) -> list:  # n lists of the tokens that were added
     "Sample a continuation of every prompt, many at a time, with the KV cache; steered by what `steer` opens around each batch."
     from transformers import GenerationConfig, StoppingCriteria, StoppingCriteriaList
-    if not prompts or not all(len(p) for p in prompts): raise ValueError("generate: expected prompts with at least one token each")
-    if n_tokens < 1 or temperature <= 0: raise ValueError(f"generate: expected n_tokens of at least 1 and a temperature above 0, got {n_tokens} and {temperature}")
+
+    if not prompts or not all(len(p) for p in prompts):
+        raise ValueError("generate: expected prompts with at least one token each")
+    if n_tokens < 1 or temperature <= 0:
+        raise ValueError(
+            f"generate: expected n_tokens of at least 1 and a temperature above 0, got {n_tokens} and {temperature}"
+        )
     check_length(model, max(map(len, prompts)) + n_tokens, "generate")
-    bar, out, where = tqdm(total=-(-len(prompts) // batch) * n_tokens, desc="generate", unit="token", delay=5, **({} if progress else dict(disable=True))), [], next(model.parameters()).device
-    ends = sorted({tok.bos_token_id, getattr(tok, "eos_token_id", None) or tok.bos_token_id})      # what ends a document
-    plain = GenerationConfig(max_new_tokens=n_tokens, do_sample=True, temperature=temperature, top_k=0, top_p=1., pad_token_id=tok.pad_token_id, eos_token_id=ends)      # none of the model's own habits
+    bar, out, where = (
+        tqdm(
+            total=-(-len(prompts) // batch) * n_tokens,
+            desc="generate",
+            unit="token",
+            delay=5,
+            **({} if progress else dict(disable=True)),
+        ),
+        [],
+        next(model.parameters()).device,
+    )
+    ends = sorted(
+        {tok.bos_token_id, getattr(tok, "eos_token_id", None) or tok.bos_token_id}
+    )  # what ends a document
+    plain = GenerationConfig(
+        max_new_tokens=n_tokens,
+        do_sample=True,
+        temperature=temperature,
+        top_k=0,
+        top_p=1.0,
+        pad_token_id=tok.pad_token_id,
+        eos_token_id=ends,
+    )  # none of the model's own habits
+
     class Tick(StoppingCriteria):
-        def __call__(self, ids, scores, **kw): bar.update(1); return torch.zeros(len(ids), dtype=torch.bool, device=ids.device)
+        def __call__(self, ids, scores, **kw):
+            bar.update(1)
+            return torch.zeros(len(ids), dtype=torch.bool, device=ids.device)
+
     for i in range(0, len(prompts), batch):
-        some = prompts[i:i + batch]
+        some = prompts[i : i + batch]
         length = max(map(len, some))
-        ids = torch.tensor([[tok.pad_token_id] * (length - len(p)) + list(p) for p in some], device=where)
+        ids = torch.tensor(
+            [[tok.pad_token_id] * (length - len(p)) + list(p) for p in some], device=where
+        )
         mask = torch.tensor([[0] * (length - len(p)) + [1] * len(p) for p in some], device=where)
-        with torch.random.fork_rng(), evaluating(model), steer(torch.arange(i, i + len(some))) if steer else nullcontext():
+        with (
+            torch.random.fork_rng(),
+            evaluating(model),
+            steer(torch.arange(i, i + len(some))) if steer else nullcontext(),
+        ):
             torch.manual_seed(seed * 1_000_003 + i)
-            new = model.generate(input_ids=ids, attention_mask=mask, generation_config=plain, stopping_criteria=StoppingCriteriaList([Tick()]))[:, length:].tolist()
-        out += [row[:min([row.index(e) + 1 for e in ends if e in row], default=len(row))] for row in new]
+            new = model.generate(
+                input_ids=ids,
+                attention_mask=mask,
+                generation_config=plain,
+                stopping_criteria=StoppingCriteriaList([Tick()]),
+            )[:, length:].tolist()
+        out += [
+            row[: min([row.index(e) + 1 for e in ends if e in row], default=len(row))]
+            for row in new
+        ]
     bar.close()
     return out
 
+
 @torch.no_grad()
-def text_nats(model, prompts: list, samples: list, batch: int = 64):      # -> [n] nats of each sample's tokens, given its prompt
+def text_nats(
+    model, prompts: list, samples: list, *, batch: int = 64
+):  # -> [n] nats of each sample's tokens, given its prompt
     "How surprising texts are to a model."
     found, where = [], next(model.parameters()).device
     for i in range(0, len(prompts), batch):
-        rows = [torch.tensor([*p, *s]) for p, s in zip(prompts[i:i + batch], samples[i:i + batch])]
+        rows = [
+            torch.tensor([*p, *s]) for p, s in zip(prompts[i : i + batch], samples[i : i + batch])
+        ]
         ids = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True).to(where)
-        with evaluating(model): logits = model(input_ids=ids, use_cache=False).logits[:, :-1].float()
-        nats = F.cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten(), reduction="none").view(len(rows), -1).cpu()
-        found += [nats[j, len(p) - 1:len(r) - 1].sum() for j, (p, r) in enumerate(zip(prompts[i:i + batch], rows))]
+        with evaluating(model):
+            logits = model(input_ids=ids, use_cache=False).logits[:, :-1].float()
+        nats = (
+            F.cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten(), reduction="none")
+            .view(len(rows), -1)
+            .cpu()
+        )
+        found += [
+            nats[j, len(p) - 1 : len(r) - 1].sum()
+            for j, (p, r) in enumerate(zip(prompts[i : i + batch], rows))
+        ]
     return torch.stack(found)
 
 # %% ../../nbs/lib/feature_effects.ipynb #feature-effects-6
-def count_words(samples: list, words: dict):      # n lists of ids, {name: ids} -> [n, names]
+def count_words(samples: list, words: dict):  # n lists of ids, {name: ids} -> [n, names]
     "How many words of each list stand in each text."
     sets = [set(w) for w in words.values()]
-    return torch.tensor([[sum(t in some for t in sample) for some in sets] for sample in samples], dtype=torch.long).view(len(samples), len(sets))
+    return torch.tensor(
+        [[sum(t in some for t in sample) for some in sets] for sample in samples], dtype=torch.long
+    ).view(len(samples), len(sets))
 
-def recognise(samples: list, words: dict):        # -> [n] index of the name, -1: none, or two equal
+
+def recognise(samples: list, words: dict):  # -> [n] index of the name, -1: none, or two equal
     "What most words of a text belong to."
     counts = count_words(samples, words)
     top = counts.topk(min(2, counts.shape[1]), 1)
-    clear = (top.values[:, 0] > 0) & ((top.values[:, 0] > top.values[:, 1]) if counts.shape[1] > 1 else True)
+    clear = (top.values[:, 0] > 0) & (
+        (top.values[:, 0] > top.values[:, 1]) if counts.shape[1] > 1 else True
+    )
     return torch.where(clear, top.indices[:, 0], -1)
+
 
 def distinct(samples: list, n: int = 2) -> float:
     "Share of a text's n-grams that are not repeats, mean over texts."
-    grams = [[tuple(s[i:i + n]) for i in range(len(s) - n + 1)] for s in samples]
-    return float(np.mean([len(set(g)) / len(g) for g in grams if g] or [1.]))
+    grams = [[tuple(s[i : i + n]) for i in range(len(s) - n + 1)] for s in samples]
+    return float(np.mean([len(set(g)) / len(g) for g in grams if g] or [1.0]))
+
 
 @dataclass(eq=False)
 class Effect:
     "What steering did to every sample, and what it cost; effect[rows] for some of them."
-    samples: list            # n lists of token ids
-    right: torch.Tensor      # [n] bool: most counted words are the target's
-    mention: torch.Tensor    # [n] bool: some counted word is the target's
-    nats: torch.Tensor       # [n] under the untouched model
-    tokens: torch.Tensor     # [n]
-    rate = property(lambda self: self.right.float().mean().item(), doc="Share of samples that are about the target.")
-    mentions = property(lambda self: self.mention.float().mean().item(), doc="Share of samples that mention it.")
-    loss = property(lambda self: (self.nats.sum() / self.tokens.sum()).item(), doc="Nats a token under the untouched model.")
-    distinct = property(lambda self: distinct(self.samples), doc="Share of bigrams that are no repeats within a text.")
+
+    samples: list  # n lists of token ids
+    right: torch.Tensor  # [n] bool: most counted words are the target's
+    mention: torch.Tensor  # [n] bool: some counted word is the target's
+    nats: torch.Tensor  # [n] under the untouched model
+    tokens: torch.Tensor  # [n]
+    rate = property(
+        lambda self: self.right.float().mean().item(),
+        doc="Share of samples that are about the target.",
+    )
+    mentions = property(
+        lambda self: self.mention.float().mean().item(), doc="Share of samples that mention it."
+    )
+    loss = property(
+        lambda self: (self.nats.sum() / self.tokens.sum()).item(),
+        doc="Nats a token under the untouched model.",
+    )
+    distinct = property(
+        lambda self: distinct(self.samples),
+        doc="Share of bigrams that are no repeats within a text.",
+    )
+
     def __getitem__(self, rows):
         rows = torch.arange(len(self.samples))[rows]
-        return Effect([self.samples[i] for i in rows.tolist()], self.right[rows], self.mention[rows], self.nats[rows], self.tokens[rows])
-    def __repr__(self): return f"{len(self.samples)} samples: rate {self.rate:.3f}, mentions {self.mentions:.3f}, loss {self.loss:.3f}, distinct {self.distinct:.3f}"
+        return Effect(
+            [self.samples[i] for i in rows.tolist()],
+            self.right[rows],
+            self.mention[rows],
+            self.nats[rows],
+            self.tokens[rows],
+        )
 
-def effect_and_price(model, tok, prompts: list, target,      # [n] index of the alternative each prompt is steered to
-                     words: dict,                            # {name: ids} that are counted
-                     judge,                                  # the untouched model
-                     steer=None, **kw) -> Effect:            # as in generate
+    def __repr__(self):
+        return f"{len(self.samples)} samples: rate {self.rate:.3f}, mentions {self.mentions:.3f}, loss {self.loss:.3f}, distinct {self.distinct:.3f}"
+
+
+def effect_and_price(
+    model,
+    tok,
+    prompts: list,
+    *,
+    target,  # [n] index of the alternative each prompt is steered to
+    words: dict,  # {name: ids} that are counted
+    judge,  # the untouched model
+    steer=None,
+    **kw,
+) -> Effect:  # as in generate
     "Sample, steered, and measure how often the target appears and what the text costs under the untouched model."
     target = torch.as_tensor(target).cpu()
-    if len(target) != len(prompts): raise ValueError(f"effect_and_price: {len(prompts)} prompts and {len(target)} targets; expected as many")
+    if len(target) != len(prompts):
+        raise ValueError(
+            f"effect_and_price: {len(prompts)} prompts and {len(target)} targets; expected as many"
+        )
     samples = generate(model, tok, prompts, steer=steer, **kw)
     counts = count_words(samples, words)
-    return Effect(samples, recognise(samples, words) == target, counts.gather(1, target[:, None])[:, 0] > 0, text_nats(judge, prompts, samples), torch.tensor([float(len(s)) for s in samples]))
+    return Effect(
+        samples,
+        recognise(samples, words) == target,
+        counts.gather(1, target[:, None])[:, 0] > 0,
+        text_nats(judge, prompts, samples),
+        torch.tensor([float(len(s)) for s in samples]),
+    )
 
-def best_within(effects: dict,                 # {strength: Effect}
-                limit: float):                 # nats a token; -> (strength, Effect on the other half)
+
+def best_within(
+    effects: dict,  # {strength: Effect}
+    limit: float,
+):  # nats a token; -> (strength, Effect on the other half)
     "The strength with the highest rate whose loss is within the limit, chosen on every other sample and measured on the rest (order the samples so that every target is in both); the cheapest if none is."
     n = torch.arange(len(next(iter(effects.values())).samples))
     chosen = {s: e[n[::2]] for s, e in effects.items()}
     within = {s: e for s, e in chosen.items() if e.loss <= limit}
-    best = max(within, key=lambda s: within[s].rate) if within else min(chosen, key=lambda s: chosen[s].loss)
+    best = (
+        max(within, key=lambda s: within[s].rate)
+        if within
+        else min(chosen, key=lambda s: chosen[s].loss)
+    )
     return best, effects[best][n[1::2]]

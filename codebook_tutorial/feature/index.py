@@ -10,9 +10,13 @@ __all__ = ['Surface', 'build_index', 'Index', 'open_index']
 # %% ../../nbs/lib/feature_index.ipynb #feature-index-3
 import json
 import math
-import numpy as np
 import re
 import shutil
+from contextlib import ExitStack
+from hashlib import sha256
+from pathlib import Path
+
+import numpy as np
 import torch
 from ..dictionary.bottleneck import CodebookModel
 from ..dictionary.kmeans import finite
@@ -21,42 +25,73 @@ from ..files import checksum
 from ..model.run import check_length, evaluating
 from ..model.sites import capture, site_dims
 from ..model.text import Text
-from contextlib import ExitStack
-from hashlib import sha256
-from pathlib import Path
 from tqdm.auto import tqdm
 
 # %% ../../nbs/lib/feature_index.ipynb #feature-index-5
-_PLAIN = [*range(33, 127), *range(161, 173), *range(174, 256)]                   # bytes that byte-level vocabularies write as they are
+_PLAIN = [
+    *range(33, 127),
+    *range(161, 173),
+    *range(174, 256),
+]  # bytes that byte-level vocabularies write as they are
 
-_BYTES = {chr(b): b for b in _PLAIN} | {chr(256 + i): b for i, b in enumerate(b for b in range(256) if b not in _PLAIN)}
+_BYTES = {chr(b): b for b in _PLAIN} | {
+    chr(256 + i): b for i, b in enumerate(b for b in range(256) if b not in _PLAIN)
+}
 
-def _surface(tok):                            # -> [vocabulary] bytes; ids behind which the next word stands without a space
+
+def _surface(tok):  # -> [vocabulary] bytes; ids behind which the next word stands without a space
     "What each token writes behind a word, in bytes, since byte-level tokens may hold parts of a character."
-    if not hasattr(tok, "backend_tokenizer"): raise ValueError(f"Surface: expected a tokenizer with a tokenizer.json, got {type(tok).__name__}")
+    if not hasattr(tok, "backend_tokenizer"):
+        raise ValueError(
+            f"Surface: expected a tokenizer with a tokenizer.json, got {type(tok).__name__}"
+        )
     n, raw = max(tok.get_vocab().values()) + 1, tok.backend_tokenizer
     words = [word or "" for word in tok.convert_ids_to_tokens(list(range(n)))]
     decoder = str(json.loads(raw.to_str())["decoder"])
-    if "ByteLevel" not in decoder and "▁" not in decoder:                         # words: what decoding adds to the first one that has a letter
+    if (
+        "ByteLevel" not in decoder and "▁" not in decoder
+    ):  # words: what decoding adds to the first one that has a letter
         anchor = next(i for i, w in enumerate(words) if w.isalpha())
-        before, after = (raw.decode_batch(rows, skip_special_tokens=False) for rows in ([[anchor, i] for i in range(n)], [[i, anchor] for i in range(n)]))
-        return [t[len(words[anchor]):].encode() for t in before], [i for i, t in enumerate(after) if re.search(rf"\S{words[anchor]}$", t)]
-    if "ByteLevel" in decoder: pieces = [bytes(_BYTES[c] for c in w) if set(w) <= _BYTES.keys() else w.encode() for w in words]
-    else: pieces = [bytes([int(w[3:5], 16)]) if re.fullmatch("<0x[0-9A-F]{2}>", w) else w.replace("▁", " ").encode() for w in words]
+        before, after = (
+            raw.decode_batch(rows, skip_special_tokens=False)
+            for rows in ([[anchor, i] for i in range(n)], [[i, anchor] for i in range(n)])
+        )
+        return [t[len(words[anchor]) :].encode() for t in before], [
+            i for i, t in enumerate(after) if re.search(rf"\S{words[anchor]}$", t)
+        ]
+    if "ByteLevel" in decoder:
+        pieces = [
+            bytes(_BYTES[c] for c in w) if set(w) <= _BYTES.keys() else w.encode() for w in words
+        ]
+    else:
+        pieces = [
+            bytes([int(w[3:5], 16)])
+            if re.fullmatch("<0x[0-9A-F]{2}>", w)
+            else w.replace("▁", " ").encode()
+            for w in words
+        ]
     return pieces, []
 
 # %% ../../nbs/lib/feature_index.ipynb #feature-index-6
 class Surface:
     "What tokens write: `pieces[id]` in bytes, and `bare[id]` without the space before a word, as it stands at the beginning or behind an opening mark."
+
     def __init__(self, tok):
         pieces, opens = _surface(tok)
-        self.pieces, self.bare = np.array(pieces, object), np.array([p.removeprefix(b" ") for p in pieces], object)
-        self.sizes, self.bare_sizes = (np.array([len(p) for p in some]) for some in (self.pieces, self.bare))
+        self.pieces, self.bare = (
+            np.array(pieces, object),
+            np.array([p.removeprefix(b" ") for p in pieces], object),
+        )
+        self.sizes, self.bare_sizes = (
+            np.array([len(p) for p in some]) for some in (self.pieces, self.bare)
+        )
         self.opens = np.isin(np.arange(len(pieces)), opens)
         spaced = np.flatnonzero((self.sizes > self.bare_sizes) & (self.bare_sizes > 0))[:1].tolist()
         self.strips = bool(spaced) and not tok.decode(spaced).startswith(" ")
 
-    def join(self, ids, mask):                # [rows, length] twice -> bytes, [n] where each token's begin and end in them, where documents begin
+    def join(
+        self, ids, mask
+    ):  # [rows, length] twice -> bytes, [n] where each token's begin and end in them, where documents begin
         "All that ordinary tokens write; a document begins behind BOS and with every row."
         before = np.pad(mask, ((0, 0), (1, 0)))[:, :-1]
         begins = mask & ~before
@@ -67,40 +102,64 @@ class Surface:
         ends = sizes.ravel().cumsum()
         return b"".join(pieces.ravel().tolist()), ends - sizes.ravel(), ends, np.flatnonzero(begins)
 
-    def words(self, ids):                     # ids -> list of strings
+    def words(self, ids):  # ids -> list of strings
         "Each token by itself, as text."
         return [self.pieces[i].decode(errors="replace") for i in ids]
 
 # %% ../../nbs/lib/feature_index.ipynb #feature-index-8
 @torch.no_grad()
-def _features(model, ids, dictionaries):      # [rows, length] -> {site: (feature numbers [rows, length, m], values [rows, length, m])}
+def _features(
+    model, ids, dictionaries
+):  # [rows, length] -> {site: (feature numbers [rows, length, m], values [rows, length, m])}
     if dictionaries is None:
         model(input_ids=ids, use_cache=False)
-        numbers = {site: feature_numbers(model, model.ids, site).view(*ids.shape, -1) for site in model.codebooks}
+        numbers = {
+            site: feature_numbers(model, model.ids, site).view(*ids.shape, -1)
+            for site in model.codebooks
+        }
         return {site: (f, torch.ones_like(f, dtype=torch.float)) for site, f in numbers.items()}
-    with capture(model, list(dictionaries)) as acts: model(input_ids=ids, use_cache=False)
+    with capture(model, list(dictionaries)) as acts:
+        model(input_ids=ids, use_cache=False)
     return {site: d.encode_sparse(acts[site]) for site, d in dictionaries.items()}
 
-def _active(features, values, mask):          # [rows, length, m] twice, [rows, length] -> counts [rows * length], features [e], values [e]
+
+def _active(
+    features, values, mask
+):  # [rows, length, m] twice, [rows, length] -> counts [rows * length], features [e], values [e]
     "What is active at ordinary tokens: nothing that is zero, nothing twice at one token."
     finite(values, "build_index")
-    features, order = torch.where((values != 0) & mask[..., None], features, -1).flatten(0, 1).sort(dim=-1, stable=True)
+    features, order = (
+        torch.where((values != 0) & mask[..., None], features, -1)
+        .flatten(0, 1)
+        .sort(dim=-1, stable=True)
+    )
     keep = features >= 0
     keep[:, 1:] &= features[:, 1:] != features[:, :-1]
-    values = values.flatten(0, 1).gather(-1, order)[keep].float().clamp(-65504, 65504)         # the most that float16 holds
-    return keep.sum(-1).int().cpu().numpy(), features[keep].cpu().numpy(), values.half().cpu().numpy()
+    values = (
+        values.flatten(0, 1).gather(-1, order)[keep].float().clamp(-65504, 65504)
+    )  # the most that float16 holds
+    return (
+        keep.sum(-1).int().cpu().numpy(),
+        features[keep].cpu().numpy(),
+        values.half().cpu().numpy(),
+    )
 
 # %% ../../nbs/lib/feature_index.ipynb #feature-index-10
 _DTYPES = dict(BOOL=np.bool_, U16=np.uint16, U32=np.uint32, I64=np.int64, F16=np.float16)
 
 _NAMES = {np.dtype(t): name for name, t in _DTYPES.items()}
 
-def _create(path, **arrays):                  # name=(dtype, shape) -> {name: array}, to be written
+
+def _create(path, **arrays):  # name=(dtype, shape) -> {name: array}, to be written
     "A safetensors file of zeros; what is written to its arrays is written to the file."
     head, end = {}, 0
-    for name, (dtype, shape) in sorted(arrays.items(), key=lambda a: -np.dtype(a[1][0]).itemsize):       # wide ones first, so that all are aligned
+    for name, (dtype, shape) in sorted(
+        arrays.items(), key=lambda a: -np.dtype(a[1][0]).itemsize
+    ):  # wide ones first, so that all are aligned
         begin, end = end, end + math.prod(shape) * np.dtype(dtype).itemsize
-        head[name] = dict(dtype=_NAMES[np.dtype(dtype)], shape=list(shape), data_offsets=[begin, end])
+        head[name] = dict(
+            dtype=_NAMES[np.dtype(dtype)], shape=list(shape), data_offsets=[begin, end]
+        )
     head = json.dumps(head).encode()
     head += b" " * (-len(head) % 8)
     with open(path, "wb") as f:
@@ -109,157 +168,322 @@ def _create(path, **arrays):                  # name=(dtype, shape) -> {name: ar
     return _arrays(path, "r+")
 
 # %% ../../nbs/lib/feature_index.ipynb #feature-index-11
-def _arrays(path, mode="r"):                  # -> {name: array}
+def _arrays(path, mode="r"):  # -> {name: array}
     "The arrays of a safetensors file, memory-mapped: pages are read when they are used."
-    with open(path, "rb") as f: head = json.loads(f.read(start := int.from_bytes(f.read(8), "little")))
-    shown = lambda a: np.empty(a["shape"], _DTYPES[a["dtype"]]) if 0 in a["shape"] else np.asarray(
-        np.memmap(path, _DTYPES[a["dtype"]], mode, 8 + start + a["data_offsets"][0], tuple(a["shape"])))
+    with open(path, "rb") as f:
+        head = json.loads(f.read(start := int.from_bytes(f.read(8), "little")))
+    shown = lambda a: (
+        np.empty(a["shape"], _DTYPES[a["dtype"]])
+        if 0 in a["shape"]
+        else np.asarray(
+            np.memmap(
+                path, _DTYPES[a["dtype"]], mode, 8 + start + a["data_offsets"][0], tuple(a["shape"])
+            )
+        )
+    )
     return {name: shown(a) for name, a in head.items() if name != "__metadata__"}
 
 # %% ../../nbs/lib/feature_index.ipynb #feature-index-13
-def _write(part, stream, sites, total=None):  # stream of (Text, {site: (features, values)}), {site: number of features} -> what was seen
+def _write(
+    part, stream, sites, *, total=None
+):  # stream of (Text, {site: (features, values)}), {site: number of features} -> what was seen
     "One pass over the text, into raw files: token ids and mask; per site counts, features and values."
-    used, ones = {site: np.zeros(n, np.int64) for site, n in sites.items()}, dict.fromkeys(sites, True)
+    used, ones = (
+        {site: np.zeros(n, np.int64) for site, n in sites.items()},
+        dict.fromkeys(sites, True),
+    )
     with ExitStack() as stack, tqdm(total=total, desc="build_index", unit="token", delay=2) as bar:
         raw = lambda name: stack.enter_context(open(part / f"{name}.raw", "wb"))
-        ids, mask, files = raw("ids"), raw("mask"), {site: [raw(f"{site}.{name}") for name in ("counts", "features", "values")] for site in sites}
+        ids, mask, files = (
+            raw("ids"),
+            raw("mask"),
+            {
+                site: [raw(f"{site}.{name}") for name in ("counts", "features", "values")]
+                for site in sites
+            },
+        )
         for text, found in stream:
             keep = text.mask
-            text.ids.cpu().numpy().astype(np.uint32).tofile(ids); keep.cpu().numpy().tofile(mask)
+            text.ids.cpu().numpy().astype(np.uint32).tofile(ids)
+            keep.cpu().numpy().tofile(mask)
             for site, (features, values) in found.items():
                 counts, features, values = _active(features, values, keep.to(features.device))
-                if len(features) and features.max() >= len(used[site]): raise ValueError(f"build_index: {site} gave feature {features.max()}, its dictionary has {len(used[site])}")
-                used[site] += np.bincount(features, minlength=len(used[site])); ones[site] &= bool((values == 1).all())
-                for file, array in zip(files[site], (counts, features.astype(_small(len(used[site]))), values)): array.tofile(file)
+                if len(features) and features.max() >= len(used[site]):
+                    raise ValueError(
+                        f"build_index: {site} gave feature {features.max()}, its dictionary has {len(used[site])}"
+                    )
+                used[site] += np.bincount(features, minlength=len(used[site]))
+                ones[site] &= bool((values == 1).all())
+                for file, array in zip(
+                    files[site], (counts, features.astype(_small(len(used[site]))), values)
+                ):
+                    array.tofile(file)
             bar.update(keep.numel())
     return used, ones
 
-def _small(n): return np.uint16 if n <= 1 << 16 else np.uint32 if n <= 1 << 32 else np.int64       # holds 0 .. n - 1
+
+def _small(n):
+    return (
+        np.uint16 if n <= 1 << 16 else np.uint32 if n <= 1 << 32 else np.int64
+    )  # holds 0 .. n - 1
 
 # %% ../../nbs/lib/feature_index.ipynb #feature-index-14
-def _invert(part, site, used, ones, n, step=1 << 20):       # [n_feats] how often, bool, number of positions
+def _invert(
+    part, site, used, *, ones, n, step=1 << 20
+):  # [n_feats] how often, bool, number of positions
     "Counting sort of a site's raw files into its safetensors file; holds about `step` activations at a time."
-    total, (counts, features, values) = int(used.sum()), (open(part / f"{site}.{name}.raw", "rb") for name in ("counts", "features", "values"))
-    out = _create(part / f"{site}.safetensors", starts=(_small(total + 1), [n + 1]), features=(_small(len(used)), [total]), offsets=(np.int64, [len(used) + 1]),
-                  positions=(_small(n), [total]), **({} if ones else dict(values=(np.float16, [total]))))
+    total, (counts, features, values) = (
+        int(used.sum()),
+        (open(part / f"{site}.{name}.raw", "rb") for name in ("counts", "features", "values")),
+    )
+    out = _create(
+        part / f"{site}.safetensors",
+        starts=(_small(total + 1), [n + 1]),
+        features=(_small(len(used)), [total]),
+        offsets=(np.int64, [len(used) + 1]),
+        positions=(_small(n), [total]),
+        **({} if ones else dict(values=(np.float16, [total]))),
+    )
     out["offsets"][1:] = used.cumsum()
     free, done, few = out["offsets"][:-1].copy(), 0, max(1, min(step, step * n // max(total, 1)))
     for at in tqdm(range(0, n, few), desc=f"sort {site}", delay=2):
         active = np.fromfile(counts, np.int32, few)
-        f, v = (np.fromfile(file, dtype, active.sum()) for file, dtype in ((features, _small(len(used))), (values, np.float16)))
+        f, v = (
+            np.fromfile(file, dtype, active.sum())
+            for file, dtype in ((features, _small(len(used))), (values, np.float16))
+        )
         order, new = f.argsort(kind="stable"), np.bincount(f, minlength=len(used))
-        place = np.repeat(free - (new.cumsum() - new), new) + np.arange(len(f))            # a feature's next free places
+        place = np.repeat(free - (new.cumsum() - new), new) + np.arange(
+            len(f)
+        )  # a feature's next free places
         out["positions"][place] = np.arange(at, at + len(active)).repeat(active)[order]
-        if not ones: out["values"][place] = v[order]
-        out["features"][done:done + len(f)] = f
-        out["starts"][at + 1:at + 1 + len(active)] = done + active.cumsum()
+        if not ones:
+            out["values"][place] = v[order]
+        out["features"][done : done + len(f)] = f
+        out["starts"][at + 1 : at + 1 + len(active)] = done + active.cumsum()
         free, done = free + new, done + len(f)
-    for file in (counts, features, values): file.close(); Path(file.name).unlink()
+    for file in (counts, features, values):
+        file.close()
+        Path(file.name).unlink()
 
 # %% ../../nbs/lib/feature_index.ipynb #feature-index-15
-def _half(folder): return folder.with_name(folder.name + ".index.part")              # where an index is built
+def _half(folder):
+    return folder.with_name(folder.name + ".index.part")  # where an index is built
 
-def _tokenizer_mark(tok): return sha256(json.dumps([sorted(tok.get_vocab().items()), tok.bos_token_id, tok.pad_token_id]).encode()).hexdigest()
+
+def _tokenizer_mark(tok):
+    return sha256(
+        json.dumps([sorted(tok.get_vocab().items()), tok.bos_token_id, tok.pad_token_id]).encode()
+    ).hexdigest()
 
 # %% ../../nbs/lib/feature_index.ipynb #feature-index-16
-def _chunks(model, text, dictionaries, batch, info):        # -> (Text, {site: (features, values)}) of some rows
+def _chunks(
+    model, text, dictionaries, *, batch, info
+):  # -> (Text, {site: (features, values)}) of some rows
     "The text's rows through the model; notes the first text's length, bos and pad in `info`, which the others must share."
     where = next(model.parameters()).device
     for part in [text] if isinstance(text, Text) else text:
-        if not isinstance(part, Text): raise ValueError(f"build_index: expected a Text or several, got {type(part).__name__}")
+        if not isinstance(part, Text):
+            raise ValueError(f"build_index: expected a Text or several, got {type(part).__name__}")
         form = dict(length=part.ids.shape[1], bos=part.bos, pad=part.pad)
-        if info.setdefault("text", form) != form: raise ValueError(f"build_index: all texts need the same row length, bos and pad; the first has {info['text']}, another {form}")
+        if info.setdefault("text", form) != form:
+            raise ValueError(
+                f"build_index: all texts need the same row length, bos and pad; the first has {info['text']}, another {form}"
+            )
         check_length(model, form["length"], "build_index")
         for i in range(0, len(part), batch):
-            rows = part[i:i + batch]
-            with evaluating(model): found = _features(model, rows.ids.to(where), dictionaries)
+            rows = part[i : i + batch]
+            with evaluating(model):
+                found = _features(model, rows.ids.to(where), dictionaries)
             yield rows, found
 
 # %% ../../nbs/lib/feature_index.ipynb #feature-index-17
-def _described(model, dictionaries):          # -> {site: what its features are}
+def _described(model, dictionaries):  # -> {site: what its features are}
     "Kind, groups and numbers of every site's features; ValueError for a dictionary of another width."
-    if dictionaries is None and not isinstance(model, CodebookModel): raise ValueError(f"build_index: {type(model).__name__} has no codebooks; expected a CodebookModel, or dictionaries={{site: Dictionary}}")
+    if dictionaries is None and not isinstance(model, CodebookModel):
+        raise ValueError(
+            f"build_index: {type(model).__name__} has no codebooks; expected a CodebookModel, or dictionaries={{site: Dictionary}}"
+        )
     books = model.codebooks if dictionaries is None else dictionaries
-    if not books: raise ValueError("build_index: no site; expected dictionaries={site: Dictionary} with one or more")
+    if not books:
+        raise ValueError(
+            "build_index: no site; expected dictionaries={site: Dictionary} with one or more"
+        )
     for site, width in site_dims(model, list(books)).items():
-        if site not in books: raise ValueError(f"build_index: expected site names as keys of dictionaries, got a pattern that means {site}")
-        if (own := books[site].directions.shape[1]) != width: raise ValueError(f"build_index: {site} has {width} numbers, its dictionary expects {own}")
+        if site not in books:
+            raise ValueError(
+                f"build_index: expected site names as keys of dictionaries, got a pattern that means {site}"
+            )
+        if (own := books[site].directions.shape[1]) != width:
+            raise ValueError(
+                f"build_index: {site} has {width} numbers, its dictionary expects {own}"
+            )
     config = lambda d: getattr(d, "config", {})
-    return {site: dict(kind=type(d).__name__, n_feats=len(d.directions), groups=config(d).get("groups", 1), config=config(d)) for site, d in books.items()}
+    return {
+        site: dict(
+            kind=type(d).__name__,
+            n_feats=len(d.directions),
+            groups=config(d).get("groups", 1),
+            config=config(d),
+        )
+        for site, d in books.items()
+    }
 
 # %% ../../nbs/lib/feature_index.ipynb #feature-index-18
-def build_index(model,                        # a CodebookModel, or any model with dictionaries
-                tok, text,                    # a Text, or a stream of Texts with rows of one length: no more than one of them is held
-                folder,                       # to be made
-                dictionaries: dict | None = None,   # {site: Dictionary}: index what they read there, instead of codes
-                batch: int = 16,              # rows a pass
-                overwrite: bool = False):     # replace an index that is there?
+def build_index(
+    model,  # a CodebookModel, or any model with dictionaries
+    tok,
+    text,  # a Text, or a stream of Texts with rows of one length: no more than one of them is held
+    *,
+    folder,  # to be made
+    dictionaries: dict
+    | None = None,  # {site: Dictionary}: index what they read there, instead of codes
+    batch: int = 16,  # rows a pass
+    overwrite: bool = False,
+):  # replace an index that is there?
     "Write down which features are active at every ordinary token (never at BOS and padding), by token and by feature; returns the open Index."
-    folder, info = Path(folder), dict(format=1, model=str(getattr(model.config, "name_or_path", "")), tokenizer=_tokenizer_mark(tok), sites=_described(model, dictionaries))
+    folder, info = (
+        Path(folder),
+        dict(
+            format=1,
+            model=str(getattr(model.config, "name_or_path", "")),
+            tokenizer=_tokenizer_mark(tok),
+            sites=_described(model, dictionaries),
+        ),
+    )
     part = _half(folder)
     if folder.exists() and any(folder.iterdir()):
-        if not (folder / "index.json").exists(): raise ValueError(f"build_index: {folder} is there and no index; expected a folder to be made")
-        if not overwrite: raise ValueError(f"build_index: there is an index in {folder}; open_index reads it, overwrite=True replaces it")
+        if not (folder / "index.json").exists():
+            raise ValueError(
+                f"build_index: {folder} is there and no index; expected a folder to be made"
+            )
+        if not overwrite:
+            raise ValueError(
+                f"build_index: there is an index in {folder}; open_index reads it, overwrite=True replaces it"
+            )
     shutil.rmtree(part, ignore_errors=True)
     part.mkdir(parents=True)
     try:
-        _finish(part, info, *_write(part, _chunks(model, text, dictionaries, batch, info), {site: d["n_feats"] for site, d in info["sites"].items()},
-                                    text.ids.numel() if isinstance(text, Text) else None))
+        _finish(
+            part,
+            info,
+            *_write(
+                part,
+                _chunks(model, text, dictionaries, batch=batch, info=info),
+                {site: d["n_feats"] for site, d in info["sites"].items()},
+                total=text.ids.numel() if isinstance(text, Text) else None,
+            ),
+        )
         shutil.rmtree(folder, ignore_errors=True)
         part.rename(folder)
-    except BaseException: shutil.rmtree(part, ignore_errors=True); raise
+    except BaseException:
+        shutil.rmtree(part, ignore_errors=True)
+        raise
     return open_index(folder, tok)
 
 # %% ../../nbs/lib/feature_index.ipynb #feature-index-19
 def _finish(part, info, used, ones):
     "Sort, and say at last what is there: a folder without index.json is no index."
     n = (part / "mask.raw").stat().st_size
-    if not n: raise ValueError("build_index: the text is empty")
+    if not n:
+        raise ValueError("build_index: the text is empty")
     shape = [n // info["text"]["length"], info["text"]["length"]]
     out = _create(part / "text.safetensors", ids=(np.uint32, shape), mask=(np.bool_, shape))
-    for name, array in out.items(): array.reshape(-1)[:] = np.memmap(part / f"{name}.raw", array.dtype, "r"); (part / f"{name}.raw").unlink()
-    for site in used: _invert(part, site, used[site], ones[site], n); info["sites"][site]["active"] = int(used[site].sum())
-    info |= dict(text=info["text"] | dict(rows=shape[0], tokens=int(out["mask"].sum())), sha256={file.name: checksum(file) for file in sorted(part.glob("*.safetensors"))})
+    for name, array in out.items():
+        array.reshape(-1)[:] = np.memmap(part / f"{name}.raw", array.dtype, "r")
+        (part / f"{name}.raw").unlink()
+    for site in used:
+        _invert(part, site, used[site], ones=ones[site], n=n)
+        info["sites"][site]["active"] = int(used[site].sum())
+    info |= dict(
+        text=info["text"] | dict(rows=shape[0], tokens=int(out["mask"].sum())),
+        sha256={file.name: checksum(file) for file in sorted(part.glob("*.safetensors"))},
+    )
     (part / "index.json").write_text(json.dumps(info, indent=1, default=str) + "\n")
 
 # %% ../../nbs/lib/feature_index.ipynb #feature-index-21
 class Index:
     "What every feature does on a text: `.ids`, `.mask` [rows, length], `.sites`; search, best, contexts."
-    def __init__(self, folder, tok, info, arrays):
-        self.folder, self.tok, self.info, self.sites, self.arrays = folder, tok, info, info["sites"], arrays
+
+    def __init__(self, folder, tok, info, *, arrays):
+        self.folder, self.tok, self.info, self.sites, self.arrays = (
+            folder,
+            tok,
+            info,
+            info["sites"],
+            arrays,
+        )
         self.ids, self.mask = arrays["text"]["ids"], arrays["text"]["mask"]
         self.surface = Surface(tok)
 
-    def active(self, site): return np.diff(self.arrays[site]["offsets"])          # [n_feats] at how many tokens
+    def active(self, site):
+        return np.diff(self.arrays[site]["offsets"])  # [n_feats] at how many tokens
+
     def __repr__(self):
         rows, length = self.mask.shape
-        return f"Index: {self.info['text']['tokens']:,} tokens in {rows:,} rows of {length}; " + ", ".join(f"{site} ({d['n_feats']:,} features)" for site, d in self.sites.items())
+        return (
+            f"Index: {self.info['text']['tokens']:,} tokens in {rows:,} rows of {length}; "
+            + ", ".join(f"{site} ({d['n_feats']:,} features)" for site, d in self.sites.items())
+        )
 
-def open_index(folder, tok,
-               verify: bool = True) -> Index:    # compare all checksums, which reads everything once
+
+def open_index(
+    folder, tok, verify: bool = True
+) -> Index:  # compare all checksums, which reads everything once
     "The index in a folder, memory-mapped; ValueError if there is none, if it is damaged or was made with another tokenizer."
     folder = Path(folder)
     if not (folder / "index.json").exists():
-        raise ValueError(f"open_index: no index in {folder}" + ("; the building of one was interrupted: call build_index again" if _half(folder).exists() else "; build_index makes one"))
+        raise ValueError(
+            f"open_index: no index in {folder}"
+            + (
+                "; the building of one was interrupted: call build_index again"
+                if _half(folder).exists()
+                else "; build_index makes one"
+            )
+        )
     info, arrays = _read(folder, verify)
-    if info["tokenizer"] != _tokenizer_mark(tok): raise ValueError(f"open_index: the index in {folder} (model {info['model']}) was made with another tokenizer than {tok.name_or_path!r}")
-    return Index(folder, tok, info, arrays)
+    if info["tokenizer"] != _tokenizer_mark(tok):
+        raise ValueError(
+            f"open_index: the index in {folder} (model {info['model']}) was made with another tokenizer than {tok.name_or_path!r}"
+        )
+    return Index(folder, tok, info, arrays=arrays)
 
 # %% ../../nbs/lib/feature_index.ipynb #feature-index-22
 def _read(folder, verify):
     "The index' description and arrays; ValueError for a file that is missing, damaged or cut short."
     from safetensors import safe_open
+
     file, arrays = "index.json", {}
     try:
         info = json.loads((folder / file).read_text())
-        if info["format"] != 1: raise ValueError(f"format {info['format']!r}, expected 1")
+        if info["format"] != 1:
+            raise ValueError(f"format {info['format']!r}, expected 1")
         for name in ("text", *info["sites"]):
             file = f"{name}.safetensors"
-            with safe_open(folder / file, "np") as f: f.keys()                   # checks the header against the file's size
-            if verify and checksum(folder / file) != info["sha256"][file]: raise ValueError("its checksum differs")
+            with safe_open(folder / file, "np") as f:
+                f.keys()  # checks the header against the file's size
+            if verify and checksum(folder / file) != info["sha256"][file]:
+                raise ValueError("its checksum differs")
             arrays[name] = own = _arrays(folder / file)
-            if name == "text": ok = own["ids"].shape == own["mask"].shape == (info["text"]["rows"], info["text"]["length"])
-            else: ok = own["starts"][-1] == own["offsets"][-1] == len(own["features"]) == len(own["positions"]) == info["sites"][name]["active"] and len(own["starts"]) == arrays["text"]["mask"].size + 1
-            if not ok: raise ValueError("its numbers do not add up")
-    except Exception as e: raise ValueError(f"open_index: {file} in {folder} is damaged or missing ({type(e).__name__}: {e}); build_index(..., overwrite=True) makes it anew") from e
+            if name == "text":
+                ok = (
+                    own["ids"].shape
+                    == own["mask"].shape
+                    == (info["text"]["rows"], info["text"]["length"])
+                )
+            else:
+                ok = (
+                    own["starts"][-1]
+                    == own["offsets"][-1]
+                    == len(own["features"])
+                    == len(own["positions"])
+                    == info["sites"][name]["active"]
+                    and len(own["starts"]) == arrays["text"]["mask"].size + 1
+                )
+            if not ok:
+                raise ValueError("its numbers do not add up")
+    except Exception as e:
+        raise ValueError(
+            f"open_index: {file} in {folder} is damaged or missing ({type(e).__name__}: {e}); build_index(..., overwrite=True) makes it anew"
+        ) from e
     return info, arrays

@@ -20,99 +20,195 @@ from tqdm.auto import tqdm
 
 # %% ../../nbs/lib/feature_neurons.ipynb #feature-neurons-5
 @torch.no_grad()
-def neuron_acts(model, text: Text, names="neurons.*", batch: int = 16):      # -> [text.n_tokens, units]
+def neuron_acts(
+    model, text: Text, names="neurons.*", *, batch: int = 16
+):  # -> [text.n_tokens, units]
     "Activations at a text's ordinary tokens, all sites side by side (4 bytes each: take some 50,000 tokens)."
     where, kept = next(model.parameters()).device, []
     for i in tqdm(range(0, len(text), batch), desc="neuron_acts", delay=5):
-        rows = text[i:i + batch]
-        with evaluating(model), capture(model, names) as acts: model(input_ids=rows.ids.to(where), use_cache=False)
-        kept.append(torch.cat([acts[site] for site in match_sites(model, names)], -1)[rows.mask.to(where)].float().cpu())
+        rows = text[i : i + batch]
+        with evaluating(model), capture(model, names) as acts:
+            model(input_ids=rows.ids.to(where), use_cache=False)
+        kept.append(
+            torch.cat([acts[site] for site in match_sites(model, names)], -1)[rows.mask.to(where)]
+            .float()
+            .cpu()
+        )
     return torch.cat(kept)
 
 # %% ../../nbs/lib/feature_neurons.ipynb #feature-neurons-6
-def _best_units(acts, at, concept, targets):                  # [n, units], marked pairs [p] twice, [T, n_concepts] tokens to find -> signed units [T, n_concepts]
+def _best_units(
+    acts, at, concept, *, targets
+):  # [n, units], marked pairs [p] twice, [T, n_concepts] tokens to find -> signed units [T, n_concepts]
     "The units, either sign, with the best precision where they find as many tokens as each target says, to within bins: single tokens at both ends, 7 % wide towards the middle."
     n, units = acts.shape
     ends = np.unique(np.geomspace(1, max(n // 2, 1), 150).astype(int))
     cuts = np.unique(np.append(ends, n - ends))
     n_concepts = targets.shape[1]
-    bins, best, who, each = len(cuts) + 1, np.full(targets.shape, -1.), np.zeros(targets.shape, int), np.arange(n_concepts)
+    bins, best, who, each = (
+        len(cuts) + 1,
+        np.full(targets.shape, -1.0),
+        np.zeros(targets.shape, int),
+        np.arange(n_concepts),
+    )
     for u in tqdm(range(units), desc="best units", delay=5):
         values = np.ascontiguousarray(acts[:, u])
         bin = np.sort(values)[cuts].searchsorted(values, "right")
-        hits = np.bincount(concept * bins + bin[at], minlength=n_concepts * bins).reshape(n_concepts, bins)
+        hits = np.bincount(concept * bins + bin[at], minlength=n_concepts * bins).reshape(
+            n_concepts, bins
+        )
         total = np.bincount(bin, minlength=bins)
-        for sign in (0, 1):                                                       # fires at high values, at low values
+        for sign in (0, 1):  # fires at high values, at low values
             found, fired = (hits[:, ::-1], total[::-1]) if sign == 0 else (hits, total)
             found, fired = found.cumsum(1), fired.cumsum()
             for t, target in enumerate(targets):
                 first = (found >= target[:, None]).argmax(1)
                 precision = found[each, first] / np.maximum(fired[first], 1)
-                who[t], best[t] = np.where(precision > best[t], u + sign * units, who[t]), np.maximum(best[t], precision)
+                who[t], best[t] = (
+                    np.where(precision > best[t], u + sign * units, who[t]),
+                    np.maximum(best[t], precision),
+                )
     return who
 
 # %% ../../nbs/lib/feature_neurons.ipynb #feature-neurons-7
-def unit_scores(acts, truth, recalls, half: int) -> list:     # [n, units], [n, n_concepts] bool, [T, n_concepts], int -> T dicts of [n_concepts]
+def unit_scores(
+    acts, truth, recalls, *, half: int
+) -> list:  # [n, units], [n, n_concepts] bool, [T, n_concepts], int -> T dicts of [n_concepts]
     "For each concept and each of its recalls the unit most precise there; it and its threshold are chosen before `half`, precision and recall measured behind it."
     acts, truth = np.asarray(acts), np.asarray(truth)
     at, concept = np.nonzero(truth[:half])
     targets = np.ceil(np.asarray(recalls) * truth[:half].sum(0) - 1e-9).clip(min=1).astype(int)
-    return [_held_out(acts, truth, target, who, half) for target, who in zip(targets, _best_units(acts[:half], at, concept, targets))]
+    return [
+        _held_out(acts, truth, target, who=who, half=half)
+        for target, who in zip(targets, _best_units(acts[:half], at, concept, targets=targets))
+    ]
 
-def _held_out(acts, truth, target, who, half):                # [n_concepts] tokens to find, [n_concepts] signed units
+
+def _held_out(
+    acts, truth, target, *, who, half
+):  # [n_concepts] tokens to find, [n_concepts] signed units
     "Precision and recall behind `half` of units whose threshold finds the target before it."
-    n_units, out = acts.shape[1], dict(precision=np.full(len(target), np.nan), recall=np.full(len(target), np.nan), unit=who)
+    n_units, out = (
+        acts.shape[1],
+        dict(precision=np.full(len(target), np.nan), recall=np.full(len(target), np.nan), unit=who),
+    )
     for c, (unit, t) in enumerate(zip(who, target)):
         values = acts[:, unit % n_units] * (1 if unit < n_units else -1)
         own = np.sort(values[:half][truth[:half, c]])
-        if not len(own): continue
-        fires = values[half:] >= own[-t]                                          # exactly where t tokens are found
+        if not len(own):
+            continue
+        fires = values[half:] >= own[-t]  # exactly where t tokens are found
         hits = (fires & truth[half:, c]).sum()
-        out["precision"][c], out["recall"][c] = hits / max(fires.sum(), 1), hits / max(truth[half:, c].sum(), 1)
+        out["precision"][c], out["recall"][c] = (
+            hits / max(fires.sum(), 1),
+            hits / max(truth[half:, c].sum(), 1),
+        )
     return out
 
 # %% ../../nbs/lib/feature_neurons.ipynb #feature-neurons-8
 @patch
-def _best_codes(self: Index, truth, half, rows, min_recall, by, pool):        # [tokens, n_concepts] -> dict of [n_concepts]
+def _best_codes(
+    self: Index, truth, half, rows, *, min_recall, by, pool
+):  # [tokens, n_concepts] -> dict of [n_concepts]
     from scipy.sparse import csr_array
+
     n, marked = truth.shape[1], [truth[:half].sum(0), truth[half:].sum(0)]
     truth = csr_array(truth, dtype=np.int32)
-    out = dict(value=np.full(n, -np.inf), **{k: np.zeros(n) for k in ("first_recall", "precision", "recall")}, site=np.full(n, "", object), feature=np.zeros(n, int))
+    out = dict(
+        value=np.full(n, -np.inf),
+        **{k: np.zeros(n) for k in ("first_recall", "precision", "recall")},
+        site=np.full(n, "", object),
+        feature=np.zeros(n, int),
+    )
     for site, allowed in self._allowed(pool).items():
         codes = self.matrix(site, rows)
         active = [np.asarray(part.sum(0)).ravel() for part in (codes[:half], codes[half:])]
-        for c in np.array_split(np.arange(n), n // 64 + 1):                       # [64, n_feats] at a time
-            hits = [(truth[:, c][part].T @ codes[part]).toarray() for part in (slice(half), slice(half, None))]
-            value, each = search_value(hits[0], active[0], marked[0][c, None], min_recall, by, allowed), np.arange(len(c))
+        for c in np.array_split(np.arange(n), n // 64 + 1):  # [64, n_feats] at a time
+            hits = [
+                (truth[:, c][part].T @ codes[part]).toarray()
+                for part in (slice(half), slice(half, None))
+            ]
+            value, each = (
+                search_value(
+                    hits[0],
+                    active[0],
+                    marked[0][c, None],
+                    min_recall=min_recall,
+                    by=by,
+                    allowed=allowed,
+                ),
+                np.arange(len(c)),
+            )
             f = value.argmax(1)
             first, later = (scores(h[each, f], a[f], m[c]) for h, a, m in zip(hits, active, marked))
-            new = dict(value=value[each, f], first_recall=first["recall"], precision=later["precision"], recall=later["recall"], site=site, feature=f)
+            new = dict(
+                value=value[each, f],
+                first_recall=first["recall"],
+                precision=later["precision"],
+                recall=later["recall"],
+                site=site,
+                feature=f,
+            )
             better = new["value"] > out["value"][c]
-            for k, v in new.items(): out[k][c] = np.where(better, v, out[k][c])
+            for k, v in new.items():
+                out[k][c] = np.where(better, v, out[k][c])
     return out
 
 # %% ../../nbs/lib/feature_neurons.ipynb #feature-neurons-9
-def against_neurons(index: Index,
-                    acts,                     # [tokens, units] at the ordinary tokens of the index' first rows (neuron_acts)
-                    truth,                    # [rows, length, n_concepts] bool, the same rows
-                    pool: dict | list | None = None,        # {site: feature numbers} to choose from; index.pool(n) draws as many as there are units; several: a list comes back, in little more time
-                    min_recall: float = .01, by: str = "precision", at_least: int = 20) -> dict | list:
+def against_neurons(
+    index: Index,
+    acts,  # [tokens, units] at the ordinary tokens of the index' first rows (neuron_acts)
+    truth,  # [rows, length, n_concepts] bool, the same rows
+    *,
+    pool: dict
+    | list
+    | None = None,  # {site: feature numbers} to choose from; index.pool(n) draws as many as there are units; several: a list comes back, in little more time
+    min_recall: float = 0.01,
+    by: str = "precision",
+    at_least: int = 20,
+) -> dict | list:
     "Per concept the best feature and, at the recall it had in the half on which both are chosen, the best unit (either sign): scores on the other half; nan for `skipped` concepts, with fewer than at_least tokens in either; `found`: where a feature exceeded min_recall."
     check_by(by, "against_neurons")
-    mask, acts = index.mask[:len(truth)], np.asarray(acts)
-    if truth.shape[:2] != mask.shape: raise ValueError(f"against_neurons: expected truth [rows, {mask.shape[1]}, n_concepts] for at most {len(index.mask)} rows, got {list(truth.shape)}")
-    if len(acts) != mask.sum(): raise ValueError(f"against_neurons: these {len(mask)} rows have {mask.sum()} ordinary tokens, acts are of {len(acts)}")
-    truth, half = np.asarray(truth)[mask], int(mask[:len(mask) // 2].sum())
+    mask, acts = index.mask[: len(truth)], np.asarray(acts)
+    if truth.shape[:2] != mask.shape:
+        raise ValueError(
+            f"against_neurons: expected truth [rows, {mask.shape[1]}, n_concepts] for at most {len(index.mask)} rows, got {list(truth.shape)}"
+        )
+    if len(acts) != mask.sum():
+        raise ValueError(
+            f"against_neurons: these {len(mask)} rows have {mask.sum()} ordinary tokens, acts are of {len(acts)}"
+        )
+    truth, half = np.asarray(truth)[mask], int(mask[: len(mask) // 2].sum())
     rare = np.minimum(truth[:half].sum(0), truth[half:].sum(0)) < at_least
     pools = pool if isinstance(pool, list) else [pool]
-    codes = [index._best_codes(truth[:, ~rare], half, len(mask), min_recall, by, p) for p in pools]
-    units = unit_scores(acts, truth[:, ~rare], np.stack([c["first_recall"] for c in codes]), half)
+    codes = [
+        index._best_codes(truth[:, ~rare], half, len(mask), min_recall=min_recall, by=by, pool=p)
+        for p in pools
+    ]
+    units = unit_scores(
+        acts, truth[:, ~rare], np.stack([c["first_recall"] for c in codes]), half=half
+    )
     found = [_both(c, u, rare) for c, u in zip(codes, units)]
     return found if isinstance(pool, list) else found[0]
 
+
 def _both(codes, units, rare):
     "Scores of features and units as arrays over all concepts, nan for the rare ones."
-    def full(values, missing=np.nan): out = np.full(len(rare), missing, np.asarray(values).dtype); out[~rare] = values; return out
-    return dict(precision_codes=full(codes["precision"]), recall_codes=full(codes["recall"]), precision_neurons=full(units["precision"]), recall_neurons=full(units["recall"]),
-                recall_chosen=full(codes["first_recall"]), site=full(codes["site"], ""), feature=full(codes["feature"], -1), unit=full(units["unit"], -1),
-                found=full(codes["value"] >= 0, False), skipped=int(rare.sum()))        # found: some feature finds more than min_recall
+
+    def full(values, missing=np.nan):
+        out = np.full(len(rare), missing, np.asarray(values).dtype)
+        out[~rare] = values
+        return out
+
+    return dict(
+        precision_codes=full(codes["precision"]),
+        recall_codes=full(codes["recall"]),
+        precision_neurons=full(units["precision"]),
+        recall_neurons=full(units["recall"]),
+        recall_chosen=full(codes["first_recall"]),
+        site=full(codes["site"], ""),
+        feature=full(codes["feature"], -1),
+        unit=full(units["unit"], -1),
+        found=full(codes["value"] >= 0, False),
+        skipped=int(rare.sum()),
+    )  # found: some feature finds more than min_recall

@@ -9,6 +9,9 @@ __all__ = ['ORDERS', 'site_order', 'Tail', 'Patch', 'greedy_order', 'attribution
            'PatchCurve', 'check_task', 'patch_curve']
 
 # %% ../../nbs/lib/feature_patch.ipynb #feature-patch-3
+from contextlib import contextmanager
+from dataclasses import dataclass
+
 import torch
 import torch.nn.functional as F
 from ..core import seeded
@@ -17,40 +20,64 @@ from ..dictionary.codebook import Codebook
 from ..model.run import check_length, evaluating
 from ..model.sites import capture, intervene, match_sites, structure
 from ..world.tasks import Pairs, logit_difference, task_score
-from contextlib import contextmanager
-from dataclasses import dataclass
 
 # %% ../../nbs/lib/feature_patch.ipynb #feature-patch-4
 @contextmanager
-def _replaced(blocks, make):                   # make(forward) -> what runs in its place
+def _replaced(blocks, make):  # make(forward) -> what runs in its place
     "Blocks that run something else while the `with` does."
     own = [block.__dict__.get("forward") for block in blocks]
     try:
-        for block in blocks: block.forward = make(block.forward)
+        for block in blocks:
+            block.forward = make(block.forward)
         yield
     finally:
         for block, forward in zip(blocks, own):
-            if forward is None: block.__dict__.pop("forward", None)
-            else: block.forward = forward
+            if forward is None:
+                block.__dict__.pop("forward", None)
+            else:
+                block.forward = forward
 
 # %% ../../nbs/lib/feature_patch.ipynb #feature-patch-5
-def site_order(site):                             # "mlp.1" -> a key to sort sites by, from early to late
+def site_order(site):  # "mlp.1" -> a key to sort sites by, from early to late
     kind, layer = site.split(".")
     return int(layer), ("heads", "attn", "neurons", "mlp", "resid").index(kind)
 
+
 class Tail:
     "The layers behind a site: tail(x [m, n, length, d]) -> log-probabilities [m, n, vocabulary] behind n prompts whose states at the site are x."
-    def __init__(self, model, site: str, ids, last):      # ids [n, length], last [n]: where each prompt ends
+
+    def __init__(
+        self, model, site: str, ids, *, last
+    ):  # ids [n, length], last [n]: where each prompt ends
         kind, layer = site.split(".")
         blocks = structure(model)[1]
-        first = int(layer) + (kind == "resid")                            # the first block that runs again
-        self.model, self.site, self.ids, self.last, self.within = model, site, ids, last, kind != "resid"
+        first = int(layer) + (kind == "resid")  # the first block that runs again
+        self.model, self.site, self.ids, self.last, self.within = (
+            model,
+            site,
+            ids,
+            last,
+            kind != "resid",
+        )
         self.skipped, self.n_layers = list(blocks[:first]), len(blocks) - first
         before, returned = [f"resid.{first - 1}"] if first else [], []
-        def noting(forward): return lambda *args, **kw: returned.append(forward(*args, **kw)) or returned[-1]
-        with torch.no_grad(), _replaced(blocks[:1], noting), capture(model, [site, *before]) as acts: self.logp = self._ends(ids)[0]
-        self.in_tuple, self.x = isinstance(returned[0], tuple), acts[site].float()                     # some families' blocks return tuples
-        self.entry = {name: acts[name] for name in before if self.within}      # what goes in to the block that the site lies in
+
+        def noting(forward):
+            return lambda *args, **kw: returned.append(forward(*args, **kw)) or returned[-1]
+
+        with (
+            torch.no_grad(),
+            _replaced(blocks[:1], noting),
+            capture(model, [site, *before]) as acts,
+        ):
+            self.logp = self._ends(ids)[0]
+        self.in_tuple, self.x = (
+            isinstance(returned[0], tuple),
+            acts[site].float(),
+        )  # some families' blocks return tuples
+        self.entry = {
+            name: acts[name] for name in before if self.within
+        }  # what goes in to the block that the site lies in
         self.code_ids = model.ids[site] if site in getattr(model, "codebooks", {}) else None
 
     def _ends(self, ids):
@@ -58,138 +85,246 @@ class Tail:
         keep, m = self.last.unique(), len(ids) // len(self.ids)
         logits = self.model(input_ids=ids, use_cache=False, logits_to_keep=keep).logits
         at = torch.searchsorted(keep, self.last).repeat(m)
-        return logits[torch.arange(len(ids), device=at.device), at].float().log_softmax(-1).view(m, len(self.ids), -1)
+        return (
+            logits[torch.arange(len(ids), device=at.device), at]
+            .float()
+            .log_softmax(-1)
+            .view(m, len(self.ids), -1)
+        )
 
     @contextmanager
-    def _given(self, x, rows, skipped):        # [m, length, d], [m] which of the prompts each is
+    def _given(self, x, rows, skipped):  # [m, length, d], [m] which of the prompts each is
         "While the block runs, blocks that hand on what they get, and at the site these states."
         states = {self.site: x} | {name: entry[rows] for name, entry in self.entry.items()}
-        def handing_on(forward): return lambda x, *args, **kw: (x,) if self.in_tuple else x
-        with _replaced(skipped, handing_on), intervene(self.model, {name: lambda _, new=new: new for name, new in states.items()}): yield self.ids[rows]
+
+        def handing_on(forward):
+            return lambda x, *args, **kw: (x,) if self.in_tuple else x
+
+        with (
+            _replaced(skipped, handing_on),
+            intervene(self.model, {name: lambda _, new=new: new for name, new in states.items()}),
+        ):
+            yield self.ids[rows]
 
     def __call__(self, x):
         rows = torch.arange(len(self.ids), device=x.device).repeat(len(x))
-        with self._given(x.flatten(0, 1), rows, self.skipped) as ids: return self._ends(ids)
+        with self._given(x.flatten(0, 1), rows, self.skipped) as ids:
+            return self._ends(ids)
 
-    def states(self, site: str, x, rows):      # [m, length, d], [m] which of the prompts each is -> [m, length, d']
+    def states(
+        self, site: str, x, rows
+    ):  # [m, length, d], [m] which of the prompts each is -> [m, length, d']
         "What stands at a later site when the states here are x: only the blocks in between run."
-        if site_order(site) <= site_order(self.site): raise ValueError(f"Tail: expected a site behind {self.site}, got {site!r}")
-        later = list(structure(self.model)[1])[int(site.split(".")[1]) + 1:]
-        with self._given(x, rows, self.skipped + later) as ids, capture(self.model, site, grad=torch.is_grad_enabled()) as acts: getattr(self.model, "base_model", self.model)(input_ids=ids, use_cache=False)
+        if site_order(site) <= site_order(self.site):
+            raise ValueError(f"Tail: expected a site behind {self.site}, got {site!r}")
+        later = list(structure(self.model)[1])[int(site.split(".")[1]) + 1 :]
+        with (
+            self._given(x, rows, self.skipped + later) as ids,
+            capture(self.model, site, grad=torch.is_grad_enabled()) as acts,
+        ):
+            getattr(self.model, "base_model", self.model)(input_ids=ids, use_cache=False)
         return acts[site].float()
 
 # %% ../../nbs/lib/feature_patch.ipynb #feature-patch-6
 class _Vectors:
     "Features as vectors: each writes (c_target - c_base) f (arXiv 2309.08600, section 4.3)."
-    def __init__(self, dictionary, base, target, there):
+
+    def __init__(self, dictionary, base, target, *, there):
         c = (dictionary.encode(target.x) - dictionary.encode(base.x)) * there[..., None]
         self.features = (c != 0).flatten(0, 1).any(0).nonzero()[:, 0]
-        self.c, self.directions = c[..., self.features], dictionary.directions[self.features]          # [n, length, F'], [F', d]
-        self.active = (self.c != 0).any(1)                                                             # [n, F']
+        self.c, self.directions = (
+            c[..., self.features],
+            dictionary.directions[self.features],
+        )  # [n, length, F'], [F', d]
+        self.active = (self.c != 0).any(1)  # [n, F']
 
-    def edit(self, chosen): return (self.c * chosen[..., None, :]) @ self.directions                   # [m, n, F'] -> [m, n, length, d]
-    def along(self, g): return (self.c * (g @ self.directions.T)).sum(1)                               # [n, length, d] -> [n, F']
+    def edit(self, chosen):
+        return (self.c * chosen[..., None, :]) @ self.directions  # [m, n, F'] -> [m, n, length, d]
+
+    def along(self, g):
+        return (self.c * (g @ self.directions.T)).sum(1)  # [n, length, d] -> [n, F']
 
 # %% ../../nbs/lib/feature_patch.ipynb #feature-patch-7
-def _aligned(a, b):                            # [.., k] twice -> b in another order
+def _aligned(a, b):  # [.., k] twice -> b in another order
     "b with the codes that a has as well in a's slots: a code that only stands elsewhere in the sum is no difference."
     place, used = torch.full_like(b, -1), torch.zeros_like(b, dtype=torch.bool)
     for i in range(a.shape[-1]):
-        same = (b == a[..., i:i + 1]) & ~used
+        same = (b == a[..., i : i + 1]) & ~used
         first = same.int().argmax(-1, keepdim=True)
-        place[..., i:i + 1] = torch.where(same.any(-1, keepdim=True), first, -1)
+        place[..., i : i + 1] = torch.where(same.any(-1, keepdim=True), first, -1)
         used |= same & (torch.arange(a.shape[-1], device=a.device) == first)
-    empty, rest = (place >= 0).int().argsort(dim=-1, stable=True), used.int().argsort(dim=-1, stable=True)
+    empty, rest = (
+        (place >= 0).int().argsort(dim=-1, stable=True),
+        used.int().argsort(dim=-1, stable=True),
+    )
     return b.gather(-1, torch.where(place >= 0, place, place.scatter(-1, empty, rest)))
+
 
 class _Codes:
     "Features as codes: where the target has one of them, it is written over what the base has in that slot; the state stays a sum of k codes."
-    def __init__(self, book, base, target, there):
+
+    def __init__(self, book, base, target, *, there):
         own = base.code_ids is not None and base.model.codebooks[base.site] is book
-        a, b = (t.code_ids if own else book.choose(t.x) for t in (base, target))                       # [n, length, groups, k]
+        a, b = (
+            t.code_ids if own else book.choose(t.x) for t in (base, target)
+        )  # [n, length, groups, k]
         b = _aligned(a, b)
-        number = lambda ids: ids + book.weight.shape[1] * torch.arange(len(book.weight), device=ids.device)[:, None]
+        number = lambda ids: (
+            ids + book.weight.shape[1] * torch.arange(len(book.weight), device=ids.device)[:, None]
+        )
         differs, codes = (a != b) & there[..., None, None], book.weight.flatten(0, 1)
         self.features, index = number(b)[differs].unique(return_inverse=True)
-        self.swap = (codes[number(b)] - codes[number(a)]) * (1 / book.k if book.combine == "mean" else 1)        # [n, length, groups, k, width]
-        self.index = torch.full_like(b, len(self.features)).masked_scatter(differs, index)             # which of the features; the last: none
-        self.active = torch.zeros(len(a), len(self.features) + 1, device=a.device).scatter(1, self.index.flatten(1), 1.)[:, :-1] > 0
+        self.swap = (codes[number(b)] - codes[number(a)]) * (
+            1 / book.k if book.combine == "mean" else 1
+        )  # [n, length, groups, k, width]
+        self.index = torch.full_like(b, len(self.features)).masked_scatter(
+            differs, index
+        )  # which of the features; the last: none
+        self.active = (
+            torch.zeros(len(a), len(self.features) + 1, device=a.device).scatter(
+                1, self.index.flatten(1), 1.0
+            )[:, :-1]
+            > 0
+        )
 
     def edit(self, chosen):
-        on = F.pad(chosen, (0, 1)).gather(2, self.index.flatten(1).expand(len(chosen), -1, -1)).view(len(chosen), *self.index.shape)
+        on = (
+            F.pad(chosen, (0, 1))
+            .gather(2, self.index.flatten(1).expand(len(chosen), -1, -1))
+            .view(len(chosen), *self.index.shape)
+        )
         return (on[..., None] * self.swap).sum(-2).flatten(3)
 
     def along(self, g):
         each = (g.unflatten(2, (self.swap.shape[2], 1, -1)) * self.swap).sum(-1).flatten(1)
-        return g.new_zeros(len(g), len(self.features) + 1).scatter_add(1, self.index.flatten(1), each)[:, :-1]
+        return g.new_zeros(len(g), len(self.features) + 1).scatter_add(
+            1, self.index.flatten(1), each
+        )[:, :-1]
 
 # %% ../../nbs/lib/feature_patch.ipynb #feature-patch-8
 class Patch:
     "What features of the counterfactuals do in the prompts, at one site. `features` [F'] are those that differ anywhere; `active` [n, F'] says where; sets of features are bool [m, n or 1, F']."
-    def __init__(self, model, site: str, dictionary: Dictionary, pairs: Pairs,
-                 batch: int = 64):             # prompts in one pass, at least all of the pairs; small ones stay in a CPU's cache, a GPU wants 1024
-        if len(match_sites(model, site)) > 1: raise ValueError(f"Patch: expected one site, got {site!r}, which is {', '.join(match_sites(model, site))}")
+
+    def __init__(
+        self, model, site: str, dictionary: Dictionary, *, pairs: Pairs, batch: int = 64
+    ):  # prompts in one pass, at least all of the pairs; small ones stay in a CPU's cache, a GPU wants 1024
+        if len(match_sites(model, site)) > 1:
+            raise ValueError(
+                f"Patch: expected one site, got {site!r}, which is {', '.join(match_sites(model, site))}"
+            )
         check_length(model, pairs.base.shape[1], "Patch")
-        self.model, self.site, self.dictionary, self.batch, self.passes = model, site, dictionary, batch, 0
+        self.model, self.site, self.dictionary, self.batch, self.passes = (
+            model,
+            site,
+            dictionary,
+            batch,
+            0,
+        )
         self.pairs = pairs = pairs.to(next(model.parameters()).device)
         with evaluating(model):
-            self.tail, target = (Tail(model, site, ids, pairs.last) for ids in (pairs.base, pairs.target))
+            self.tail, target = (
+                Tail(model, site, ids, last=pairs.last) for ids in (pairs.base, pairs.target)
+            )
         d, width = self.tail.x.shape[-1], dictionary.directions.shape[-1]
-        if d != width: raise ValueError(f"Patch: expected a dictionary for the {d} numbers of {site}, got a {type(dictionary).__name__} for {width}; was it made at another site?")
-        if (at := dictionary.directions.device) != self.tail.x.device: raise ValueError(f"Patch: the model is on {self.tail.x.device}, the dictionary on {at}; move it with dictionary.to({str(self.tail.x.device)!r})")
+        if d != width:
+            raise ValueError(
+                f"Patch: expected a dictionary for the {d} numbers of {site}, got a {type(dictionary).__name__} for {width}; was it made at another site?"
+            )
+        if (at := dictionary.directions.device) != self.tail.x.device:
+            raise ValueError(
+                f"Patch: the model is on {self.tail.x.device}, the dictionary on {at}; move it with dictionary.to({str(self.tail.x.device)!r})"
+            )
         self.goal, there = target.logp, pairs.there
-        with torch.no_grad(): self.writes = (_Codes if isinstance(dictionary, Codebook) else _Vectors)(dictionary, self.tail, target, there)
+        with torch.no_grad():
+            self.writes = (_Codes if isinstance(dictionary, Codebook) else _Vectors)(
+                dictionary, self.tail, target, there
+            )
         self.features, self.active = self.writes.features, self.writes.active
-        self.whole = ((target.x - self.tail.x) * there[..., None]).flatten(1).norm(dim=1)              # [n] length of the difference of the states
-        self.none = torch.zeros(1, len(pairs), len(self.features), dtype=torch.bool, device=there.device)
+        self.whole = (
+            ((target.x - self.tail.x) * there[..., None]).flatten(1).norm(dim=1)
+        )  # [n] length of the difference of the states
+        self.none = torch.zeros(
+            1, len(pairs), len(self.features), dtype=torch.bool, device=there.device
+        )
 
-    def kl(self, logp): return F.kl_div(self.goal.expand_as(logp), logp, reduction="none", log_target=True).sum(-1)       # KL(patched || target) [m, n]
+    def kl(self, logp):
+        return F.kl_div(self.goal.expand_as(logp), logp, reduction="none", log_target=True).sum(
+            -1
+        )  # KL(patched || target) [m, n]
 
-    def chosen(self, features):                # feature numbers of the dictionary -> [1, 1, F']
+    def chosen(self, features):  # feature numbers of the dictionary -> [1, 1, F']
         "A set, from its features; those that differ nowhere here change nothing."
-        return torch.isin(self.features, torch.as_tensor(features, device=self.features.device))[None, None]
+        return torch.isin(self.features, torch.as_tensor(features, device=self.features.device))[
+            None, None
+        ]
 
-    def run(self, edits):                      # [m, n, length, d]
+    def run(self, edits):  # [m, n, length, d]
         "The model's log-probabilities [m, n, vocabulary] with edits added at the site; every set counts as one pass."
         self.passes += len(edits)
-        with evaluating(self.model): return self.tail(self.tail.x + edits)
+        with evaluating(self.model):
+            return self.tail(self.tail.x + edits)
 
     @torch.no_grad()
-    def measure(self, sets) -> dict:           # [m, n or 1, F']
+    def measure(self, sets) -> dict:  # [m, n or 1, F']
         "kl(patched || target), logit_diff (log odds, base against target) and edit (length of the change, in units of the whole difference), each [m, n]."
         out, n = [], len(self.pairs)
         for some in sets.expand(-1, n, -1).split(max(1, self.batch // n)):
             logp = self.run(edits := self.writes.edit(some))
-            out.append((self.kl(logp), logit_difference(logp, self.pairs), edits.flatten(2).norm(dim=2) / self.whole))
+            out.append(
+                (
+                    self.kl(logp),
+                    logit_difference(logp, self.pairs),
+                    edits.flatten(2).norm(dim=2) / self.whole,
+                )
+            )
         return dict(zip(("kl", "logit_diff", "edit"), map(torch.cat, zip(*out))))
 
-    def attribution(self, chosen=None, points: int = 3):      # [1, n, F'] already patched; -> [n, F']
+    def attribution(self, chosen=None, points: int = 3):  # [1, n, F'] already patched; -> [n, F']
         "By how much KL would fall if a feature were patched as well, to first order: gradient times difference, averaged over points on the way from `chosen` to all features."
         chosen = self.none if chosen is None else chosen
-        start, way, total = self.writes.edit(chosen), self.writes.edit(~chosen), 0.
-        for t in [(i + .5) / points for i in range(points)] if points > 1 else [0.]:
+        start, way, total = self.writes.edit(chosen), self.writes.edit(~chosen), 0.0
+        for t in [(i + 0.5) / points for i in range(points)] if points > 1 else [0.0]:
             edits = (start + t * way).detach().requires_grad_()
-            with torch.enable_grad(): g, = torch.autograd.grad(self.kl(self.run(edits)).sum(), edits)
-            total, self.passes = total - self.writes.along(g[0]) / points, self.passes + 2             # backward is about two more
+            with torch.enable_grad():
+                (g,) = torch.autograd.grad(self.kl(self.run(edits)).sum(), edits)
+            total, self.passes = (
+                total - self.writes.along(g[0]) / points,
+                self.passes + 2,
+            )  # backward is about two more
         return total
 
 # %% ../../nbs/lib/feature_patch.ipynb #feature-patch-9
 @torch.no_grad()
-def greedy_order(patch: Patch, n_feats: int = 16,
-                 per_prompt: bool = False,     # an order for each prompt; False: one for all (mean KL)
-                 width: int | None = 16):      # how many candidates are tried at each step, the best by attribution; None: all
+def greedy_order(
+    patch: Patch,
+    n_feats: int = 16,
+    per_prompt: bool = False,  # an order for each prompt; False: one for all (mean KL)
+    *,
+    width: int | None = 16,
+):  # how many candidates are tried at each step, the best by attribution; None: all
     "Features in the order in which each brings KL down most, given those before: numbers in patch.features, [k] or [k, n] (-1: none left)."
     n, n_all, chosen, order = len(patch.pairs), len(patch.features), patch.none.clone(), []
     for _ in range(min(n_feats, n_all)):
         free = patch.active & ~chosen[0] if per_prompt else ~chosen[0]
-        gain = patch.attribution(chosen) if width and width < n_all else torch.zeros_like(free, dtype=torch.float)
-        if not per_prompt: gain = gain.mean(0).expand(n, -1)
+        gain = (
+            patch.attribution(chosen)
+            if width and width < n_all
+            else torch.zeros_like(free, dtype=torch.float)
+        )
+        if not per_prompt:
+            gain = gain.mean(0).expand(n, -1)
         m = min(width or n_all, int(free.sum(1).max()))
-        if not m: break
-        candidates = gain.masked_fill(~free, -torch.inf).topk(m, 1).indices                            # [n, m]
-        kl = patch.measure(chosen.repeat(m, 1, 1).scatter(2, candidates.T[..., None], True))["kl"]     # [m, n]
-        if not per_prompt: kl = kl.mean(1, keepdim=True).expand(-1, n)
-        best = candidates.gather(1, kl.masked_fill(~free.gather(1, candidates).T, torch.inf).argmin(0)[:, None])
+        if not m:
+            break
+        candidates = gain.masked_fill(~free, -torch.inf).topk(m, 1).indices  # [n, m]
+        kl = patch.measure(chosen.repeat(m, 1, 1).scatter(2, candidates.T[..., None], True))[
+            "kl"
+        ]  # [m, n]
+        if not per_prompt:
+            kl = kl.mean(1, keepdim=True).expand(-1, n)
+        best = candidates.gather(
+            1, kl.masked_fill(~free.gather(1, candidates).T, torch.inf).argmin(0)[:, None]
+        )
         left = free.gather(1, best)
         chosen[0].scatter_(1, best, chosen[0].gather(1, best) | left)
         order.append(best.where(left, -1)[:, 0])
@@ -197,93 +332,158 @@ def greedy_order(patch: Patch, n_feats: int = 16,
     return order if per_prompt else order[:, 0]
 
 # %% ../../nbs/lib/feature_patch.ipynb #feature-patch-10
-def attribution_order(patch: Patch, n_feats: int = 16, per_prompt: bool = False, points: int = 1):
+def attribution_order(
+    patch: Patch, n_feats: int = 16, per_prompt: bool = False, *, points: int = 1
+):
     "Features by gradient times difference (points > 1: averaged on the way to the target): a few passes in all."
     gain = patch.attribution(points=points)
     if per_prompt:
-        best = gain.masked_fill(~patch.active, -torch.inf).topk(min(n_feats, len(patch.features)), 1)
+        best = gain.masked_fill(~patch.active, -torch.inf).topk(
+            min(n_feats, len(patch.features)), 1
+        )
         return best.indices.where(best.values > -torch.inf, -1).T
     return gain.mean(0).topk(min(n_feats, len(patch.features))).indices
 
 # %% ../../nbs/lib/feature_patch.ipynb #feature-patch-11
-def acdc_order(patch: Patch, n_feats: int | None = None,
-               thresholds=None,                # ascending; None: 50 from 0.0001 to 20 nats
-               seed: int = 0):
+def acdc_order(
+    patch: Patch,
+    n_feats: int | None = None,
+    thresholds=None,  # ascending; None: 50 from 0.0001 to 20 nats
+    *,
+    seed: int = 0,
+):
     "Algorithm 4.1 of ACDC (arXiv 2304.14997) on a flat graph: all features are patched; for each threshold, those left are visited in random order, and one is dropped if mean KL rises by less. The last to be dropped come first."
     thresholds = torch.logspace(-4, 1.3, 50).tolist() if thresholds is None else thresholds
-    left, dropped, draw = torch.ones(len(patch.features), dtype=torch.bool, device=patch.features.device), [], seeded(seed)
-    now, rise = patch.measure(left[None, None])["kl"].mean().item(), {}                                # of what is known of the present set
+    left, dropped, draw = (
+        torch.ones(len(patch.features), dtype=torch.bool, device=patch.features.device),
+        [],
+        seeded(seed),
+    )
+    now, rise = (
+        patch.measure(left[None, None])["kl"].mean().item(),
+        {},
+    )  # of what is known of the present set
     for threshold in thresholds:
-        if len(rise) == left.sum() and min(rise.values(), default=0) >= threshold: continue            # nothing would be dropped
-        waiting, size = [f for f in torch.randperm(len(left), generator=draw).tolist() if left[f]], 4
+        if len(rise) == left.sum() and min(rise.values(), default=0) >= threshold:
+            continue  # nothing would be dropped
+        waiting, size = (
+            [f for f in torch.randperm(len(left), generator=draw).tolist() if left[f]],
+            4,
+        )
         while waiting:
             some, new = waiting[:size], [f for f in waiting[:size] if f not in rise]
-            if new:                                                                                    # several at once, as if each were next
+            if new:  # several at once, as if each were next
                 sets = left.repeat(len(new), 1)
                 sets[torch.arange(len(new)), new] = False
                 rise |= dict(zip(new, (patch.measure(sets[:, None])["kl"].mean(1) - now).tolist()))
             drop = next((i for i, f in enumerate(some) if rise[f] < threshold), None)
-            waiting, size = waiting[len(some) if drop is None else drop + 1:], min(2 * size, 32) if drop is None else max(size // 2, 1)
+            waiting, size = (
+                waiting[len(some) if drop is None else drop + 1 :],
+                min(2 * size, 32) if drop is None else max(size // 2, 1),
+            )
             if drop is not None:
                 left[some[drop]], now, rise = False, now + rise[some[drop]], {}
                 dropped.append(some[drop])
-    rest = left.nonzero()[:, 0].tolist()                                                               # never dropped
+    rest = left.nonzero()[:, 0].tolist()  # never dropped
     return patch.features.new_tensor(rest + dropped[::-1])[:n_feats]
 
 # %% ../../nbs/lib/feature_patch.ipynb #feature-patch-12
 ORDERS = dict(greedy=greedy_order, attribution=attribution_order, acdc=acdc_order)
 
-def nested_sets(patch: Patch, order):          # [k] or [k, n] numbers in patch.features -> [k + 1, n, F']
+
+def nested_sets(patch: Patch, order):  # [k] or [k, n] numbers in patch.features -> [k + 1, n, F']
     "The first 0, 1, .., k features of an order."
     order = torch.as_tensor(order, device=patch.features.device)
-    steps = F.one_hot((order if order.dim() == 2 else order[:, None].expand(-1, len(patch.pairs))) + 1, len(patch.features) + 1)[..., 1:]
+    steps = F.one_hot(
+        (order if order.dim() == 2 else order[:, None].expand(-1, len(patch.pairs))) + 1,
+        len(patch.features) + 1,
+    )[..., 1:]
     return F.pad(steps.cumsum(0), (0, 0, 0, 0, 1, 0)).bool()
 
 # %% ../../nbs/lib/feature_patch.ipynb #feature-patch-13
 @dataclass
 class PatchCurve:
     "What patching the first 0, 1, .., k features does. kl, edit, logit_diff: [k + 1, n]; floor, floor_edit [n]: with all features patched."
-    features: torch.Tensor     # numbers in the dictionary: [k], or [k, n] for an order of each prompt (-1: none left)
-    kl: torch.Tensor           # nats, KL(patched || target); kl[0]: nothing patched
-    edit: torch.Tensor         # length of the change, in units of the whole difference between the states
-    logit_diff: torch.Tensor   # log odds of the base's answers against the target's
+
+    features: (
+        torch.Tensor
+    )  # numbers in the dictionary: [k], or [k, n] for an order of each prompt (-1: none left)
+    kl: torch.Tensor  # nats, KL(patched || target); kl[0]: nothing patched
+    edit: torch.Tensor  # length of the change, in units of the whole difference between the states
+    logit_diff: torch.Tensor  # log odds of the base's answers against the target's
     floor: torch.Tensor
     floor_edit: torch.Tensor
-    passes: int                # how often the layers behind the site ran on all prompts
+    passes: int  # how often the layers behind the site ran on all prompts
 
-    def __repr__(self): return f"{len(self.kl) - 1} features: KL {self.kl[0].mean():.2f} -> {self.kl[-1].mean():.2f} nats, {self.floor.mean():.2f} with all; {self.passes:,} passes"
+    def __repr__(self):
+        return f"{len(self.kl) - 1} features: KL {self.kl[0].mean():.2f} -> {self.kl[-1].mean():.2f} nats, {self.floor.mean():.2f} with all; {self.passes:,} passes"
 
-    def first(self, share: float = .9) -> int | None:
+    def first(self, share: float = 0.9) -> int | None:
         "How many features it takes until mean KL has fallen by this share of what it was; None: more than were tried."
         there = (self.kl.mean(1) <= (1 - share) * self.kl[0].mean()).nonzero()
         return int(there[0]) if len(there) else None
 
 # %% ../../nbs/lib/feature_patch.ipynb #feature-patch-14
-def check_task(model, pairs: Pairs, at_least: float = .75):
+def check_task(model, pairs: Pairs, at_least: float = 0.75):
     "ValueError unless the model answers prompts and counterfactuals."
     score = task_score(model, pairs)
     if min(score["base"], score["target"]) < at_least:
-        raise ValueError(f"patch_curve: the model answers {score['base']:.0%} of the prompts and {score['target']:.0%} of the counterfactuals (chance is 50%, expected {at_least:.0%}): "
-                         "there is no behaviour here whose features could be found. Try another task of TASKS, prompts of your own (make_pairs), or a larger model; check=False patches all the same")
+        raise ValueError(
+            f"patch_curve: the model answers {score['base']:.0%} of the prompts and {score['target']:.0%} of the counterfactuals (chance is 50%, expected {at_least:.0%}): "
+            "there is no behaviour here whose features could be found. Try another task of TASKS, prompts of your own (make_pairs), or a larger model; check=False patches all the same"
+        )
 
-def patch_curve(model, site: str, dictionary: Dictionary,
-                pairs: Pairs,                  # one order for all prompts is chosen on the first half and measured on the second
-                n_feats: int = 16, order: str = "greedy",      # "greedy", "attribution" or "acdc"
-                per_prompt: bool = False,      # choose for each prompt, and measure there
-                check: bool = True,            # can the model do the task?
-                batch: int = 64, **kw) -> PatchCurve:      # kw for the order: width, points, seed
+
+def patch_curve(
+    model,
+    site: str,
+    dictionary: Dictionary,
+    *,
+    pairs: Pairs,  # one order for all prompts is chosen on the first half and measured on the second
+    n_feats: int = 16,
+    order: str = "greedy",  # "greedy", "attribution" or "acdc"
+    per_prompt: bool = False,  # choose for each prompt, and measure there
+    check: bool = True,  # can the model do the task?
+    batch: int = 64,
+    **kw,
+) -> PatchCurve:  # kw for the order: width, points, seed
     "How few features of the counterfactual, patched into the prompt at one site, make the model answer as the counterfactual (arXiv 2309.08600, section 4.3)."
-    if order not in ORDERS: raise ValueError(f"patch_curve: order={order!r}, expected one of {', '.join(ORDERS)}")
-    if per_prompt and order == "acdc": raise ValueError("patch_curve: order='acdc' chooses one set for all prompts; per_prompt=True goes with 'greedy' and 'attribution'")
-    if len(pairs) < 2 and not per_prompt: raise ValueError("patch_curve: expected at least 2 pairs, half to choose and half to measure")
-    if check: check_task(model, pairs)
+    if order not in ORDERS:
+        raise ValueError(f"patch_curve: order={order!r}, expected one of {', '.join(ORDERS)}")
+    if per_prompt and order == "acdc":
+        raise ValueError(
+            "patch_curve: order='acdc' chooses one set for all prompts; per_prompt=True goes with 'greedy' and 'attribution'"
+        )
+    if len(pairs) < 2 and not per_prompt:
+        raise ValueError(
+            "patch_curve: expected at least 2 pairs, half to choose and half to measure"
+        )
+    if check:
+        check_task(model, pairs)
     half = len(pairs) // 2
     chooses, measures = (pairs, pairs) if per_prompt else (pairs[:half], pairs[half:])
-    first = Patch(model, site, dictionary, chooses, batch)
+    first = Patch(model, site, dictionary, pairs=chooses, batch=batch)
     found = ORDERS[order](first, n_feats, **(dict(per_prompt=True) if per_prompt else {}), **kw)
     features = torch.where(found < 0, -1, first.features[found])
-    second = first if per_prompt else Patch(model, site, dictionary, measures, batch)
+    second = first if per_prompt else Patch(model, site, dictionary, pairs=measures, batch=batch)
     passes = first.passes
-    sets = nested_sets(first, found) if per_prompt else torch.cat([second.chosen(features[:k]) for k in range(len(features) + 1)])
+    sets = (
+        nested_sets(first, found)
+        if per_prompt
+        else torch.cat([second.chosen(features[:k]) for k in range(len(features) + 1)])
+    )
     at, floor = second.measure(sets), second.measure(~second.none)
-    return PatchCurve(*(t.cpu() for t in (features, at["kl"], at["edit"], at["logit_diff"], floor["kl"][0], floor["edit"][0])), passes)
+    return PatchCurve(
+        *(
+            t.cpu()
+            for t in (
+                features,
+                at["kl"],
+                at["edit"],
+                at["logit_diff"],
+                floor["kl"][0],
+                floor["edit"][0],
+            )
+        ),
+        passes,
+    )

@@ -9,6 +9,9 @@ __all__ = ['code_ids', 'acts_of', 'feature_acts', 'Found', 'best_features', 'tok
            'strong_contexts']
 
 # %% ../../nbs/lib/feature_read.ipynb #feature-read-3
+from collections import Counter
+from dataclasses import dataclass
+
 import matplotlib.pyplot as plt
 import numpy as np
 import torch
@@ -19,151 +22,298 @@ from ..dictionary.codebook import Codebook, feature_ids
 from ..model.run import check_length, evaluating
 from ..model.sites import capture
 from ..model.text import Text
-from collections import Counter
-from dataclasses import dataclass
 
 # %% ../../nbs/lib/feature_read.ipynb #feature-read-4
-def code_ids(model, site, book, x):           # [.., d] -> feature numbers [.., groups * k]
-    if getattr(model, "codebooks", {}).get(site) is not book: return feature_ids(book, book.choose(x)).flatten(-2)
-    ids = model.ids.get(site)                  # a book of the model's own: x is a sum of codes already, and these are what was chosen in the pass that just ran
-    if ids is None or ids.shape[:-2] != x.shape[:-1]: raise ValueError(f"feature_acts: expected states of the pass that just ran at {site}, {list(ids.shape[:-2]) if ids is not None else 'with its codebook'}, got {list(x.shape[:-1])}")
+def code_ids(model, site, book, *, x):  # [.., d] -> feature numbers [.., groups * k]
+    if getattr(model, "codebooks", {}).get(site) is not book:
+        return feature_ids(book, book.choose(x)).flatten(-2)
+    ids = model.ids.get(
+        site
+    )  # a book of the model's own: x is a sum of codes already, and these are what was chosen in the pass that just ran
+    if ids is None or ids.shape[:-2] != x.shape[:-1]:
+        raise ValueError(
+            f"feature_acts: expected states of the pass that just ran at {site}, {list(ids.shape[:-2]) if ids is not None else 'with its codebook'}, got {list(x.shape[:-1])}"
+        )
     return feature_ids(book, ids).flatten(-2)
 
-def acts_of(model, site: str, dictionary, x, features=None):      # [.., d] -> float [.., F], or [.., n] of some features
+
+def acts_of(
+    model, site: str, dictionary, *, x, features=None
+):  # [.., d] -> float [.., F], or [.., n] of some features
     "Activations; of codes, how often they are chosen (1, but for books in which a code may be chosen again)."
     x = x.to(dictionary.directions.dtype)
     if isinstance(dictionary, Codebook):
-        ids = code_ids(model, site, dictionary, x)
-        if features is not None: return (ids[..., None] == features).sum(-2).float()
-        return torch.zeros(*ids.shape[:-1], dictionary.weight.shape[:2].numel(), device=x.device).scatter_add_(-1, ids, torch.ones_like(ids, dtype=torch.float))
+        ids = code_ids(model, site, dictionary, x=x)
+        if features is not None:
+            return (ids[..., None] == features).sum(-2).float()
+        return torch.zeros(
+            *ids.shape[:-1], dictionary.weight.shape[:2].numel(), device=x.device
+        ).scatter_add_(-1, ids, torch.ones_like(ids, dtype=torch.float))
     f = dictionary.encode(x).float()
     return f if features is None else f[..., features]
 
-def _passes(model, site, text, batch):         # yields (slice of rows, their states at the site)
+
+def _passes(model, site, text, *, batch):  # yields (slice of rows, their states at the site)
     check_length(model, text.ids.shape[1], "feature_acts")
     where = next(model.parameters()).device
     with evaluating(model), capture(model, site) as acts:
         for i in range(0, len(text), batch):
-            getattr(model, "base_model", model)(input_ids=text.ids[i:i + batch].to(where), use_cache=False)
+            getattr(model, "base_model", model)(
+                input_ids=text.ids[i : i + batch].to(where), use_cache=False
+            )
             yield slice(i, i + batch), acts[site]
 
+
 @torch.no_grad()
-def feature_acts(model, site: str, dictionary: Dictionary, text: Text,
-                 features=None,                # numbers [n], or one; None: all
-                 batch: int = 32):             # -> [rows, length, n], 0 at BOS and padding
+def feature_acts(
+    model,
+    site: str,
+    dictionary: Dictionary,
+    *,
+    text: Text,
+    features=None,  # numbers [n], or one; None: all
+    batch: int = 32,
+):  # -> [rows, length, n], 0 at BOS and padding
     "What features do along a text; of codes, 1 where they are chosen."
-    some, n = None if features is None else torch.as_tensor(features, device=next(model.parameters()).device).reshape(-1), len(dictionary.directions)
-    if some is not None and not 0 <= some.min() <= some.max() < n: raise ValueError(f"feature_acts: {site} has features 0 to {n - 1}, got {int(some.min())} to {int(some.max())}")
-    return torch.cat([acts_of(model, site, dictionary, x, some).cpu() for _, x in _passes(model, site, text, batch)]) * text.mask[..., None]
+    some, n = (
+        None
+        if features is None
+        else torch.as_tensor(features, device=next(model.parameters()).device).reshape(-1),
+        len(dictionary.directions),
+    )
+    if some is not None and not 0 <= some.min() <= some.max() < n:
+        raise ValueError(
+            f"feature_acts: {site} has features 0 to {n - 1}, got {int(some.min())} to {int(some.max())}"
+        )
+    return (
+        torch.cat(
+            [
+                acts_of(model, site, dictionary, x=x, features=some).cpu()
+                for _, x in _passes(model, site, text, batch=batch)
+            ]
+        )
+        * text.mask[..., None]
+    )
 
 # %% ../../nbs/lib/feature_read.ipynb #feature-read-5
 @dataclass(eq=False)
 class Found:
     "The feature that tells some words best from all others, and how well (F1) on the half that chose it and on the other."
+
     feature: int
     f1: float
     f1_held_out: float
-    acts: torch.Tensor     # [rows, length] the feature along the text; of a code, 1 where it is chosen
+    acts: torch.Tensor  # [rows, length] the feature along the text; of a code, 1 where it is chosen
+
 
 @torch.no_grad()
-def best_features(model, site: str, dictionary: Dictionary, text: Text,
-                  truths: dict,                # name -> [rows, length] bool: the words to tell from all others
-                  low: float = .5,             # a feature says so above this share of its maximum on the first half; a code where it is chosen
-                  batch: int = 32) -> dict:
+def best_features(
+    model,
+    site: str,
+    dictionary: Dictionary,
+    *,
+    text: Text,
+    truths: dict,  # name -> [rows, length] bool: the words to tell from all others
+    low: float = 0.5,  # a feature says so above this share of its maximum on the first half; a code where it is chosen
+    batch: int = 32,
+) -> dict:
     "For each truth the feature that is strong there and only there: the best F1 on the first half of the rows. name -> Found."
-    n, there, n_feats = len(text.split(.5)[0]), text.mask, len(dictionary.directions)
+    n, there, n_feats = len(text.split(0.5)[0]), text.mask, len(dictionary.directions)
     for name, truth in truths.items():
-        if truth.shape != there.shape: raise ValueError(f"best_features: expected a truth for every position {list(there.shape)}, got {list(truth.shape)} for {name!r}")
-        if not (truth & there)[:n].any(): raise ValueError(f"best_features: {name!r} holds nowhere in the first half of the text; give it more")
-    entries = []                               # of what is active alone: position, feature, value
-    for rows, x in _passes(model, site, text, batch):
-        f = (acts_of(model, site, dictionary, x) * there[rows].to(x.device)[..., None]).flatten(0, 1)
+        if truth.shape != there.shape:
+            raise ValueError(
+                f"best_features: expected a truth for every position {list(there.shape)}, got {list(truth.shape)} for {name!r}"
+            )
+        if not (truth & there)[:n].any():
+            raise ValueError(
+                f"best_features: {name!r} holds nowhere in the first half of the text; give it more"
+            )
+    entries = []  # of what is active alone: position, feature, value
+    for rows, x in _passes(model, site, text, batch=batch):
+        f = (acts_of(model, site, dictionary, x=x) * there[rows].to(x.device)[..., None]).flatten(
+            0, 1
+        )
         at, j = f.clamp(min=0).nonzero().unbind(1)
         entries.append((at.cpu() + rows.start * there.shape[1], j.cpu(), f[at, j].cpu()))
     at, j, value = map(torch.cat, zip(*entries))
-    begin = at < n * there.shape[1]            # in the first half
+    begin = at < n * there.shape[1]  # in the first half
     most = torch.zeros(n_feats).scatter_reduce(0, j[begin], value[begin], "amax")
     strong = torch.ones_like(begin) if isinstance(dictionary, Codebook) else value >= low * most[j]
+
     def scores(truth, half):
         true, here = (truth & there).flatten(), strong & (begin if half == 0 else ~begin)
         count = lambda some: torch.bincount(j[some], minlength=n_feats)
-        return 2 * count(here & true[at]) / (count(here) + (true[:n * there.shape[1]] if half == 0 else true[n * there.shape[1]:]).sum()).clamp(min=1)
+        return (
+            2
+            * count(here & true[at])
+            / (
+                count(here)
+                + (true[: n * there.shape[1]] if half == 0 else true[n * there.shape[1] :]).sum()
+            ).clamp(min=1)
+        )
+
     out = {}
     for name, truth in truths.items():
         one, two = scores(truth, 0), scores(truth, 1)
         best = int(one.argmax())
-        acts = torch.zeros(there.numel()).index_put((at[j == best],), value[j == best]).view_as(there * 1.)
+        acts = (
+            torch.zeros(there.numel())
+            .index_put((at[j == best],), value[j == best])
+            .view_as(there * 1.0)
+        )
         out[name] = Found(best, one[best].item(), two[best].item(), acts)
     return out
 
 # %% ../../nbs/lib/feature_read.ipynb #feature-read-6
-def token_histogram(f,                         # [N] activations of one feature
-                    tokens: list,              # [N] strings
-                    bins: int = 8,             # ranges of activation, from just above 0 to the largest
-                    top: int = 6) -> dict:
+def token_histogram(
+    f,  # [N] activations of one feature
+    tokens: list,  # [N] strings
+    bins: int = 8,  # ranges of activation, from just above 0 to the largest
+    *,
+    top: int = 6,
+) -> dict:
     "Which tokens a feature is active at, by activation range (arXiv 2309.08600, section 5): edges [bins + 1], tokens (the `top` most frequent, then 'other'), counts [bins, top + 1]."
     f = torch.as_tensor(f).detach().cpu().float()
-    if bins < 1 or top < 1: raise ValueError(f"token_histogram: expected bins and top of at least 1, got {bins} and {top}")
-    if f.dim() != 1 or len(f) != len(tokens): raise ValueError(f"token_histogram: expected one activation a token, got {list(f.shape)} and {len(tokens)} tokens")
+    if bins < 1 or top < 1:
+        raise ValueError(
+            f"token_histogram: expected bins and top of at least 1, got {bins} and {top}"
+        )
+    if f.dim() != 1 or len(f) != len(tokens):
+        raise ValueError(
+            f"token_histogram: expected one activation a token, got {list(f.shape)} and {len(tokens)} tokens"
+        )
     active = (f > 0).nonzero()[:, 0].tolist()
-    if not active: raise ValueError("token_histogram: the feature is active at none of these tokens; give it more text, or take another feature")
-    edges, counts = torch.linspace(0, float(f.max()), bins + 1), torch.zeros(bins, top + 1, dtype=torch.long)
-    column = {token: i for i, (token, _) in enumerate(Counter(tokens[i] for i in active).most_common(top))}
-    for i, b in zip(active, torch.bucketize(f[active], edges[1:-1]).tolist()): counts[b, column.get(tokens[i], top)] += 1
+    if not active:
+        raise ValueError(
+            "token_histogram: the feature is active at none of these tokens; give it more text, or take another feature"
+        )
+    edges, counts = (
+        torch.linspace(0, float(f.max()), bins + 1),
+        torch.zeros(bins, top + 1, dtype=torch.long),
+    )
+    column = {
+        token: i for i, (token, _) in enumerate(Counter(tokens[i] for i in active).most_common(top))
+    }
+    for i, b in zip(active, torch.bucketize(f[active], edges[1:-1]).tolist()):
+        counts[b, column.get(tokens[i], top)] += 1
     return dict(edges=edges, tokens=[*column, *[""] * (top - len(column)), "other"], counts=counts)
+
 
 def draw_histogram(found: dict, title: str, alt: str):
     "token_histogram as stacked bars: the share of each token in each range of activation, with the number of tokens above."
     counts, edges = found["counts"].numpy(), found["edges"].numpy()
     total, left, middle = counts.sum(1).clip(1), np.zeros(len(counts)), (edges[1:] + edges[:-1]) / 2
     colors = list(show.PALETTE.values())
-    if len(found["tokens"]) - 1 > len(colors): raise ValueError(f"draw_histogram: expected at most {len(colors)} tokens beside 'other', which is as many colours as there are, got {len(found['tokens']) - 1}")
+    if len(found["tokens"]) - 1 > len(colors):
+        raise ValueError(
+            f"draw_histogram: expected at most {len(colors)} tokens beside 'other', which is as many colours as there are, got {len(found['tokens']) - 1}"
+        )
     fig, ax = plt.subplots(figsize=(7, 3))
-    for token, n, color in zip(found["tokens"], counts.T, [*colors[:len(found["tokens"]) - 1], "#DDDDDD"]):
-        if n.any(): ax.bar(middle, n / total, width=.9 * (middle[1] - middle[0]), bottom=left, color=color, label=token)
+    for token, n, color in zip(
+        found["tokens"], counts.T, [*colors[: len(found["tokens"]) - 1], "#DDDDDD"]
+    ):
+        if n.any():
+            ax.bar(
+                middle,
+                n / total,
+                width=0.9 * (middle[1] - middle[0]),
+                bottom=left,
+                color=color,
+                label=token,
+            )
         left += n / total
-    for x, n in zip(middle, counts.sum(1)): ax.text(x, 1.02, f"{n:,}", ha="center", fontsize=8)
-    ax.set_title(title, pad=18); ax.set(xlabel="activation", ylabel="share of tokens", ylim=(0, 1)); ax.legend(bbox_to_anchor=(1, 1)); ax.grid(False)
+    for x, n in zip(middle, counts.sum(1)):
+        ax.text(x, 1.02, f"{n:,}", ha="center", fontsize=8)
+    ax.set_title(title, pad=18)
+    ax.set(xlabel="activation", ylabel="share of tokens", ylim=(0, 1))
+    ax.legend(bbox_to_anchor=(1, 1))
+    ax.grid(False)
     return show.picture(fig, alt)
 
 # %% ../../nbs/lib/feature_read.ipynb #feature-read-7
 @dataclass(eq=False)
 class Contexts:
     "Beginnings of documents that end where a feature is strong; contexts[:10], len(contexts)."
-    ids: torch.Tensor      # [n, length], padded behind
-    last: torch.Tensor     # [n] where each ends
-    acts: torch.Tensor     # [n] the feature's activation there, in the text they are from (where other documents may stand before them in a row)
-    next: torch.Tensor     # [n] the token that really follows
-    bos: int               # which is no word
-    def __len__(self): return len(self.ids)
+
+    ids: torch.Tensor  # [n, length], padded behind
+    last: torch.Tensor  # [n] where each ends
+    acts: torch.Tensor  # [n] the feature's activation there, in the text they are from (where other documents may stand before them in a row)
+    next: torch.Tensor  # [n] the token that really follows
+    bos: int  # which is no word
+
+    def __len__(self):
+        return len(self.ids)
+
     def __getitem__(self, rows):
         rows = [rows] if isinstance(rows, int) else rows
         return Contexts(self.ids[rows], self.last[rows], self.acts[rows], self.next[rows], self.bos)
-    def __repr__(self): return f"{len(self)} contexts of up to {self.ids.shape[1]} tokens, activation {self.acts.min():.2f} to {self.acts.max():.2f}"
-    def to(self, device): return Contexts(self.ids.to(device), self.last.to(device), self.acts.to(device), self.next.to(device), self.bos)
-    @property
-    def there(self): "[n, length]: True at the words up to each end."; return (torch.arange(self.ids.shape[1], device=self.last.device) <= self.last[:, None]) & (self.ids != self.bos)
 
-def strong_contexts(text: Text,
-                    f,                         # [rows, length] the feature along the text
-                    n: int = 20, at_least: int | None = None,      # how many; fewer will do, but no fewer than at_least (None: n)
-                    low: float = .5,           # from this share of its maximum M up to M (arXiv 2309.08600, section 5: [M/2, M])
-                    where=None,                # [rows, length] bool: only there
-                    seed: int = 0) -> Contexts:
+    def __repr__(self):
+        return f"{len(self)} contexts of up to {self.ids.shape[1]} tokens, activation {self.acts.min():.2f} to {self.acts.max():.2f}"
+
+    def to(self, device):
+        return Contexts(
+            self.ids.to(device),
+            self.last.to(device),
+            self.acts.to(device),
+            self.next.to(device),
+            self.bos,
+        )
+
+    @property
+    def there(self):
+        "[n, length]: True at the words up to each end."
+        return (torch.arange(self.ids.shape[1], device=self.last.device) <= self.last[:, None]) & (
+            self.ids != self.bos
+        )
+
+
+def strong_contexts(
+    text: Text,
+    f,  # [rows, length] the feature along the text
+    n: int = 20,
+    *,
+    at_least: int | None = None,  # how many; fewer will do, but no fewer than at_least (None: n)
+    low: float = 0.5,  # from this share of its maximum M up to M (arXiv 2309.08600, section 5: [M/2, M])
+    where=None,  # [rows, length] bool: only there
+    seed: int = 0,
+) -> Contexts:
     "Places where a feature is strong, drawn at random, each in a document of its own as far as there are enough; with their document up to there."
-    if n < 1: raise ValueError(f"strong_contexts: expected n of at least 1, got {n}")
-    if where is not None and where.shape != text.ids.shape: raise ValueError(f"strong_contexts: expected `where` for every position {list(text.ids.shape)}, got {list(where.shape)}")
-    if f.shape != text.ids.shape: raise ValueError(f"strong_contexts: expected an activation for every position {list(text.ids.shape)}, got {list(f.shape)}")
-    if not (f > 0).any(): raise ValueError("strong_contexts: the feature is active nowhere in this text; give it more text, or take another feature")
+    if n < 1:
+        raise ValueError(f"strong_contexts: expected n of at least 1, got {n}")
+    if where is not None and where.shape != text.ids.shape:
+        raise ValueError(
+            f"strong_contexts: expected `where` for every position {list(text.ids.shape)}, got {list(where.shape)}"
+        )
+    if f.shape != text.ids.shape:
+        raise ValueError(
+            f"strong_contexts: expected an activation for every position {list(text.ids.shape)}, got {list(f.shape)}"
+        )
+    if not (f > 0).any():
+        raise ValueError(
+            "strong_contexts: the feature is active nowhere in this text; give it more text, or take another feature"
+        )
     strong = (f >= low * f.max()) & (f > 0) & (True if where is None else where)
-    strong[:, -1] = False                                                                             # nothing follows
-    begin = torch.where(text.ids == text.bos, torch.arange(f.shape[1]), 0).cummax(1).values               # where the document of each position begins
+    strong[:, -1] = False  # nothing follows
+    begin = (
+        torch.where(text.ids == text.bos, torch.arange(f.shape[1]), 0).cummax(1).values
+    )  # where the document of each position begins
     places = strong.nonzero()[torch.randperm(int(strong.sum()), generator=seeded(seed))].tolist()
-    if len(places) < (at_least or n): raise ValueError(f"strong_contexts: expected {at_least or n} places with an activation of at least {low} of the largest, found {len(places)}; give it more text, or a smaller n")
+    if len(places) < (at_least or n):
+        raise ValueError(
+            f"strong_contexts: expected {at_least or n} places with an activation of at least {low} of the largest, found {len(places)}; give it more text, or a smaller n"
+        )
     first, again, seen = [], [], set()
     for r, c in places:
         key = (r, int(begin[r, c]))
-        (again if key in seen else first).append((r, c)); seen.add(key)
+        (again if key in seen else first).append((r, c))
+        seen.add(key)
     r, c = map(list, zip(*(first + again)[:n]))
-    rows = [text.ids[i, int(begin[i, j]):j + 1] for i, j in zip(r, c)]
-    return Contexts(torch.nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=text.pad), torch.tensor([len(row) - 1 for row in rows]), f[r, c], text.ids[r, [j + 1 for j in c]], text.bos)
+    rows = [text.ids[i, int(begin[i, j]) : j + 1] for i, j in zip(r, c)]
+    return Contexts(
+        torch.nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=text.pad),
+        torch.tensor([len(row) - 1 for row in rows]),
+        f[r, c],
+        text.ids[r, [j + 1 for j in c]],
+        text.bos,
+    )

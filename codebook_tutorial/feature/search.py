@@ -8,8 +8,9 @@ Docs: https://codebook-tutorial.github.io/codebook_tutorial/lib/feature_search.h
 __all__ = ['scores', 'decoded', 'check_by', 'search_value', 'nearest_features', 'shared']
 
 # %% ../../nbs/lib/feature_search.ipynb #feature-search-3
-import numpy as np
 import re
+
+import numpy as np
 import torch
 import torch.nn.functional as F
 from .index import Index
@@ -18,86 +19,145 @@ from fastcore.basics import patch
 
 # %% ../../nbs/lib/feature_search.ipynb #feature-search-4
 @patch
-def hits(self: Index, site, at):              # positions [n] in the flattened text -> [n_feats]
+def hits(self: Index, site, at):  # positions [n] in the flattened text -> [n_feats]
     "How many of these positions each feature is active at."
     store, out = self.arrays[site], np.zeros(self.sites[site]["n_feats"], np.int64)
     starts, ends = (store["starts"][at + i].astype(np.int64) for i in (0, 1))
-    for some in np.array_split(np.arange(len(at)), (ends - starts).sum() // (1 << 22) + 1):      # some four million activations at a time
+    for some in np.array_split(
+        np.arange(len(at)), (ends - starts).sum() // (1 << 22) + 1
+    ):  # some four million activations at a time
         n = ends[some] - starts[some]
-        out += np.bincount(store["features"][np.repeat(starts[some] - (n.cumsum() - n), n) + np.arange(n.sum())], minlength=len(out))
+        out += np.bincount(
+            store["features"][np.repeat(starts[some] - (n.cumsum() - n), n) + np.arange(n.sum())],
+            minlength=len(out),
+        )
     return out
 
-def scores(hits, active, marked):             # [.., n_feats] twice, number or [.., 1] -> dict of [.., n_feats]
+
+def scores(hits, active, marked):  # [.., n_feats] twice, number or [.., 1] -> dict of [.., n_feats]
     "precision = hits / activations, recall = hits / marked tokens, f1: twice their product by their sum."
-    return dict(precision=hits / np.maximum(active, 1), recall=hits / np.maximum(marked, 1), f1=2 * hits / np.maximum(active + marked, 1))
+    return dict(
+        precision=hits / np.maximum(active, 1),
+        recall=hits / np.maximum(marked, 1),
+        f1=2 * hits / np.maximum(active + marked, 1),
+    )
+
 
 @patch
-def row(self: Index, site, feature, hits, active, marked) -> dict:
+def row(self: Index, site, feature, hits, *, active, marked) -> dict:
     "One feature's line in a table."
     size = self.sites[site]["n_feats"] // self.sites[site]["groups"]
-    return dict(site=site, group=int(feature) // size, id=int(feature) % size, feature=int(feature),
-                **{k: float(v) for k, v in scores(hits, active, marked).items()}, hits=int(hits), active=int(active))
+    return dict(
+        site=site,
+        group=int(feature) // size,
+        id=int(feature) % size,
+        feature=int(feature),
+        **{k: float(v) for k, v in scores(hits, active, marked).items()},
+        hits=int(hits),
+        active=int(active),
+    )
 
 # %% ../../nbs/lib/feature_search.ipynb #feature-search-6
-def decoded(raw):                            # bytes -> text, [characters + 1] where each begins in the bytes
+def decoded(raw):  # bytes -> text, [characters + 1] where each begins in the bytes
     "Bytes as text; what is no UTF-8 becomes one � a byte."
     text = raw.decode(errors="surrogateescape")
-    if text.isascii(): return text, range(len(text) + 1)
+    if text.isascii():
+        return text, range(len(text) + 1)
     points = np.frombuffer(text.encode("utf-32-le", "surrogatepass"), np.uint32)
     broken = (points >= 0xDC80) & (points <= 0xDCFF)
-    sizes = np.where(broken, 1, 1 + (points >= 0x80) + (points >= 0x800).astype(int) + (points >= 0x10000))
-    return np.where(broken, 0xFFFD, points).astype("<u4").tobytes().decode("utf-32-le"), np.append(0, sizes.cumsum())
+    sizes = np.where(
+        broken, 1, 1 + (points >= 0x80) + (points >= 0x800).astype(int) + (points >= 0x10000)
+    )
+    return np.where(broken, 0xFFFD, points).astype("<u4").tobytes().decode("utf-32-le"), np.append(
+        0, sizes.cumsum()
+    )
+
 
 def _compiled(pattern):
     "The regular expression; ValueError that says where it is wrong, or if it has several groups."
-    try: regex = re.compile(pattern)
-    except re.error as e: raise ValueError(f"mark: {pattern!r} is no regular expression: {e.msg} at position {e.pos}") from e
-    if regex.groups > 1: raise ValueError(f"mark: {pattern!r} has {regex.groups} groups, expected one that marks the target (or none: the whole match); (?:...) groups without marking")
+    try:
+        regex = re.compile(pattern)
+    except re.error as e:
+        raise ValueError(
+            f"mark: {pattern!r} is no regular expression: {e.msg} at position {e.pos}"
+        ) from e
+    if regex.groups > 1:
+        raise ValueError(
+            f"mark: {pattern!r} has {regex.groups} groups, expected one that marks the target (or none: the whole match); (?:...) groups without marking"
+        )
     return regex
 
 # %% ../../nbs/lib/feature_search.ipynb #feature-search-7
-def _matches(regex, raw, cuts):               # bytes, where documents begin and the last one ends -> list of (begin, end) in the bytes
+def _matches(
+    regex, raw, cuts
+):  # bytes, where documents begin and the last one ends -> list of (begin, end) in the bytes
     found = []
     for begin, end in zip(cuts[:-1], cuts[1:]):
         text, at = decoded(raw[begin:end])
-        found += [(begin + at[a], begin + at[b]) for a, b in (m.span(regex.groups) for m in regex.finditer(text)) if b > a]
+        found += [
+            (begin + at[a], begin + at[b])
+            for a, b in (m.span(regex.groups) for m in regex.finditer(text))
+            if b > a
+        ]
     return found
+
 
 def _of_words(fn, words):
     flags = list(fn(words))
-    if len(flags) != len(words): raise ValueError(f"mark: expected one True or False for each of {len(words)} tokens, got {len(flags)}")
+    if len(flags) != len(words):
+        raise ValueError(
+            f"mark: expected one True or False for each of {len(words)} tokens, got {len(flags)}"
+        )
     return flags
 
 # %% ../../nbs/lib/feature_search.ipynb #feature-search-8
 @patch
-def mark(self: Index,
-         query,               # a regular expression; fn(list of tokens of a document) -> list of bool; or [rows, length] bool, which stays as it is
-         chunk: int = 2048):  # rows at a time
+def mark(
+    self: Index,
+    query,  # a regular expression; fn(list of tokens of a document) -> list of bool; or [rows, length] bool, which stays as it is
+    chunk: int = 2048,
+):  # rows at a time
     "Target tokens, [rows, length] bool: those that overlap the pattern's group (without one: the whole match), within one document and row."
     if not isinstance(query, str) and not callable(query):
         query = torch.as_tensor(query).cpu()
-        if query.shape != self.mask.shape: raise ValueError(f"mark: expected a mask {list(self.mask.shape)}, got {list(query.shape)}")
+        if query.shape != self.mask.shape:
+            raise ValueError(
+                f"mark: expected a mask {list(self.mask.shape)}, got {list(query.shape)}"
+            )
         return query.bool() & torch.from_numpy(np.array(self.mask))
     regex, marked = None if callable(query) else _compiled(query), np.zeros(self.mask.shape, bool)
     for at in range(0, len(self.ids), chunk):
-        ids, mask = self.ids[at:at + chunk], self.mask[at:at + chunk]
+        ids, mask = self.ids[at : at + chunk], self.mask[at : at + chunk]
         raw, starts, ends, begins = self.surface.join(ids, mask)
         if callable(query):
             words = self.surface.words(ids[mask])
             cuts = np.append(mask.ravel().cumsum()[begins] - 1, len(words)).tolist()
-            marked[at:at + chunk][mask] = [flag for a, b in zip(cuts[:-1], cuts[1:]) for flag in _of_words(query, words[a:b])]
+            marked[at : at + chunk][mask] = [
+                flag for a, b in zip(cuts[:-1], cuts[1:]) for flag in _of_words(query, words[a:b])
+            ]
         elif found := _matches(regex, raw, [*starts[begins].tolist(), len(raw)]):
             begin, end = np.array(found).T
-            steps = np.bincount(ends.searchsorted(begin, "right"), minlength=len(ends) + 1) - np.bincount(starts.searchsorted(end, "left"), minlength=len(ends) + 1)
-            marked[at:at + chunk] = (steps[:-1].cumsum() > 0).reshape(mask.shape) & mask & (ends > starts).reshape(mask.shape)
+            steps = np.bincount(
+                ends.searchsorted(begin, "right"), minlength=len(ends) + 1
+            ) - np.bincount(starts.searchsorted(end, "left"), minlength=len(ends) + 1)
+            marked[at : at + chunk] = (
+                (steps[:-1].cumsum() > 0).reshape(mask.shape)
+                & mask
+                & (ends > starts).reshape(mask.shape)
+            )
     return torch.from_numpy(marked)
 
 # %% ../../nbs/lib/feature_search.ipynb #feature-search-9
 @patch
-def search(self: Index, query,                # as in mark
-           min_recall: float = .01,           # features that find no more than this share of the marked tokens are dropped
-           min_precision: float = 0., by: str = "precision",    # or "f1", "recall"
-           pool: dict | None = None) -> list: # {site: feature numbers}: search these alone
+def search(
+    self: Index,
+    query,  # as in mark
+    min_recall: float = 0.01,  # features that find no more than this share of the marked tokens are dropped
+    min_precision: float = 0.0,
+    *,
+    by: str = "precision",  # or "f1", "recall"
+    pool: dict | None = None,
+) -> list:  # {site: feature numbers}: search these alone
     "The features that detect the marked tokens, one dict each, best first."
     check_by(by, "search")
     at, found = self._marked(query, "search"), []
@@ -105,122 +165,254 @@ def search(self: Index, query,                # as in mark
         hits, active = self.hits(site, at), self.active(site)
         s = scores(hits, active, len(at))
         keep = (s["recall"] > min_recall) & (s["precision"] >= min_precision) & allowed
-        found += [self.row(site, f, hits[f], active[f], len(at)) for f in np.flatnonzero(keep)]
+        found += [
+            self.row(site, f, hits[f], active=active[f], marked=len(at))
+            for f in np.flatnonzero(keep)
+        ]
     return sorted(found, key=lambda r: (-r[by], -r["f1"]))
 
+
 @patch
-def _marked(self: Index, query, call):        # -> positions
+def _marked(self: Index, query, call):  # -> positions
     at = np.flatnonzero(self.mark(query).numpy())
-    if not len(at): raise ValueError(f"{call}: {query!r} marks no token of the text" if isinstance(query, str) else f"{call}: no token is marked")
+    if not len(at):
+        raise ValueError(
+            f"{call}: {query!r} marks no token of the text"
+            if isinstance(query, str)
+            else f"{call}: no token is marked"
+        )
     return at
 
 # %% ../../nbs/lib/feature_search.ipynb #feature-search-10
 def check_by(by, call):
-    if by not in ("precision", "recall", "f1"): raise ValueError(f"{call}: by={by!r}, expected 'precision', 'recall' or 'f1'")
+    if by not in ("precision", "recall", "f1"):
+        raise ValueError(f"{call}: by={by!r}, expected 'precision', 'recall' or 'f1'")
+
 
 @patch
-def _allowed(self: Index, pool):              # {site: feature numbers} or None for all -> {site: [n_feats] bool}
+def _allowed(
+    self: Index, pool
+):  # {site: feature numbers} or None for all -> {site: [n_feats] bool}
     for site, some in (pool or {}).items():
-        if site not in self.sites: raise ValueError(f"pool: no site {site!r} in this index; there are {', '.join(self.sites)}")
-        if not len(some) or min(some) < 0 or max(some) >= self.sites[site]["n_feats"]: raise ValueError(f"pool: expected features of {site} from 0 to {self.sites[site]['n_feats'] - 1}, got {list(some)[:5]}")
+        if site not in self.sites:
+            raise ValueError(
+                f"pool: no site {site!r} in this index; there are {', '.join(self.sites)}"
+            )
+        if not len(some) or min(some) < 0 or max(some) >= self.sites[site]["n_feats"]:
+            raise ValueError(
+                f"pool: expected features of {site} from 0 to {self.sites[site]['n_feats'] - 1}, got {list(some)[:5]}"
+            )
     every = {site: np.arange(d["n_feats"]) for site, d in self.sites.items()}
-    return {site: np.isin(every[site], some) for site, some in (every if pool is None else pool).items()}
+    return {
+        site: np.isin(every[site], some) for site, some in (every if pool is None else pool).items()
+    }
 
 # %% ../../nbs/lib/feature_search.ipynb #feature-search-12
-def search_value(hits, active, marked, min_recall, by, allowed):      # [.., n_feats] twice, number or [.., 1] -> [.., n_feats]
+def search_value(
+    hits, active, marked, *, min_recall, by, allowed
+):  # [.., n_feats] twice, number or [.., 1] -> [.., n_feats]
     "What a feature is chosen by: `by` where recall exceeds min_recall; where no feature's does, the highest recall wins."
     s = scores(hits, active, marked)
     return np.where(allowed, np.where(s["recall"] > min_recall, s[by], s["recall"] - 2), -3)
 
+
 @patch
-def best(self: Index, query, min_recall: float = .01, by: str = "precision", pool: dict | None = None) -> list:      # as in search
+def best(
+    self: Index, query, min_recall: float = 0.01, by: str = "precision", *, pool: dict | None = None
+) -> list:  # as in search
     "Each site's best feature, chosen on the first half of the rows, scored on the other; the first line is the choice among all sites."
     check_by(by, "best")
     at, half, found = self._marked(query, "best"), len(self.mask) // 2 * self.mask.shape[1], []
     early, late = at[at < half], at[at >= half]
-    if not len(early) or not len(late): raise ValueError(f"best: {len(early)} marked tokens in the first half of the rows and {len(late)} in the other, expected some in both")
+    if not len(early) or not len(late):
+        raise ValueError(
+            f"best: {len(early)} marked tokens in the first half of the rows and {len(late)} in the other, expected some in both"
+        )
     for site, allowed in self._allowed(pool).items():
         store, size = self.arrays[site], self.sites[site]["n_feats"]
-        hits, active = self.hits(site, early), np.bincount(store["features"][:store["starts"][half]], minlength=size)
-        value = search_value(hits, active, len(early), min_recall, by, allowed)
+        hits, active = (
+            self.hits(site, early),
+            np.bincount(store["features"][: store["starts"][half]], minlength=size),
+        )
+        value = search_value(
+            hits, active, len(early), min_recall=min_recall, by=by, allowed=allowed
+        )
         f = value.argmax()
-        line = self.row(site, f, self.hits(site, late)[f], self.active(site)[f] - active[f], len(late))
-        found.append((value[f], line | dict(first_half=float(scores(hits[f], active[f], len(early))[by]))))
+        line = self.row(
+            site,
+            f,
+            self.hits(site, late)[f],
+            active=self.active(site)[f] - active[f],
+            marked=len(late),
+        )
+        found.append(
+            (value[f], line | dict(first_half=float(scores(hits[f], active[f], len(early))[by])))
+        )
     return [line for _, line in sorted(found, key=lambda found: -found[0])]
 
 # %% ../../nbs/lib/feature_search.ipynb #feature-search-13
 @patch
-def pool(self: Index, n: int, by: str = "random", seed: int = 0) -> dict:      # -> {site: feature numbers}
+def pool(
+    self: Index, n: int, by: str = "random", seed: int = 0
+) -> dict:  # -> {site: feature numbers}
     "n of the features that are active in the first half of the rows, on which features are chosen: drawn at random, or (by='used') those active at most of its tokens."
-    if by not in ("random", "used"): raise ValueError(f"pool: by={by!r}, expected 'random' or 'used'")
-    first = np.flatnonzero(self.mask[:len(self.mask) // 2])
+    if by not in ("random", "used"):
+        raise ValueError(f"pool: by={by!r}, expected 'random' or 'used'")
+    first = np.flatnonzero(self.mask[: len(self.mask) // 2])
     active = {site: self.hits(site, first) for site in self.sites}
     every = [(int(a[f]), site, int(f)) for site, a in active.items() for f in np.flatnonzero(a)]
-    if n > len(every): raise ValueError(f"pool: asked for {n} features, only {len(every)} are active there")
-    chosen = sorted(every, key=lambda e: -e[0])[:n] if by == "used" else [every[i] for i in np.random.default_rng(seed).permutation(len(every))[:n]]
-    return {site: np.sort([f for _, s, f in chosen if s == site]).astype(int) for site in self.sites if any(s == site for _, s, _ in chosen)}
+    if n > len(every):
+        raise ValueError(f"pool: asked for {n} features, only {len(every)} are active there")
+    chosen = (
+        sorted(every, key=lambda e: -e[0])[:n]
+        if by == "used"
+        else [every[i] for i in np.random.default_rng(seed).permutation(len(every))[:n]]
+    )
+    return {
+        site: np.sort([f for _, s, f in chosen if s == site]).astype(int)
+        for site in self.sites
+        if any(s == site for _, s, _ in chosen)
+    }
 
 # %% ../../nbs/lib/feature_search.ipynb #feature-search-15
 @patch
-def windows(self: Index, site: str, feature: int, n: int = 8, before: int = 12, after: int = 8, seed: int = 0) -> list:
+def windows(
+    self: Index,
+    site: str,
+    feature: int,
+    n: int = 8,
+    *,
+    before: int = 12,
+    after: int = 8,
+    seed: int = 0,
+) -> list:
     "Up to n places, one a row, where a feature is highest (any, drawn with the seed, where its value is always 1): row, at, words, values."
-    if site not in self.sites: raise ValueError(f"contexts: no site {site!r} in this index; there are {', '.join(self.sites)}")
-    if not 0 <= feature < self.sites[site]["n_feats"]: raise ValueError(f"contexts: {site} has features 0 to {self.sites[site]['n_feats'] - 1}, got {feature}")
+    if site not in self.sites:
+        raise ValueError(
+            f"contexts: no site {site!r} in this index; there are {', '.join(self.sites)}"
+        )
+    if not 0 <= feature < self.sites[site]["n_feats"]:
+        raise ValueError(
+            f"contexts: {site} has features 0 to {self.sites[site]['n_feats'] - 1}, got {feature}"
+        )
     store, length, found = self.arrays[site], self.mask.shape[1], []
-    own = slice(*store["offsets"][feature:feature + 2])
-    at, values = store["positions"][own].astype(np.int64), store["values"][own].astype(float) if "values" in store else None
-    order = np.random.default_rng(seed).permutation(len(at)) if values is None else (-values).argsort(kind="stable")
+    own = slice(*store["offsets"][feature : feature + 2])
+    at, values = (
+        store["positions"][own].astype(np.int64),
+        store["values"][own].astype(float) if "values" in store else None,
+    )
+    order = (
+        np.random.default_rng(seed).permutation(len(at))
+        if values is None
+        else (-values).argsort(kind="stable")
+    )
     for i in order[np.sort(np.unique(at[order] // length, return_index=True)[1])[:n]]:
         row, place = divmod(int(at[i]), length)
-        gaps = np.flatnonzero(~self.mask[row])                                    # a window stays inside its document
-        begin, end = max(place - before, 0, *gaps[gaps < place] + 1), min(place + after + 1, length, *gaps[gaps > place])
+        gaps = np.flatnonzero(~self.mask[row])  # a window stays inside its document
+        begin, end = (
+            max(place - before, 0, *gaps[gaps < place] + 1),
+            min(place + after + 1, length, *gaps[gaps > place]),
+        )
         some = np.arange(row * length + begin, row * length + end)
         nearby = at.searchsorted(some).clip(max=len(at) - 1)
-        shown = np.where(at[nearby] == some, 1. if values is None else values[nearby], 0.)
-        found.append(dict(row=row, at=place, begin=begin, words=self.surface.words(self.ids[row, begin:end]), values=shown.tolist()))
+        shown = np.where(at[nearby] == some, 1.0 if values is None else values[nearby], 0.0)
+        found.append(
+            dict(
+                row=row,
+                at=place,
+                begin=begin,
+                words=self.surface.words(self.ids[row, begin:end]),
+                values=shown.tolist(),
+            )
+        )
     return found
 
 # %% ../../nbs/lib/feature_search.ipynb #feature-search-16
 @patch
-def contexts(self: Index, site: str, feature: int, n: int = 8, before: int = 12, after: int = 8, seed: int = 0) -> Html:
+def contexts(
+    self: Index,
+    site: str,
+    feature: int,
+    n: int = 8,
+    *,
+    before: int = 12,
+    after: int = 8,
+    seed: int = 0,
+) -> Html:
     "Where a feature is active: as `windows`, shown."
-    found = self.windows(site, feature, n, before, after, seed)
-    if not found: raise ValueError(f"contexts: feature {feature} of {site} is never active on this text")
-    strips = [strip(w["words"], w["values"], f"{site} feature {feature}, row {w['row']}") for w in found]
+    found = self.windows(site, feature, n, before=before, after=after, seed=seed)
+    if not found:
+        raise ValueError(f"contexts: feature {feature} of {site} is never active on this text")
+    strips = [
+        strip(w["words"], w["values"], f"{site} feature {feature}, row {w['row']}") for w in found
+    ]
     return Html("".join(s.source for s in strips), "\n".join(s.words for s in strips))
 
 # %% ../../nbs/lib/feature_search.ipynb #feature-search-18
 @patch
-def matrix(self: Index, site, rows: int | None = None):       # -> scipy's csr_array [tokens, n_feats] of ones
+def matrix(
+    self: Index, site, rows: int | None = None
+):  # -> scipy's csr_array [tokens, n_feats] of ones
     "What is active at the ordinary tokens of the first rows."
     from scipy.sparse import csr_array
+
     store, mask = self.arrays[site], self.mask[:rows].ravel()
-    starts = store["starts"][:len(mask) + 1].astype(np.int64)
-    starts, features = np.append(starts[:-1][mask], starts[-1]), store["features"][:starts[-1]].astype(np.int64)      # nothing is active elsewhere
-    return csr_array((np.ones(len(features), np.int32), features, starts), shape=(len(starts) - 1, self.sites[site]["n_feats"]))
+    starts = store["starts"][: len(mask) + 1].astype(np.int64)
+    starts, features = (
+        np.append(starts[:-1][mask], starts[-1]),
+        store["features"][: starts[-1]].astype(np.int64),
+    )  # nothing is active elsewhere
+    return csr_array(
+        (np.ones(len(features), np.int32), features, starts),
+        shape=(len(starts) - 1, self.sites[site]["n_feats"]),
+    )
+
 
 def nearest_features(dictionary, feature: int, n: int = 5) -> list:
     "The n features of a dictionary (a codebook: `cb_model.codebooks[site]`) whose directions are closest by cosine."
     directions = F.normalize(dictionary.directions.detach().float(), dim=-1)
-    if not 0 <= feature < len(directions): raise ValueError(f"nearest: expected a feature from 0 to {len(directions) - 1}, got {feature}")
+    if not 0 <= feature < len(directions):
+        raise ValueError(
+            f"nearest: expected a feature from 0 to {len(directions) - 1}, got {feature}"
+        )
     cosine = directions @ directions[feature]
     cosine[feature] = -torch.inf
     top = cosine.topk(min(n, len(cosine) - 1))
     return [dict(feature=f, cosine=c) for f, c in zip(top.indices.tolist(), top.values.tolist())]
 
 # %% ../../nbs/lib/feature_search.ipynb #feature-search-19
-def shared(index: Index, a: str, b: str, n: int = 10, at_least: int = 20, rows: int | None = None, seed: int = 0) -> list:
+def shared(
+    index: Index,
+    a: str,
+    b: str,
+    *,
+    n: int = 10,
+    at_least: int = 20,
+    rows: int | None = None,
+    seed: int = 0,
+) -> list:
     "The n pairs of features of two sites that are most active together: Jaccard overlap of their tokens, and a's highest overlap with any of b when b's tokens are shuffled."
-    def overlap(x, y):                        # [tokens, Fa], [tokens, Fb] -> pairs that meet: a, b, both, jaccard
+
+    def overlap(x, y):  # [tokens, Fa], [tokens, Fb] -> pairs that meet: a, b, both, jaccard
         both = (x.T @ y).tocoo()
         (i, j), c = both.coords, both.data
         ok = (used[0][i] >= at_least) & (used[1][j] >= at_least) & ((i < j) if a == b else True)
         i, j, c = i[ok], j[ok], c[ok]
         return i, j, c, c / (used[0][i] + used[1][j] - c)
+
     x, y = (index.matrix(site, rows) for site in (a, b))
     used = [np.asarray(m.sum(0)).ravel() for m in (x, y)]
     i, j, both, jaccard = overlap(x, y)
     control = np.zeros(x.shape[1])
     other = overlap(x, y[np.random.default_rng(seed).permutation(y.shape[0])])
     np.maximum.at(control, other[0], other[3])
-    return [dict(a=int(i[t]), b=int(j[t]), jaccard=float(jaccard[t]), both=int(both[t]), shuffled=float(control[i[t]])) for t in (-jaccard).argsort(kind="stable")[:n]]
+    return [
+        dict(
+            a=int(i[t]),
+            b=int(j[t]),
+            jaccard=float(jaccard[t]),
+            both=int(both[t]),
+            shuffled=float(control[i[t]]),
+        )
+        for t in (-jaccard).argsort(kind="stable")[:n]
+    ]

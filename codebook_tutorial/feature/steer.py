@@ -10,6 +10,9 @@ __all__ = ['SHARES', 'split_words', 'Choices', 'find_choices', 'active_features'
            'write_codes', 'mean_difference']
 
 # %% ../../nbs/lib/feature_steer.ipynb #feature-steer-3
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+
 import numpy as np
 import torch
 import torch.nn.functional as F
@@ -19,102 +22,184 @@ from .read import code_ids
 from ..model.run import check_length, evaluating
 from ..model.sites import capture, intervene
 from ..model.text import Text
-from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
 from tqdm.auto import tqdm
 
 # %% ../../nbs/lib/feature_steer.ipynb #feature-steer-5
-def split_words(words: dict,               # {name: [token id, or (ids of a word's forms), ...]}; forms stay together
-                share: float = 1 / 3,      # of each list goes to the first part
-                seed: int = 0) -> tuple:   # two {name: [token ids]}
+def split_words(
+    words: dict,  # {name: [token id, or (ids of a word's forms), ...]}; forms stay together
+    share: float = 1 / 3,  # of each list goes to the first part
+    seed: int = 0,
+) -> tuple:  # two {name: [token ids]}
     "Word lists cut in two: words to choose features by, and words to count success with."
     rng, first, second = np.random.default_rng(seed), {}, {}
     for name, some in words.items():
         forms = [w if isinstance(w, (tuple, list)) else (w,) for w in some]
-        if len(every := [t for w in forms for t in w]) > len(set(every)): raise ValueError(f"split_words: {name!r} names the token {max(every, key=every.count)} twice; give all forms of a word as one tuple, each token once")
+        if len(every := [t for w in forms for t in w]) > len(set(every)):
+            raise ValueError(
+                f"split_words: {name!r} names the token {max(every, key=every.count)} twice; give all forms of a word as one tuple, each token once"
+            )
         cut = round(share * len(forms))
-        if not 0 < cut < len(forms): raise ValueError(f"split_words: {share:.2f} of the {len(forms)} words of {name!r} leaves one part empty; expected more words, or another share")
+        if not 0 < cut < len(forms):
+            raise ValueError(
+                f"split_words: {share:.2f} of the {len(forms)} words of {name!r} leaves one part empty; expected more words, or another share"
+            )
         order = rng.permutation(len(forms))
-        first[name], second[name] = ([t for i in sorted(part) for t in forms[i]] for part in (order[:cut], order[cut:]))
+        first[name], second[name] = (
+            [t for i in sorted(part) for t in forms[i]] for part in (order[:cut], order[cut:])
+        )
     return first, second
+
 
 @dataclass(eq=False)
 class Choices:
     "Where a text chooses among alternatives, each known by some words."
-    names: list
-    next: torch.Tensor       # [rows, length] whose word comes next: index into names, -1 nobody's
-    open: torch.Tensor       # [rows, length] bool: and nothing in its document has decided yet
-    about: torch.Tensor      # [rows, length] what most chosen words of its document belong to, -1 nothing or a tie
-    look: torch.Tensor       # [rows, length] bool: ordinary tokens that neither are a held-out word nor stand before one
 
-def _owner(ids, words):      # [..] -> [..] index of the list an id is in, -1
-    table = torch.full((max([int(ids.max()), *(max(w, default=0) for w in words.values())]) + 1,), -1)
-    for i, some in enumerate(words.values()): table[torch.as_tensor(some, dtype=torch.long)] = i
+    names: list
+    next: torch.Tensor  # [rows, length] whose word comes next: index into names, -1 nobody's
+    open: torch.Tensor  # [rows, length] bool: and nothing in its document has decided yet
+    about: (
+        torch.Tensor
+    )  # [rows, length] what most chosen words of its document belong to, -1 nothing or a tie
+    look: (
+        torch.Tensor
+    )  # [rows, length] bool: ordinary tokens that neither are a held-out word nor stand before one
+
+
+def _owner(ids, words):  # [..] -> [..] index of the list an id is in, -1
+    table = torch.full(
+        (max([int(ids.max()), *(max(w, default=0) for w in words.values())]) + 1,), -1
+    )
+    for i, some in enumerate(words.values()):
+        table[torch.as_tensor(some, dtype=torch.long)] = i
     return table[ids]
 
-def find_choices(text: Text,
-                 words: dict,                   # {name: [token ids]}: the alternatives
-                 hidden: dict | None = None,    # words that features must not be chosen by
-                 undecided=None) -> Choices:    # [rows, length] bool; None: before a document's first word of any alternative
+
+def find_choices(
+    text: Text,
+    words: dict,  # {name: [token ids]}: the alternatives
+    hidden: dict | None = None,  # words that features must not be chosen by
+    *,
+    undecided=None,
+) -> Choices:  # [rows, length] bool; None: before a document's first word of any alternative
     "The places of a text where the next word belongs to one of the alternatives."
-    if empty := [name for name, some in words.items() if not len(some)]: raise ValueError(f"find_choices: no words for {', '.join(map(repr, empty))}")
-    where = [(t, name) for lists in (words, hidden or {}) for name, some in lists.items() for t in set(some)]
-    if len(where) > len({t for t, _ in where}): raise ValueError(f"find_choices: token {max((t for t, _ in where), key=[t for t, _ in where].count)} stands in two lists; expected each word in one, of words or hidden")
+    if empty := [name for name, some in words.items() if not len(some)]:
+        raise ValueError(f"find_choices: no words for {', '.join(map(repr, empty))}")
+    where = [
+        (t, name)
+        for lists in (words, hidden or {})
+        for name, some in lists.items()
+        for t in set(some)
+    ]
+    if len(where) > len({t for t, _ in where}):
+        raise ValueError(
+            f"find_choices: token {max((t for t, _ in where), key=[t for t, _ in where].count)} stands in two lists; expected each word in one, of words or hidden"
+        )
     at, held = _owner(text.ids, words), _owner(text.ids, hidden or {"": []})
     ahead = lambda x: F.pad(x[:, 1:], (0, 1), value=-1)
     document = torch.cumsum((text.ids == text.bos).flatten(), 0).view_as(text.ids)
-    votes = torch.zeros(int(document.max()) + 1, len(words), dtype=torch.long).index_put_((document[at >= 0], at[at >= 0]), torch.ones(1, dtype=torch.long), accumulate=True)
+    votes = torch.zeros(int(document.max()) + 1, len(words), dtype=torch.long).index_put_(
+        (document[at >= 0], at[at >= 0]), torch.ones(1, dtype=torch.long), accumulate=True
+    )
     top = votes.topk(min(2, votes.shape[1]), 1)
-    clear = (top.values[:, 0] > 0) & ((top.values[:, 0] > top.values[:, 1]) if votes.shape[1] > 1 else True)
-    said = ((at >= 0) | (held >= 0)).flatten().long().cumsum(0)                             # a row may go on with the document of the row before
-    before = torch.where(text.ids.flatten() == text.bos, said, 0).cummax(0).values          # what other documents have said
+    clear = (top.values[:, 0] > 0) & (
+        (top.values[:, 0] > top.values[:, 1]) if votes.shape[1] > 1 else True
+    )
+    said = (
+        ((at >= 0) | (held >= 0)).flatten().long().cumsum(0)
+    )  # a row may go on with the document of the row before
+    before = (
+        torch.where(text.ids.flatten() == text.bos, said, 0).cummax(0).values
+    )  # what other documents have said
     next = ahead(at)
     undecided = (next >= 0) & (said == before).view_as(next) if undecided is None else undecided
-    return Choices(list(words), next, undecided & text.mask, torch.where(clear, top.indices[:, 0], -1)[document], text.mask & (held < 0) & (ahead(held) < 0))
+    return Choices(
+        list(words),
+        next,
+        undecided & text.mask,
+        torch.where(clear, top.indices[:, 0], -1)[document],
+        text.mask & (held < 0) & (ahead(held) < 0),
+    )
 
 # %% ../../nbs/lib/feature_steer.ipynb #feature-steer-7
 @torch.no_grad()
-def active_features(model, dictionaries: dict,      # {site: Dictionary}
-                    text: Text, look,               # [rows, length] bool: where
-                    batch: int = 32) -> dict:       # {site: (places [e], features [e], values [e])}
+def active_features(
+    model,
+    dictionaries: dict,  # {site: Dictionary}
+    text: Text,
+    *,
+    look,  # [rows, length] bool: where
+    batch: int = 32,
+) -> dict:  # {site: (places [e], features [e], values [e])}
     "What is active at some places, which are numbered in the order of look.nonzero(); of codes, 1 where they stand."
     check_length(model, text.ids.shape[1], "steering")
     found, where, n = {site: [] for site in dictionaries}, next(model.parameters()).device, 0
     with evaluating(model), capture(model, list(dictionaries)) as acts:
         for i in tqdm(range(0, len(text), batch), desc="features", unit="batch", delay=5):
-            getattr(model, "base_model", model)(input_ids=text.ids[i:i + batch].to(where), use_cache=False)
-            here = look[i:i + batch].to(where)
+            getattr(model, "base_model", model)(
+                input_ids=text.ids[i : i + batch].to(where), use_cache=False
+            )
+            here = look[i : i + batch].to(where)
             for site, d in dictionaries.items():
-                if isinstance(d, Codebook): ids = code_ids(model, site, d, acts[site])[here]; values = torch.ones_like(ids, dtype=torch.float)
-                else: ids, values = d.encode_sparse(acts[site][here].to(d.directions.dtype))
-                if isinstance(d, Codebook):                                            # under select="residual" a code may be chosen twice: it counts once
+                if isinstance(d, Codebook):
+                    ids = code_ids(model, site, d, x=acts[site])[here]
+                    values = torch.ones_like(ids, dtype=torch.float)
+                else:
+                    ids, values = d.encode_sparse(acts[site][here].to(d.directions.dtype))
+                if isinstance(
+                    d, Codebook
+                ):  # under select="residual" a code may be chosen twice: it counts once
                     ids = ids.sort(-1).values
-                    values[:, 1:][ids[:, 1:] == ids[:, :-1]] = 0.
+                    values[:, 1:][ids[:, 1:] == ids[:, :-1]] = 0.0
                 on = values > 0
-                found[site].append([t.cpu() for t in (on.nonzero()[:, 0] + n, ids[on], values[on].float())])
+                found[site].append(
+                    [t.cpu() for t in (on.nonzero()[:, 0] + n, ids[on], values[on].float())]
+                )
             n += int(here.sum())
     return {site: [torch.cat(part) for part in zip(*parts)] for site, parts in found.items()}
 
-SHARES = (0., .1, .25, .4, .6)             # thresholds that are tried, as shares of a feature's maximum
 
-def precision_coverage(places, features, values,      # [e] thrice: what is active where
-                       marks,                         # [N, m] bool: places to be told from all others
-                       n_feats: int) -> dict:
+SHARES = (0.0, 0.1, 0.25, 0.4, 0.6)  # thresholds that are tried, as shares of a feature's maximum
+
+
+def precision_coverage(
+    places,
+    features,
+    values,  # [e] thrice: what is active where
+    *,
+    marks,  # [N, m] bool: places to be told from all others
+    n_feats: int,
+) -> dict:
     "For every feature and mark, at the threshold where their product is best: precision (marked among the places where it fires), coverage (the share of the marked where it fires), threshold; each [F, m]."
     top = torch.zeros(n_feats).scatter_reduce_(0, features, values, "amax")
-    out = {key: torch.zeros(n_feats, marks.shape[1]) for key in ("precision", "coverage", "threshold")}
+    out = {
+        key: torch.zeros(n_feats, marks.shape[1]) for key in ("precision", "coverage", "threshold")
+    }
     for share in SHARES:
         on = values > share * top[features]
-        hits = torch.zeros(n_feats, marks.shape[1]).index_add_(0, features[on], marks[places[on]].float())
-        p, c = hits / features[on].bincount(minlength=n_feats).clamp(min=1)[:, None], hits / marks.sum(0).clamp(min=1)
+        hits = torch.zeros(n_feats, marks.shape[1]).index_add_(
+            0, features[on], marks[places[on]].float()
+        )
+        p, c = (
+            hits / features[on].bincount(minlength=n_feats).clamp(min=1)[:, None],
+            hits / marks.sum(0).clamp(min=1),
+        )
         better = p * c > out["precision"] * out["coverage"]
-        for key, value in (("precision", p), ("coverage", c), ("threshold", (share * top)[:, None].expand_as(p))): out[key] = torch.where(better, value, out[key])
+        for key, value in (
+            ("precision", p),
+            ("coverage", c),
+            ("threshold", (share * top)[:, None].expand_as(p)),
+        ):
+            out[key] = torch.where(better, value, out[key])
     return out
 
-def topic_features(model, dictionaries: dict, text: Text, choices: Choices, n: int = 8) -> dict:
+
+def topic_features(model, dictionaries: dict, text: Text, *, choices: Choices, n: int = 8) -> dict:
     "For every alternative the n features, at any site, that tell documents about it from others: precision (by tokens) x coverage (share of its documents where it fires), best first."
-    active, look = active_features(model, dictionaries, text, choices.look), choices.look
-    document, about = torch.cumsum((text.ids == text.bos).flatten(), 0).view_as(text.ids)[look], choices.about[look]
+    active, look = active_features(model, dictionaries, text, look=choices.look), choices.look
+    document, about = (
+        torch.cumsum((text.ids == text.bos).flatten(), 0).view_as(text.ids)[look],
+        choices.about[look],
+    )
     size = [document[about == t].unique().numel() for t in range(len(choices.names))]
     found = {name: [] for name in choices.names}
     for site, (places, features, _) in active.items():
@@ -124,219 +209,417 @@ def topic_features(model, dictionaries: dict, text: Text, choices: Choices, n: i
         of_document = torch.full((int(document.max()) + 1,), -1).scatter_(0, document, about)
         for t, name in enumerate(choices.names):
             p = features[about[places] == t].bincount(minlength=n_feats) / fired.clamp(min=1)
-            c = (pairs % n_feats)[of_document[pairs // n_feats] == t].bincount(minlength=n_feats) / max(size[t], 1)
-            found[name] += [dict(site=site, feature=i, precision=p[i].item(), coverage=c[i].item()) for i in (p * c).topk(min(n, n_feats)).indices.tolist()]
-    return {name: sorted(some, key=lambda r: -r["precision"] * r["coverage"])[:n] for name, some in found.items()}
+            c = (pairs % n_feats)[of_document[pairs // n_feats] == t].bincount(
+                minlength=n_feats
+            ) / max(size[t], 1)
+            found[name] += [
+                dict(site=site, feature=i, precision=p[i].item(), coverage=c[i].item())
+                for i in (p * c).topk(min(n, n_feats)).indices.tolist()
+            ]
+    return {
+        name: sorted(some, key=lambda r: -r["precision"] * r["coverage"])[:n]
+        for name, some in found.items()
+    }
 
 # %% ../../nbs/lib/feature_steer.ipynb #feature-steer-9
-def _rows(target, n):                      # an index, or one a row; -> [1] or [batch], on the CPU
+def _rows(target, n):  # an index, or one a row; -> [1] or [batch], on the CPU
     target = torch.as_tensor(target).reshape(-1).cpu()
-    if not len(target): raise ValueError("steering: expected a target, or one a row, got none")
-    if not 0 <= int(target.min()) <= int(target.max()) < n: raise ValueError(f"steering: expected targets from 0 to {n - 1}, got {int(target.min())} to {int(target.max())}")
+    if not len(target):
+        raise ValueError("steering: expected a target, or one a row, got none")
+    if not 0 <= int(target.min()) <= int(target.max()) < n:
+        raise ValueError(
+            f"steering: expected targets from 0 to {n - 1}, got {int(target.min())} to {int(target.max())}"
+        )
     return target
 
+
 def _check_rows(target, batch):
-    if len(target) not in (1, batch): raise ValueError(f"steering: {len(target)} targets for a batch of {batch}; expected one, or one a row")
+    if len(target) not in (1, batch):
+        raise ValueError(
+            f"steering: {len(target)} targets for a batch of {batch}; expected one, or one a row"
+        )
+
 
 @dataclass(eq=False)
 class FeatureSwitch:
     "Features that choose among alternatives at one site: which speak for whom, which say that nothing is decided, and what to write."
+
     dictionary: Dictionary
     names: list
-    owner: torch.Tensor            # [F] whom a feature speaks for, -1 nobody
-    threshold: torch.Tensor        # [F] above which it does
-    gates: torch.Tensor            # features that fire where nothing is decided
-    gate_threshold: torch.Tensor   # as many
-    usual: torch.Tensor            # [n, F] mean activation of an alternative's own features before its words, 0 of all others
-    best: torch.Tensor             # [n] the feature with the highest precision x coverage, on the text that chose it
-    precision: torch.Tensor        # [n] of that, there
-    coverage: torch.Tensor         # [n]
+    owner: torch.Tensor  # [F] whom a feature speaks for, -1 nobody
+    threshold: torch.Tensor  # [F] above which it does
+    gates: torch.Tensor  # features that fire where nothing is decided
+    gate_threshold: torch.Tensor  # as many
+    usual: (
+        torch.Tensor
+    )  # [n, F] mean activation of an alternative's own features before its words, 0 of all others
+    best: (
+        torch.Tensor
+    )  # [n] the feature with the highest precision x coverage, on the text that chose it
+    precision: torch.Tensor  # [n] of that, there
+    coverage: torch.Tensor  # [n]
 
-    def _read(self, x): return self.dictionary.encode(x.to(self.dictionary.directions.dtype))
-    def _at(self, f, target, start, swap):
+    def _read(self, x):
+        return self.dictionary.encode(x.to(self.dictionary.directions.dtype))
+
+    def _at(self, f, target, start, *, swap):
         own = self.owner >= 0
-        others = (f[..., own] > self.threshold[own]) & (self.owner[own] != target[:, None, None].to(f.device))
-        return (others.any(-1) & swap) | ((f[..., self.gates] > self.gate_threshold).any(-1) & start)
+        others = (f[..., own] > self.threshold[own]) & (
+            self.owner[own] != target[:, None, None].to(f.device)
+        )
+        return (others.any(-1) & swap) | (
+            (f[..., self.gates] > self.gate_threshold).any(-1) & start
+        )
 
-    def fires(self, x, target, start: bool = True, swap: bool = True):      # [batch, seq, d] -> [batch, seq] bool
+    def fires(
+        self, x, target, start: bool = True, *, swap: bool = True
+    ):  # [batch, seq, d] -> [batch, seq] bool
         "Where another alternative speaks (swap), or nothing is decided (start)."
-        return self._at(self._read(x), _rows(target, len(self.names)), start, swap)
+        return self._at(self._read(x), _rows(target, len(self.names)), start, swap=swap)
 
-    def fn(self, target,                 # index of an alternative, or one a row
-           strength: float = 2.,         # the target's features are raised to this many times their usual values
-           start: bool = True, swap: bool = True):
+    def fn(
+        self,
+        target,  # index of an alternative, or one a row
+        strength: float = 2.0,  # the target's features are raised to this many times their usual values
+        start: bool = True,
+        *,
+        swap: bool = True,
+    ):
         "x -> x' for `intervene`: where the switch fires, the others' features are taken out and the target's are written."
         target, own = _rows(target, len(self.names)), self.owner >= 0
-        D, mine, wanted = self.dictionary.directions.detach()[own], (self.owner[own] == target[:, None, None].to(own.device)), strength * self.usual[target.to(own.device)][:, None, own]
+        D, mine, wanted = (
+            self.dictionary.directions.detach()[own],
+            (self.owner[own] == target[:, None, None].to(own.device)),
+            strength * self.usual[target.to(own.device)][:, None, own],
+        )
+
         def edit(x):
             _check_rows(target, len(x))
             f = self._read(x)
-            change = (torch.where(mine, torch.maximum(f[..., own], wanted), 0.) - f[..., own]) @ D
-            return torch.where(self._at(f, target, start, swap)[..., None], x + change, x)
+            change = (torch.where(mine, torch.maximum(f[..., own], wanted), 0.0) - f[..., own]) @ D
+            return torch.where(self._at(f, target, start, swap=swap)[..., None], x + change, x)
+
         return edit
 
-    def off(self, target):               # index of an alternative, or one a row
+    def off(self, target):  # index of an alternative, or one a row
         "x -> x' for `intervene`: the target's own features taken out wherever they speak."
         target, own = _rows(target, len(self.names)), self.owner >= 0
-        D, mine = self.dictionary.directions.detach()[own], self.owner[own] == target[:, None, None].to(own.device)
+        D, mine = (
+            self.dictionary.directions.detach()[own],
+            self.owner[own] == target[:, None, None].to(own.device),
+        )
+
         def edit(x):
             _check_rows(target, len(x))
             f = self._read(x)[..., own]
             return x - (f * ((f > self.threshold[own]) & mine)) @ D
+
         return edit
 
 # %% ../../nbs/lib/feature_steer.ipynb #feature-steer-10
 @dataclass(eq=False)
 class CodeSwitch:
     "Codes that choose among alternatives at one site; an edit is a table from codes to codes (of k codes in a group, each goes through it)."
+
     book: Codebook
     names: list
-    owner: torch.Tensor      # [groups, n_codes] whom a code speaks for, -1 nobody
-    gates: torch.Tensor      # [groups, n_codes] bool: codes for places where nothing is decided
-    write: torch.Tensor      # [groups, n] the best code of each alternative, -1 none
-    open: torch.Tensor       # [groups] the most frequent of the gates, -1 none
-    coverage: torch.Tensor   # [groups, n] share of an alternative's words before which one of its codes stands
+    owner: torch.Tensor  # [groups, n_codes] whom a code speaks for, -1 nobody
+    gates: torch.Tensor  # [groups, n_codes] bool: codes for places where nothing is decided
+    write: torch.Tensor  # [groups, n] the best code of each alternative, -1 none
+    open: torch.Tensor  # [groups] the most frequent of the gates, -1 none
+    coverage: (
+        torch.Tensor
+    )  # [groups, n] share of an alternative's words before which one of its codes stands
 
-    def _through(self, tables):                # [T, groups, n_codes], T 1 or batch -> fn(ids)
+    def _through(self, tables):  # [T, groups, n_codes], T 1 or batch -> fn(ids)
         def edit(ids):
             _check_rows(tables, len(ids))
-            flat, table = ids.transpose(1, 2).flatten(2), tables.to(ids.device).expand(len(ids), -1, -1)      # [batch, groups, seq * k]
-            return table.gather(2, flat).view(len(ids), ids.shape[2], ids.shape[1], ids.shape[3]).transpose(1, 2)
+            flat, table = (
+                ids.transpose(1, 2).flatten(2),
+                tables.to(ids.device).expand(len(ids), -1, -1),
+            )  # [batch, groups, seq * k]
+            return (
+                table.gather(2, flat)
+                .view(len(ids), ids.shape[2], ids.shape[1], ids.shape[3])
+                .transpose(1, 2)
+            )
+
         return edit
 
-    def fn(self, target,                       # index of an alternative, or one a row
-           start: bool = True, swap: bool = True,
-           groups: list | None = None,         # only there; None: every group that has a code for the target
-           write=None):                        # [groups, n] codes to write instead (a control)
+    def fn(
+        self,
+        target,  # index of an alternative, or one a row
+        start: bool = True,
+        swap: bool = True,
+        *,
+        groups: list | None = None,  # only there; None: every group that has a code for the target
+        write=None,
+    ):  # [groups, n] codes to write instead (a control)
         "ids -> ids for `edit_codes`: codes of other alternatives (swap), and those of places where nothing is decided (start), become the target's."
-        target, write, n_codes = _rows(target, len(self.names)), self.write if write is None else write, self.owner.shape[1]
-        change = ((self.owner >= 0) & (self.owner != target[:, None, None]) & swap) | (self.gates & start)       # [T, groups, n_codes]
-        new = write[:, target].T[..., None]                                                                      # [T, groups, 1]
-        allowed = torch.tensor([groups is None or g in groups for g in range(len(self.owner))])[:, None]
+        target, write, n_codes = (
+            _rows(target, len(self.names)),
+            self.write if write is None else write,
+            self.owner.shape[1],
+        )
+        change = ((self.owner >= 0) & (self.owner != target[:, None, None]) & swap) | (
+            self.gates & start
+        )  # [T, groups, n_codes]
+        new = write[:, target].T[..., None]  # [T, groups, 1]
+        allowed = torch.tensor([groups is None or g in groups for g in range(len(self.owner))])[
+            :, None
+        ]
         return self._through(torch.where(change & (new >= 0) & allowed, new, torch.arange(n_codes)))
 
-    def off(self, target):                     # index of an alternative, or one a row
+    def off(self, target):  # index of an alternative, or one a row
         "ids -> ids for `edit_codes`: the target's codes become the code of places where nothing is decided."
-        change = (self.owner == _rows(target, len(self.names))[:, None, None]) & (self.open >= 0)[:, None]
-        return self._through(torch.where(change, self.open[:, None], torch.arange(self.owner.shape[1])))
+        change = (self.owner == _rows(target, len(self.names))[:, None, None]) & (self.open >= 0)[
+            :, None
+        ]
+        return self._through(
+            torch.where(change, self.open[:, None], torch.arange(self.owner.shape[1]))
+        )
 
 # %% ../../nbs/lib/feature_steer.ipynb #feature-steer-11
-def find_switches(model,                       # a model with dictionaries, or a CodebookModel with its own books
-                  dictionaries: dict,          # {site: Dictionary}
-                  text: Text, choices: Choices,
-                  precision: float = .3,       # features speak for an alternative (or for an open choice) where they are right at least so often
-                  at_least: int = 4) -> dict:  # and so many times; -> {site: FeatureSwitch or CodeSwitch}
+def find_switches(
+    model,  # a model with dictionaries, or a CodebookModel with its own books
+    dictionaries: dict,  # {site: Dictionary}
+    text: Text,
+    *,
+    choices: Choices,
+    precision: float = 0.3,  # features speak for an alternative (or for an open choice) where they are right at least so often
+    at_least: int = 4,
+) -> dict:  # and so many times; -> {site: FeatureSwitch or CodeSwitch}
     "Find the features that choose: for every alternative, those that fire before its words and seldom elsewhere, by precision x coverage."
     nxt, n = choices.next[choices.look], len(choices.names)
     marks = torch.cat([nxt[:, None] == torch.arange(n), choices.open[choices.look][:, None]], 1)
-    if missing := [name for name, count in zip(choices.names, marks.sum(0)) if count < at_least]: raise ValueError(f"find_switches: fewer than {at_least} places before words of {', '.join(map(repr, missing))}; give more text or more words")
+    if missing := [name for name, count in zip(choices.names, marks.sum(0)) if count < at_least]:
+        raise ValueError(
+            f"find_switches: fewer than {at_least} places before words of {', '.join(map(repr, missing))}; give more text or more words"
+        )
     switches = {}
-    for site, active in active_features(model, dictionaries, text, choices.look).items():
-        s = precision_coverage(*active, marks, len(dictionaries[site].directions))
-        sure = (s["precision"] >= precision) & (s["coverage"] * marks.sum(0) > at_least - .5)
-        best = torch.where(sure[:, :n], s["precision"][:, :n], 0.).max(1)
+    for site, active in active_features(model, dictionaries, text, look=choices.look).items():
+        s = precision_coverage(*active, marks=marks, n_feats=len(dictionaries[site].directions))
+        sure = (s["precision"] >= precision) & (s["coverage"] * marks.sum(0) > at_least - 0.5)
+        best = torch.where(sure[:, :n], s["precision"][:, :n], 0.0).max(1)
         owner = torch.where(best.values > 0, best.indices, -1)
         make = _code_switch if isinstance(dictionaries[site], Codebook) else _feature_switch
         switches[site] = make(dictionaries[site], choices.names, s, owner, sure[:, n], active, nxt)
     codes = [switch for switch in switches.values() if isinstance(switch, CodeSwitch)]
-    if codes and len(codes) == len(switches) and (dumb := [name for t, name in enumerate(choices.names) if not any((switch.write[:, t] >= 0).any() for switch in codes)]):
-        raise ValueError(f"find_switches: no code of {', '.join(switches)} speaks for {', '.join(map(repr, dumb))}; give more text, other sites, or a lower precision")
+    if (
+        codes
+        and len(codes) == len(switches)
+        and (
+            dumb := [
+                name
+                for t, name in enumerate(choices.names)
+                if not any((switch.write[:, t] >= 0).any() for switch in codes)
+            ]
+        )
+    ):
+        raise ValueError(
+            f"find_switches: no code of {', '.join(switches)} speaks for {', '.join(map(repr, dumb))}; give more text, other sites, or a lower precision"
+        )
     return switches
+
 
 def _feature_switch(dictionary, names, s, owner, gates, active, nxt):
     n, (places, features, values) = len(names), active
     best, every = (s["precision"] * s["coverage"])[:, :n].argmax(0), torch.arange(n)
-    if dumb := [name for name, j, t in zip(names, best, every) if not s["coverage"][j, t]]: raise ValueError(f"find_switches: no feature fires before words of {', '.join(map(repr, dumb))}; give more text, or another dictionary")
+    if dumb := [name for name, j, t in zip(names, best, every) if not s["coverage"][j, t]]:
+        raise ValueError(
+            f"find_switches: no feature fires before words of {', '.join(map(repr, dumb))}; give more text, or another dictionary"
+        )
     owner = owner.clone()
-    for t in range(n):                                                               # whoever has none that is right often enough speaks through the best that nobody has
-        if not (owner == t).any(): owner[torch.where(owner < 0, s["precision"][:, t] * s["coverage"][:, t], -1.).argmax()] = t
-    total = torch.zeros(n * len(owner)).index_add_(0, (nxt[places] * len(owner) + features)[nxt[places] >= 0], values[nxt[places] >= 0]).view(n, -1)
-    usual = total / torch.stack([(nxt == t).sum() for t in every])[:, None] * (owner == every[:, None])
+    for t in range(
+        n
+    ):  # whoever has none that is right often enough speaks through the best that nobody has
+        if not (owner == t).any():
+            owner[
+                torch.where(owner < 0, s["precision"][:, t] * s["coverage"][:, t], -1.0).argmax()
+            ] = t
+    total = (
+        torch.zeros(n * len(owner))
+        .index_add_(
+            0, (nxt[places] * len(owner) + features)[nxt[places] >= 0], values[nxt[places] >= 0]
+        )
+        .view(n, -1)
+    )
+    usual = (
+        total / torch.stack([(nxt == t).sum() for t in every])[:, None] * (owner == every[:, None])
+    )
     threshold = s["threshold"].gather(1, owner.clamp(min=0)[:, None])[:, 0]
-    found = dict(owner=owner, threshold=threshold, gates=gates.nonzero()[:, 0], gate_threshold=s["threshold"][gates, n], usual=usual, best=best, precision=s["precision"][best, every], coverage=s["coverage"][best, every])
-    return FeatureSwitch(dictionary, names, **{key: t.to(dictionary.directions.device) for key, t in found.items()})
+    found = dict(
+        owner=owner,
+        threshold=threshold,
+        gates=gates.nonzero()[:, 0],
+        gate_threshold=s["threshold"][gates, n],
+        usual=usual,
+        best=best,
+        precision=s["precision"][best, every],
+        coverage=s["coverage"][best, every],
+    )
+    return FeatureSwitch(
+        dictionary, names, **{key: t.to(dictionary.directions.device) for key, t in found.items()}
+    )
+
 
 def _code_switch(book, names, s, owner, gates, active, nxt):
     groups, n_codes, n = *book.weight.shape[:2], len(names)
     grouped = lambda t: t.view(groups, n_codes, *t.shape[1:])
     own = owner[:, None] == torch.arange(n)
-    best = grouped(torch.where(own, (s["precision"] * s["coverage"])[:, :n], 0.)).max(1)
-    opens = grouped(torch.where(gates, s["coverage"][:, n], 0.)).max(1)
+    best = grouped(torch.where(own, (s["precision"] * s["coverage"])[:, :n], 0.0)).max(1)
+    opens = grouped(torch.where(gates, s["coverage"][:, n], 0.0)).max(1)
     (places, features, _), coverage = active, torch.zeros(groups, n)
     right = (owner[features] == nxt[places]) & (nxt[places] >= 0)
-    met = torch.unique(torch.stack([features[right] // n_codes, nxt[places[right]], places[right]]), dim=1)      # several codes of a group may be right at one place
+    met = torch.unique(
+        torch.stack([features[right] // n_codes, nxt[places[right]], places[right]]), dim=1
+    )  # several codes of a group may be right at one place
     coverage.index_put_((met[0], met[1]), torch.ones(met.shape[1]), accumulate=True)
-    return CodeSwitch(book, names, grouped(owner), grouped(gates), torch.where(best.values > 0, best.indices, -1), torch.where(opens.values > 0, opens.indices, -1), coverage / torch.stack([(nxt == t).sum() for t in range(n)]))
+    return CodeSwitch(
+        book,
+        names,
+        grouped(owner),
+        grouped(gates),
+        torch.where(best.values > 0, best.indices, -1),
+        torch.where(opens.values > 0, opens.indices, -1),
+        coverage / torch.stack([(nxt == t).sum() for t in range(n)]),
+    )
 
 # %% ../../nbs/lib/feature_steer.ipynb #feature-steer-12
 @contextmanager
-def steer(model, switches: dict, target, **kw):      # {site: switch}, index or one a row, kw as in their `fn`
+def steer(
+    model, switches: dict, target, **kw
+):  # {site: switch}, index or one a row, kw as in their `fn`
     "While the block runs, every switch points to the target; works under `generate`."
-    if not switches: raise ValueError("steer: no switch came; expected {site: switch} from find_switches")
-    edits = {kind: {site: s.fn(target, **kw) for site, s in switches.items() if isinstance(s, kind)} for kind in (CodeSwitch, FeatureSwitch)}
-    if edits[CodeSwitch] and not hasattr(model, "edit_codes"): raise ValueError(f"steer: switches of codes need the CodebookModel they were found in, got {type(model).__name__}")
+    if not switches:
+        raise ValueError("steer: no switch came; expected {site: switch} from find_switches")
+    edits = {
+        kind: {site: s.fn(target, **kw) for site, s in switches.items() if isinstance(s, kind)}
+        for kind in (CodeSwitch, FeatureSwitch)
+    }
+    if edits[CodeSwitch] and not hasattr(model, "edit_codes"):
+        raise ValueError(
+            f"steer: switches of codes need the CodebookModel they were found in, got {type(model).__name__}"
+        )
     with ExitStack() as stack:
-        if edits[CodeSwitch]: stack.enter_context(model.edit_codes(edits[CodeSwitch]))
-        if edits[FeatureSwitch]: stack.enter_context(intervene(model, edits[FeatureSwitch]))
+        if edits[CodeSwitch]:
+            stack.enter_context(model.edit_codes(edits[CodeSwitch]))
+        if edits[FeatureSwitch]:
+            stack.enter_context(intervene(model, edits[FeatureSwitch]))
         yield
 
-def add_vector(v):                                   # [d], or [batch, d] one a row
+
+def add_vector(v):  # [d], or [batch, d] one a row
     "x -> x + v at every position: the control that everybody uses."
     return lambda x: x + (v if v.dim() == 1 else v[:, None]).to(x)
 
-def force_codes(book: Codebook,
-                features: list,                      # for every alternative, feature numbers g * n_codes + id
-                target,                              # index, or one a row
-                slots: str = "last"):                # a group's codes take the places of its "last" (weakest) ones, of its "first", or of "all"
+
+def force_codes(
+    book: Codebook,
+    features: list,  # for every alternative, feature numbers g * n_codes + id
+    target,  # index, or one a row
+    *,
+    slots: str = "last",
+):  # a group's codes take the places of its "last" (weakest) ones, of its "first", or of "all"
     "ids -> ids: the same codes at every position, whatever stood there (arXiv 2310.17230, section 4.3); no more than k in a group, or one for `all`."
-    if slots not in ("last", "first", "all"): raise ValueError(f"force_codes: slots={slots!r}, expected 'last', 'first' or 'all'")
+    if slots not in ("last", "first", "all"):
+        raise ValueError(f"force_codes: slots={slots!r}, expected 'last', 'first' or 'all'")
     (groups, n_codes, _), target = book.weight.shape, _rows(target, len(features))
-    if any(not 0 <= f < groups * n_codes for some in features for f in some): raise ValueError(f"force_codes: expected features from 0 to {groups * n_codes - 1}")
-    places = [[] for _ in features]                                                   # (group, slot, code): the first k of a group, or the first alone
+    if any(not 0 <= f < groups * n_codes for some in features for f in some):
+        raise ValueError(f"force_codes: expected features from 0 to {groups * n_codes - 1}")
+    places = [
+        [] for _ in features
+    ]  # (group, slot, code): the first k of a group, or the first alone
     for own, some in zip(places, features):
         for f in some:
             group, code = divmod(f, n_codes)
             n = sum(g == group for g, *_ in own)
-            if n < (1 if slots == "all" else book.k): own.append((group, slice(None) if slots == "all" else n if slots == "first" else -1 - n, code))
+            if n < (1 if slots == "all" else book.k):
+                own.append(
+                    (
+                        group,
+                        slice(None) if slots == "all" else n if slots == "first" else -1 - n,
+                        code,
+                    )
+                )
+
     def edit(ids):
         _check_rows(target, len(ids))
         for t in target.unique().tolist():
             rows = (target == t).expand(len(ids)).nonzero()[:, 0].to(ids.device)
-            for group, slot, code in places[t]: ids[rows, :, group, slot] = code
+            for group, slot, code in places[t]:
+                ids[rows, :, group, slot] = code
         return ids
+
     return edit
 
+
 @torch.no_grad()
-def token_codes(coded, ids: list,                    # a CodebookModel; a text's token ids
-                at: int = -1) -> dict:               # {site: [groups, k]}
+def token_codes(
+    coded,
+    ids: list,  # a CodebookModel; a text's token ids
+    at: int = -1,
+) -> dict:  # {site: [groups, k]}
     "All codes that stand at one token of a text, at every site."
-    if not -len(ids) <= at < len(ids): raise ValueError(f"token_codes: a text of {len(ids)} tokens has no token {at}")
-    with evaluating(coded): coded(input_ids=torch.tensor([ids], device=coded.device), use_cache=False)
+    if not -len(ids) <= at < len(ids):
+        raise ValueError(f"token_codes: a text of {len(ids)} tokens has no token {at}")
+    with evaluating(coded):
+        coded(input_ids=torch.tensor([ids], device=coded.device), use_cache=False)
     return {site: found[0, at] for site, found in coded.ids.items()}
 
-def write_codes(codes: dict,                         # {site: [groups, k]}, of token_codes
-                first: bool = False) -> dict:        # only at the end of a prompt, not while the model goes on
+
+def write_codes(
+    codes: dict,  # {site: [groups, k]}, of token_codes
+    first: bool = False,
+) -> dict:  # only at the end of a prompt, not while the model goes on
     "{site: ids -> ids} for `edit_codes`: another token's codes, all of them, in place of those at every position."
+
     def writes(new):
         def edit(ids):
-            if first and ids.shape[1] > 1: ids[:, -1] = new                            # the first call under `generate` holds the whole prompt
-            elif not first: ids[:] = new
+            if first and ids.shape[1] > 1:
+                ids[:, -1] = new  # the first call under `generate` holds the whole prompt
+            elif not first:
+                ids[:] = new
             return ids
+
         return edit
+
     return {site: writes(new) for site, new in codes.items()}
 
+
 @torch.no_grad()
-def mean_difference(model, site: str, text: Text, choices: Choices,
-                    at: str = "next",                # "next": states before an alternative's words; "about": all states of documents about it
-                    batch: int = 32):                # -> [n, d]
+def mean_difference(
+    model,
+    site: str,
+    text: Text,
+    *,
+    choices: Choices,
+    at: str = "next",  # "next": states before an alternative's words; "about": all states of documents about it
+    batch: int = 32,
+):  # -> [n, d]
     "For every alternative, the mean of its states less the mean over alternatives."
-    if at not in ("next", "about"): raise ValueError(f"mean_difference: at={at!r}, expected 'next' or 'about'")
-    label, total, count, where = torch.where(choices.look, getattr(choices, at), -1), 0., 0., next(model.parameters()).device
+    if at not in ("next", "about"):
+        raise ValueError(f"mean_difference: at={at!r}, expected 'next' or 'about'")
+    label, total, count, where = (
+        torch.where(choices.look, getattr(choices, at), -1),
+        0.0,
+        0.0,
+        next(model.parameters()).device,
+    )
     with evaluating(model), capture(model, site) as acts:
         for i in range(0, len(text), batch):
-            getattr(model, "base_model", model)(input_ids=text.ids[i:i + batch].to(where), use_cache=False)
-            own = F.one_hot(label[i:i + batch].to(where) + 1, len(choices.names) + 1)[..., 1:].flatten(0, 1).float()
+            getattr(model, "base_model", model)(
+                input_ids=text.ids[i : i + batch].to(where), use_cache=False
+            )
+            own = (
+                F.one_hot(label[i : i + batch].to(where) + 1, len(choices.names) + 1)[..., 1:]
+                .flatten(0, 1)
+                .float()
+            )
             total, count = total + own.T @ acts[site].flatten(0, 1).float(), count + own.sum(0)
-    if (count == 0).any(): raise ValueError(f"mean_difference: no state of {', '.join(n for n, c in zip(choices.names, count) if not c)}; give more text")
+    if (count == 0).any():
+        raise ValueError(
+            f"mean_difference: no state of {', '.join(n for n, c in zip(choices.names, count) if not c)}; give more text"
+        )
     mean = total / count[:, None]
     return mean - mean.mean(0)

@@ -10,6 +10,9 @@ __all__ = ['Ablation', 'logit_effects', 'direct_effects', 'FeatureTree', 'featur
 
 # %% ../../nbs/lib/feature_trace.ipynb #feature-trace-3
 import heapq
+from dataclasses import dataclass, field
+from functools import partial
+
 import matplotlib.pyplot as plt
 import torch
 import torch.nn.functional as F
@@ -23,109 +26,196 @@ from .patch import Tail, site_order
 from .read import Contexts, acts_of
 from ..model.run import evaluating
 from ..model.sites import capture, intervene, match_sites, site_dims, structure
-from dataclasses import dataclass, field
-from functools import partial
 
 # %% ../../nbs/lib/feature_trace.ipynb #feature-trace-4
 class Ablation:
     "Take features out of the states at a site: x' = x - amounts(x)[.., S] @ moves[S]. `moves` [F, d]: the features' directions; of a code, what it writes more than the mean of its book."
+
     def __init__(self, model, site: str, dictionary: Dictionary):
-        if isinstance(dictionary, NMF): raise ValueError("Ablation: the features of an NMF are read all together, so that no step takes out one; expected a Codebook, an autoencoder, PCA, ICA or fixed directions")
-        self.acts, self.dictionary, self.slope = partial(acts_of, model, site, dictionary), dictionary, None
+        if isinstance(dictionary, NMF):
+            raise ValueError(
+                "Ablation: the features of an NMF are read all together, so that no step takes out one; expected a Codebook, an autoencoder, PCA, ICA or fixed directions"
+            )
+        self.acts, self.dictionary, self.slope = (
+            partial(acts_of, model, site, dictionary),
+            dictionary,
+            None,
+        )
         if isinstance(dictionary, Codebook):
             w = dictionary.weight.detach().float()
-            self.moves = torch.block_diag(*(w - w.mean(1, keepdim=True))) / (dictionary.k if dictionary.combine == "mean" else 1)
+            self.moves = torch.block_diag(*(w - w.mean(1, keepdim=True))) / (
+                dictionary.k if dictionary.combine == "mean" else 1
+            )
         else:
             self.moves = dictionary.directions.detach().float()
-            self.reads = (dictionary.W_enc.detach() if isinstance(dictionary, SAE) else getattr(dictionary, "reads", self.moves)).float()
-            self.slope = (self.reads * self.moves).sum(1)             # [F] e.d: how far one step along what a feature writes moves what it reads
+            self.reads = (
+                dictionary.W_enc.detach()
+                if isinstance(dictionary, SAE)
+                else getattr(dictionary, "reads", self.moves)
+            ).float()
+            self.slope = (self.reads * self.moves).sum(
+                1
+            )  # [F] e.d: how far one step along what a feature writes moves what it reads
 
-    def amounts(self, x, features=None):       # [.., d] -> [.., F], or [.., n] of some features
+    def amounts(self, x, features=None):  # [.., d] -> [.., F], or [.., n] of some features
         "How many steps back along each direction bring the feature's pre-activation to 0; 0 where it is inactive, and where only a step forward, or none, would (e.d <= 0)."
         some = slice(None) if features is None else features
         f = self.acts(x, features)
-        if self.slope is None: return f
-        pre, slope = self.dictionary.pre(x.to(self.dictionary.directions.dtype))[..., some].float() if isinstance(self.dictionary, SAE) else f, self.slope[some]
-        if getattr(self.dictionary, "kind", None) == "gated": pre = pre + 1e-5 * x.float().norm(dim=-1, keepdim=True) * self.reads[some].norm(dim=1)      # a gate at 0 is opened by a rounding error: a hair beyond
+        if self.slope is None:
+            return f
+        pre, slope = (
+            self.dictionary.pre(x.to(self.dictionary.directions.dtype))[..., some].float()
+            if isinstance(self.dictionary, SAE)
+            else f,
+            self.slope[some],
+        )
+        if getattr(self.dictionary, "kind", None) == "gated":
+            pre = pre + 1e-5 * x.float().norm(dim=-1, keepdim=True) * self.reads[some].norm(
+                dim=1
+            )  # a gate at 0 is opened by a rounding error: a hair beyond
         return torch.where((f != 0) & (slope > 0), pre / slope.clamp(min=1e-12), 0)
 
-    def taken(self, x, features): "What goes [.., d]."; return self.amounts(x, features) @ self.moves[features]
+    def taken(self, x, features):
+        "What goes [.., d]."
+        return self.amounts(x, features) @ self.moves[features]
 
     def check(self, features):
         "Numbers [n]; ValueError for features that cannot be taken out."
         features = torch.as_tensor(features, device=self.moves.device).reshape(-1)
         if self.slope is not None and (bad := features[self.slope[features] <= 0]).numel():
-            raise ValueError(f"Ablation: feature {int(bad[0])} reads against what it writes (e.d = {float(self.slope[bad[0]]):.3g}); one would have to add more of it to bring it to 0")
+            raise ValueError(
+                f"Ablation: feature {int(bad[0])} reads against what it writes (e.d = {float(self.slope[bad[0]]):.3g}); one would have to add more of it to bring it to 0"
+            )
         return features
 
-    def without(self, features):               # one, or several at once: each goes as far as it would alone, so that features that read alike go past 0
+    def without(
+        self, features
+    ):  # one, or several at once: each goes as far as it would alone, so that features that read alike go past 0
         "fn(x) -> x' for `intervene`: less than a rank-one ablation, for where features are inactive nothing changes (arXiv 2309.08600, section 5); of tied unit rows x' = x - c f."
         features = self.check(features)
         return lambda x: x - self.taken(x, features)
 
 # %% ../../nbs/lib/feature_trace.ipynb #feature-trace-5
-def _logits(logp): return logp - logp.mean(-1, keepdim=True)          # log-probabilities -> logits, of which only differences count: less their mean
+def _logits(logp):
+    return logp - logp.mean(
+        -1, keepdim=True
+    )  # log-probabilities -> logits, of which only differences count: less their mean
+
 
 @torch.no_grad()
-def logit_effects(model, site: str, fn,        # fn(x) -> x'
-                  contexts: Contexts):
+def logit_effects(
+    model,
+    site: str,
+    fn,  # fn(x) -> x'
+    *,
+    contexts: Contexts,
+):
     "Change of every token's logit [n, vocabulary] (less the mean over the vocabulary) at the ends of contexts, when the states at a site become fn(x)."
     contexts = contexts.to(next(model.parameters()).device)
     with evaluating(model):
-        tail = Tail(model, site, contexts.ids, contexts.last)
+        tail = Tail(model, site, contexts.ids, last=contexts.last)
         return _logits(tail(fn(tail.x)[None])[0]) - _logits(tail.logp)
 
+
 @torch.no_grad()
-def direct_effects(model, dictionary: Dictionary, feature: int, contexts: Contexts, scale: float = 1.):
+def direct_effects(
+    model, dictionary: Dictionary, feature: int, *, contexts: Contexts, scale: float = 1.0
+):
     "What a feature's direction does to every token's logit by itself [n, vocabulary] (less the mean): added to the last block's output at the contexts' ends, `scale` times the feature's activation there; no block in between reads it."
     contexts = contexts.to(next(model.parameters()).device)
-    last, rows = f"resid.{len(structure(model)[1]) - 1}", torch.arange(len(contexts), device=contexts.ids.device)
-    step = scale * contexts.acts[:, None] * Ablation(model, last, dictionary).moves[feature]          # of a code, what it writes more than the mean
+    last, rows = (
+        f"resid.{len(structure(model)[1]) - 1}",
+        torch.arange(len(contexts), device=contexts.ids.device),
+    )
+    step = (
+        scale * contexts.acts[:, None] * Ablation(model, last, dictionary).moves[feature]
+    )  # of a code, what it writes more than the mean
+
     def added(x):
-        if x.shape[-1] != step.shape[-1]: raise ValueError(f"direct_effects: expected a direction in the {x.shape[-1]} numbers that the last block hands on, got one of {step.shape[-1]}")
+        if x.shape[-1] != step.shape[-1]:
+            raise ValueError(
+                f"direct_effects: expected a direction in the {x.shape[-1]} numbers that the last block hands on, got one of {step.shape[-1]}"
+            )
         return x.index_put((rows, contexts.last), step.to(x), accumulate=True)
-    return logit_effects(model, last, added, contexts)
+
+    return logit_effects(model, last, added, contexts=contexts)
 
 # %% ../../nbs/lib/feature_trace.ipynb #feature-trace-7
 @dataclass
 class FeatureTree:
     "What a feature rests on: `edges` [{child, parent, effect}], a node is (site, feature); effect: the share of the parent's activation that goes with the child (negative: it grows)."
+
     root: tuple
     edges: list = field(default_factory=list)
-    runs: int = 0                # contexts run, through the blocks between two sites
-    def __repr__(self): return f"tree of {len(self.nodes) - 1} features below {self.root[0]}/{self.root[1]}, {len(self.edges)} edges, {self.runs:,} contexts run"
-    @property
-    def nodes(self): "The root, and all that hold a parent up."; return list(dict.fromkeys([self.root] + [e["child"] for e in self.edges if e["effect"] > 0]))
+    runs: int = 0  # contexts run, through the blocks between two sites
 
-def _first_order(strength, x, amounts, moves):      # [n, length, d], [n, length, F], [F, d] -> what would go with each feature [F], by the gradient
+    def __repr__(self):
+        return f"tree of {len(self.nodes) - 1} features below {self.root[0]}/{self.root[1]}, {len(self.edges)} edges, {self.runs:,} contexts run"
+
+    @property
+    def nodes(self):
+        "The root, and all that hold a parent up."
+        return list(
+            dict.fromkeys([self.root] + [e["child"] for e in self.edges if e["effect"] > 0])
+        )
+
+
+def _first_order(
+    strength, x, amounts, *, moves
+):  # [n, length, d], [n, length, F], [F, d] -> what would go with each feature [F], by the gradient
     x = x.detach().requires_grad_()
-    with torch.enable_grad(): g, = torch.autograd.grad(strength(x, torch.arange(len(x), device=x.device)).sum(), x)
+    with torch.enable_grad():
+        (g,) = torch.autograd.grad(strength(x, torch.arange(len(x), device=x.device)).sum(), x)
     return (amounts * (g @ moves.T)).sum((0, 1))
 
+
 @torch.no_grad()
-def feature_effects(model, dictionaries: dict,      # {site: Dictionary}
-                    parent: tuple,             # (site, feature)
-                    child_site: str, contexts: Contexts,
-                    at_end: bool = False,      # count the parent only where contexts end; False: summed over all words
-                    most: int | None = 32,     # only the features with the largest effects to first order (gradient times change); None: all. Of a code all: a choice has no gradient
-                    min_active: int = 3,       # features active in fewer of the contexts are passed over
-                    batch: int = 64):          # contexts in one pass
+def feature_effects(
+    model,
+    dictionaries: dict,  # {site: Dictionary}
+    parent: tuple,  # (site, feature)
+    *,
+    child_site: str,
+    contexts: Contexts,
+    at_end: bool = False,  # count the parent only where contexts end; False: summed over all words
+    most: int
+    | None = 32,  # only the features with the largest effects to first order (gradient times change); None: all. Of a code all: a choice has no gradient
+    min_active: int = 3,  # features active in fewer of the contexts are passed over
+    batch: int = 64,
+):  # contexts in one pass
     "Ablate features of an earlier site, each by itself, in the contexts where it is active: children [m], the share of the parent's activation that goes with each [m] (negative: it grows), and how many contexts were run."
     contexts = contexts.to(next(model.parameters()).device)
     (site, feature), there, n = parent, contexts.there, len(contexts)
     count = F.one_hot(contexts.last, contexts.ids.shape[1]).bool() if at_end else there
-    ablate, feature = Ablation(model, child_site, dictionaries[child_site]), torch.tensor([feature], device=there.device)
-    def acts(x, rows): return acts_of(model, site, dictionaries[site], tail.states(site, x, rows), feature)[..., 0]
-    def strength(x, rows): return (acts(x, rows) * count[rows]).sum(1)
+    ablate, feature = (
+        Ablation(model, child_site, dictionaries[child_site]),
+        torch.tensor([feature], device=there.device),
+    )
+
+    def acts(x, rows):
+        return acts_of(
+            model, site, dictionaries[site], x=tail.states(site, x, rows), features=feature
+        )[..., 0]
+
+    def strength(x, rows):
+        return (acts(x, rows) * count[rows]).sum(1)
+
     with evaluating(model):
-        tail = Tail(model, child_site, contexts.ids, contexts.last)
+        tail = Tail(model, child_site, contexts.ids, last=contexts.last)
         amounts = ablate.amounts(tail.x) * there[..., None]
-        every, active = torch.arange(n, device=there.device), (amounts != 0).any(1)                           # [n], [n, F]
-        count = count * torch.where(acts(tail.x, every) < 0, -1., 1.)                                         # of a feature with two sides, the size
+        every, active = torch.arange(n, device=there.device), (amounts != 0).any(1)  # [n], [n, F]
+        count = count * torch.where(
+            acts(tail.x, every) < 0, -1.0, 1.0
+        )  # of a feature with two sides, the size
         whole = strength(tail.x, every)
         children = (active.sum(0) >= min_active).nonzero()[:, 0]
         if most and most < len(children) and not isinstance(dictionaries[site], Codebook):
-            children = children[_first_order(strength, tail.x, amounts, ablate.moves)[children].abs().topk(most).indices]
+            children = children[
+                _first_order(strength, tail.x, amounts, moves=ablate.moves)[children]
+                .abs()
+                .topk(most)
+                .indices
+            ]
         child, rows = active[:, children].T.nonzero(as_tuple=True)
         lost = whole.new_zeros(len(children))
         for c, r in zip(child.split(batch), rows.split(batch)):
@@ -136,155 +226,346 @@ def feature_effects(model, dictionaries: dict,      # {site: Dictionary}
 # %% ../../nbs/lib/feature_trace.ipynb #feature-trace-8
 def _check_node(model, dictionaries, node):
     for site in dictionaries:
-        if match_sites(model, site) != [site]: raise ValueError(f"causal_tree: expected one dictionary a site, got one for {site!r}")
-    if (order := list(dictionaries)) != (right := sorted(order, key=site_order)): raise ValueError(f"causal_tree: expected dictionaries from early to late, {', '.join(right)}, got {', '.join(order)}")
+        if match_sites(model, site) != [site]:
+            raise ValueError(f"causal_tree: expected one dictionary a site, got one for {site!r}")
+    if (order := list(dictionaries)) != (right := sorted(order, key=site_order)):
+        raise ValueError(
+            f"causal_tree: expected dictionaries from early to late, {', '.join(right)}, got {', '.join(order)}"
+        )
     for site, d in site_dims(model, order).items():
-        if (width := dictionaries[site].directions.shape[1]) != d: raise ValueError(f"causal_tree: {site} has {d} numbers, its dictionary is for {width}; was it made at another site?")
-    if node[0] not in dictionaries: raise ValueError(f"causal_tree: expected the root at one of {', '.join(dictionaries)}, got {node[0]!r}")
-    if not 0 <= node[1] < (n := len(dictionaries[node[0]].directions)): raise ValueError(f"causal_tree: {node[0]} has features 0 to {n - 1}, got {node[1]}")
+        if (width := dictionaries[site].directions.shape[1]) != d:
+            raise ValueError(
+                f"causal_tree: {site} has {d} numbers, its dictionary is for {width}; was it made at another site?"
+            )
+    if node[0] not in dictionaries:
+        raise ValueError(
+            f"causal_tree: expected the root at one of {', '.join(dictionaries)}, got {node[0]!r}"
+        )
+    if not 0 <= node[1] < (n := len(dictionaries[node[0]].directions)):
+        raise ValueError(f"causal_tree: {node[0]} has features 0 to {n - 1}, got {node[1]}")
 
-def causal_tree(model, dictionaries: dict,     # {site: Dictionary}, from early to late
-                root: tuple,                   # (site, feature)
-                contexts: Contexts,            # where the root is strong (strong_contexts)
-                width: int = 3,                # children kept of a node, the largest effects of either sign
-                budget: int = 12,              # nodes in all
-                least: float = .05,            # effects smaller than this are left out
-                back: int = 1,                 # children come from this many sites before the parent's: 1 does for outputs of whole blocks; heads and MLPs listen to all before them
-                **kw) -> FeatureTree:          # for feature_effects
+
+def causal_tree(
+    model,
+    dictionaries: dict,  # {site: Dictionary}, from early to late
+    root: tuple,  # (site, feature)
+    *,
+    contexts: Contexts,  # where the root is strong (strong_contexts)
+    width: int = 3,  # children kept of a node, the largest effects of either sign
+    budget: int = 12,  # nodes in all
+    least: float = 0.05,  # effects smaller than this are left out
+    back: int = 1,  # children come from this many sites before the parent's: 1 does for outputs of whole blocks; heads and MLPs listen to all before them
+    **kw,
+) -> FeatureTree:  # for feature_effects
     "Ablate the features of the site before, keep those that most of the parent's activation goes with, and go on from these, the most important first (arXiv 2309.08600, section 5)."
     root = tuple(root)
     _check_node(model, dictionaries, root)
-    order, tree, waiting, seen, expanded = list(dictionaries), FeatureTree(root), [(-1., root)], {root}, {root}
+    order, tree, waiting, seen, expanded = (
+        list(dictionaries),
+        FeatureTree(root),
+        [(-1.0, root)],
+        {root},
+        {root},
+    )
     contexts = contexts.to(next(model.parameters()).device)
     while waiting and len(seen) < budget:
         weight, parent = heapq.heappop(waiting)
         at, found = order.index(parent[0]), []
-        for site in order[max(0, at - back):at]:
-            children, effects, runs = feature_effects(model, dictionaries, parent, site, contexts, at_end=parent == root, **kw)
-            found += [(float(effect), (site, int(child))) for child, effect in zip(children, effects)]
+        for site in order[max(0, at - back) : at]:
+            children, effects, runs = feature_effects(
+                model,
+                dictionaries,
+                parent,
+                child_site=site,
+                contexts=contexts,
+                at_end=parent == root,
+                **kw,
+            )
+            found += [
+                (float(effect), (site, int(child))) for child, effect in zip(children, effects)
+            ]
             tree.runs += runs
         for effect, child in sorted(found, key=lambda pair: -abs(pair[0]))[:width]:
-            if abs(effect) < least or child not in seen and len(seen) >= budget: continue
+            if abs(effect) < least or child not in seen and len(seen) >= budget:
+                continue
             tree.edges.append(dict(child=child, parent=parent, effect=effect))
-            if effect > 0 and child not in expanded: heapq.heappush(waiting, (weight * min(effect, 1.), child)); expanded.add(child)
+            if effect > 0 and child not in expanded:
+                heapq.heappush(waiting, (weight * min(effect, 1.0), child))
+                expanded.add(child)
             seen.add(child)
     return tree
 
 # %% ../../nbs/lib/feature_trace.ipynb #feature-trace-10
-def ablate_nodes(model, dictionaries: dict, nodes,      # [(site, feature)]
-                 contexts: Contexts,
-                 lengths: dict | None = None) -> dict:        # {site: [n, length]}: scaled so that in every context the edits at a site are as long in sum
+def ablate_nodes(
+    model,
+    dictionaries: dict,
+    nodes,  # [(site, feature)]
+    *,
+    contexts: Contexts,
+    lengths: dict | None = None,
+) -> (
+    dict
+):  # {site: [n, length]}: scaled so that in every context the edits at a site are as long in sum
     "{site: fn} for `intervene` on contexts: all the nodes taken out."
+
     def edit(site):
         ablate = Ablation(model, site, dictionaries[site])
         features = ablate.check([j for s, j in nodes if s == site])
+
         def fn(x):
             own = ablate.taken(x, features) * contexts.there[..., None]
-            return x - own if lengths is None else x - own * (lengths[site].sum(1) / own.norm(dim=-1).sum(1).clamp(min=1e-6))[:, None, None]
+            return (
+                x - own
+                if lengths is None
+                else x
+                - own
+                * (lengths[site].sum(1) / own.norm(dim=-1).sum(1).clamp(min=1e-6))[:, None, None]
+            )
+
         return fn
+
     return {site: edit(site) for site in dictionaries if any(s == site for s, _ in nodes)}
 
-def _noting(edits, contexts, lengths):         # edits that write down how far they go
+
+def _noting(edits, contexts, lengths):  # edits that write down how far they go
     def noting(site, fn):
-        def noted(x): y = fn(x); lengths[site] = (y - x).float().norm(dim=-1) * contexts.there; return y
+        def noted(x):
+            y = fn(x)
+            lengths[site] = (y - x).float().norm(dim=-1) * contexts.there
+            return y
+
         return noted
+
     return {site: noting(site, fn) for site, fn in edits.items()}
 
-@torch.no_grad()
-def edit_lengths(model, contexts: Contexts, edits: dict) -> dict:       # {site: fn} -> {site: [n, length]}
-    "How far edits move the state at every word, all of them at once."
-    lengths = {}
-    with evaluating(model), intervene(model, _noting(edits, contexts, lengths)): getattr(model, "base_model", model)(input_ids=contexts.ids, use_cache=False)
-    return lengths
 
 @torch.no_grad()
-def others_active(model, dictionaries: dict, nodes, contexts: Contexts, draws: int = 20, n: int = 10, seed: int = 0) -> list:
+def edit_lengths(
+    model, contexts: Contexts, edits: dict
+) -> dict:  # {site: fn} -> {site: [n, length]}
+    "How far edits move the state at every word, all of them at once."
+    lengths = {}
+    with evaluating(model), intervene(model, _noting(edits, contexts, lengths)):
+        getattr(model, "base_model", model)(input_ids=contexts.ids, use_cache=False)
+    return lengths
+
+
+@torch.no_grad()
+def others_active(
+    model,
+    dictionaries: dict,
+    nodes,
+    *,
+    contexts: Contexts,
+    draws: int = 20,
+    n: int = 10,
+    seed: int = 0,
+) -> list:
     "The control, drawn several times: for every node another feature of its site that is active at some of the same words, one of the n that share most of them (Jaccard; of codes, which stand alone at a word, in the same contexts); none twice, none a node itself."
     draw, out = seeded(seed), [[] for _ in range(draws)]
-    with evaluating(model), capture(model, list(dictionaries)) as acts: getattr(model, "base_model", model)(input_ids=contexts.ids, use_cache=False)
+    with evaluating(model), capture(model, list(dictionaries)) as acts:
+        getattr(model, "base_model", model)(input_ids=contexts.ids, use_cache=False)
     for site, own in ((site, [j for s, j in nodes if s == site]) for site in dictionaries):
-        active = (Ablation(model, site, dictionaries[site]).amounts(acts[site]) != 0) & contexts.there[..., None]
-        active = (active.any(1) if isinstance(dictionaries[site], Codebook) else active.flatten(0, 1)).float()         # [contexts or words, F]
+        active = (
+            Ablation(model, site, dictionaries[site]).amounts(acts[site]) != 0
+        ) & contexts.there[..., None]
+        active = (
+            active.any(1) if isinstance(dictionaries[site], Codebook) else active.flatten(0, 1)
+        ).float()  # [contexts or words, F]
         size, both = active.sum(0), active.T @ active[:, own]
-        like = both / (size[:, None] + size[own] - both).clamp(min=1)                                                  # [F, nodes]
+        like = both / (size[:, None] + size[own] - both).clamp(min=1)  # [F, nodes]
         like[own] = 0
         for chosen in out:
             for i, j in enumerate(own):
-                free = like[:, i].index_fill(0, torch.tensor([k for s, k in chosen if s == site], dtype=torch.long, device=like.device), 0)
+                free = like[:, i].index_fill(
+                    0,
+                    torch.tensor(
+                        [k for s, k in chosen if s == site], dtype=torch.long, device=like.device
+                    ),
+                    0,
+                )
                 some = free.topk(min(n, int((free > 0).sum()))).indices
-                if not len(some): raise ValueError(f"others_active: no other feature of {site} is active where {j} is, beside those already drawn; give it more contexts, a larger dictionary or a smaller tree")
+                if not len(some):
+                    raise ValueError(
+                        f"others_active: no other feature of {site} is active where {j} is, beside those already drawn; give it more contexts, a larger dictionary or a smaller tree"
+                    )
                 chosen.append((site, int(some[torch.randint(len(some), (1,), generator=draw)])))
     return out
 
-def _turned(lengths, draw):                    # {site: [n, length]} -> {site: fn}: as far at the same words, in one random direction a site
-    def turn(far): return lambda x: x + far[..., None] * F.normalize(torch.randn(x.shape[-1], generator=draw), dim=-1).to(x)
+
+def _turned(
+    lengths, draw
+):  # {site: [n, length]} -> {site: fn}: as far at the same words, in one random direction a site
+    def turn(far):
+        return lambda x: (
+            x + far[..., None] * F.normalize(torch.randn(x.shape[-1], generator=draw), dim=-1).to(x)
+        )
+
     return {site: turn(far) for site, far in lengths.items()}
 
 # %% ../../nbs/lib/feature_trace.ipynb #feature-trace-11
 @torch.no_grad()
-def check_tree(model, dictionaries: dict, tree: FeatureTree,
-               contexts: Contexts,             # others than the tree was made from
-               draws: int = 20, seed: int = 0) -> dict:
+def check_tree(
+    model,
+    dictionaries: dict,
+    tree: FeatureTree,
+    *,
+    contexts: Contexts,  # others than the tree was made from
+    draws: int = 20,
+    seed: int = 0,
+) -> dict:
     """What it does to the next word at the contexts' ends to ablate the root alone (`root`), all below it (`below`), or as many other features with edits as long in sum at every site of every context (`others`, a list of draws), or to go as far at the same words in random directions (`random`, as many), beside `clean`.
     Each a dict: kl, KL(clean || ablated) in nats; p, the probability of the token that really follows; margin, its log odds against the likeliest other token, nats; act, the root's activation (of a code: is it chosen, before an edit at its own site); edit, the length of all edits in a context."""
     contexts = contexts.to(next(model.parameters()).device)
-    rows, site, keep = torch.arange(len(contexts), device=contexts.ids.device), tree.root[0], contexts.last.unique()
+    rows, site, keep = (
+        torch.arange(len(contexts), device=contexts.ids.device),
+        tree.root[0],
+        contexts.last.unique(),
+    )
     feature, below, clean = rows.new_tensor([tree.root[1]]), tree.nodes[1:], None
+
     def measured(edits):
         lengths = {}
-        with evaluating(model), intervene(model, _noting(edits, contexts, lengths)), capture(model, site) as acts:
-            logits = model(input_ids=contexts.ids, use_cache=False, logits_to_keep=keep).logits[rows, torch.searchsorted(keep, contexts.last)]
-            logp, act = logits.float().log_softmax(-1), acts_of(model, site, dictionaries[site], acts[site], feature)[rows, contexts.last, 0]
-        right, best_other = logp[rows, contexts.next], logp.scatter(1, contexts.next[:, None], -torch.inf).amax(1)
-        kl = 0. if clean is None else (clean.exp() * (clean - logp)).sum(-1).mean().item()
-        return dict(kl=kl, p=right.exp().mean().item(), margin=(right - best_other).mean().item(), act=act.mean().item(), edit=float(sum(far.sum(1).mean() for far in lengths.values()))), logp
+        with (
+            evaluating(model),
+            intervene(model, _noting(edits, contexts, lengths)),
+            capture(model, site) as acts,
+        ):
+            logits = model(input_ids=contexts.ids, use_cache=False, logits_to_keep=keep).logits[
+                rows, torch.searchsorted(keep, contexts.last)
+            ]
+            logp, act = (
+                logits.float().log_softmax(-1),
+                acts_of(model, site, dictionaries[site], x=acts[site], features=feature)[
+                    rows, contexts.last, 0
+                ],
+            )
+        right, best_other = (
+            logp[rows, contexts.next],
+            logp.scatter(1, contexts.next[:, None], -torch.inf).amax(1),
+        )
+        kl = 0.0 if clean is None else (clean.exp() * (clean - logp)).sum(-1).mean().item()
+        return dict(
+            kl=kl,
+            p=right.exp().mean().item(),
+            margin=(right - best_other).mean().item(),
+            act=act.mean().item(),
+            edit=float(sum(far.sum(1).mean() for far in lengths.values())),
+        ), logp
+
     out, draw = dict.fromkeys(("clean", "root", "below")), seeded(seed)
     out["clean"], clean = measured({})
-    tree_edits = ablate_nodes(model, dictionaries, below, contexts)
+    tree_edits = ablate_nodes(model, dictionaries, below, contexts=contexts)
     lengths = edit_lengths(model, contexts, tree_edits)
-    out["root"], out["below"] = (measured(edits)[0] for edits in (ablate_nodes(model, dictionaries, [tree.root], contexts), tree_edits))
-    others = others_active(model, dictionaries, below, contexts, draws, seed=seed) if draws else []
-    return out | dict(others=[measured(ablate_nodes(model, dictionaries, some, contexts, lengths))[0] for some in others], random=[measured(_turned(lengths, draw))[0] for _ in range(draws)])
+    out["root"], out["below"] = (
+        measured(edits)[0]
+        for edits in (ablate_nodes(model, dictionaries, [tree.root], contexts=contexts), tree_edits)
+    )
+    others = (
+        others_active(model, dictionaries, below, contexts=contexts, draws=draws, seed=seed)
+        if draws
+        else []
+    )
+    return out | dict(
+        others=[
+            measured(ablate_nodes(model, dictionaries, some, contexts=contexts, lengths=lengths))[0]
+            for some in others
+        ],
+        random=[measured(_turned(lengths, draw))[0] for _ in range(draws)],
+    )
 
 # %% ../../nbs/lib/feature_trace.ipynb #feature-trace-12
-def _line(ax, graph, at, sign, color, dash):
+def _line(ax, graph, at, *, sign, color, dash):
     import networkx as nx
+
     some = [(a, b) for a, b, e in graph.edges(data="effect") if (e > 0) == (sign > 0)]
-    nx.draw_networkx_edges(graph, at, some, width=[.6 + 5 * min(abs(graph.edges[e]["effect"]), 1) for e in some], edge_color=show.PALETTE[color], style=dash, arrows=True, arrowstyle="-", ax=ax, alpha=.7)
+    nx.draw_networkx_edges(
+        graph,
+        at,
+        some,
+        width=[0.6 + 5 * min(abs(graph.edges[e]["effect"]), 1) for e in some],
+        edge_color=show.PALETTE[color],
+        style=dash,
+        arrows=True,
+        arrowstyle="-",
+        ax=ax,
+        alpha=0.7,
+    )
 
-def _number(ax, at, edge, placed):             # an edge's effect on its line, where it is farthest from those placed before
+
+def _number(
+    ax, at, edge, *, placed
+):  # an edge's effect on its line, where it is farthest from those placed before
     (x, y), (x2, y2) = at[edge["child"]], at[edge["parent"]]
-    spots = [(x + t * (x2 - x), y + t * (y2 - y)) for t in (.25, .35, .45, .55, .65, .72)]
-    spot = max(spots, key=lambda s: min([abs(s[0] - p[0]) / 2 + abs(s[1] - p[1]) for p in placed], default=1.))
+    spots = [(x + t * (x2 - x), y + t * (y2 - y)) for t in (0.25, 0.35, 0.45, 0.55, 0.65, 0.72)]
+    spot = max(
+        spots,
+        key=lambda s: min([abs(s[0] - p[0]) / 2 + abs(s[1] - p[1]) for p in placed], default=1.0),
+    )
     placed.append(spot)
-    ax.text(*spot, f"{edge['effect']:.0%}", fontsize=7, color=show.PALETTE["blue" if edge["effect"] > 0 else "red"], ha="center", va="center", bbox=dict(boxstyle="round,pad=.1", fc="white", ec="none"))
+    ax.text(
+        *spot,
+        f"{edge['effect']:.0%}",
+        fontsize=7,
+        color=show.PALETTE["blue" if edge["effect"] > 0 else "red"],
+        ha="center",
+        va="center",
+        bbox=dict(boxstyle="round,pad=.1", fc="white", ec="none"),
+    )
 
-def draw_tree(tree: FeatureTree, title: str, alt: str,
-              labels: dict | None = None):     # {(site, feature): what it stands for}
+
+def draw_tree(
+    tree: FeatureTree, title: str, alt: str, *, labels: dict | None = None
+):  # {(site, feature): what it stands for}
     "The tree as a graph: a column a site, edges as wide as their effects, dashed and red where the child holds its parent down."
     import networkx as nx
+
     graph, columns, labels = nx.DiGraph(), {}, labels or {}
     graph.add_node(tree.root)
-    for edge in tree.edges: graph.add_edge(edge["child"], edge["parent"], effect=edge["effect"])
-    for node in graph: columns.setdefault(node[0], []).append(node)
+    for edge in tree.edges:
+        graph.add_edge(edge["child"], edge["parent"], effect=edge["effect"])
+    for node in graph:
+        columns.setdefault(node[0], []).append(node)
     order = sorted(columns, key=site_order)
-    at = {node: (order.index(site), ((len(some) - 1) / 2 - i) / len(some)) for site, some in columns.items() for i, node in enumerate(some)}
-    fig, ax = plt.subplots(figsize=(1 + 3.2 * len(order), .9 + .75 * max(map(len, columns.values()))))
-    for sign, color, dash in ((1, "blue", "-"), (-1, "red", "--")): _line(ax, graph, at, sign, color, dash)
+    at = {
+        node: (order.index(site), ((len(some) - 1) / 2 - i) / len(some))
+        for site, some in columns.items()
+        for i, node in enumerate(some)
+    }
+    fig, ax = plt.subplots(
+        figsize=(1 + 3.2 * len(order), 0.9 + 0.75 * max(map(len, columns.values())))
+    )
+    for sign, color, dash in ((1, "blue", "-"), (-1, "red", "--")):
+        _line(ax, graph, at, sign=sign, color=color, dash=dash)
     placed = []
-    for edge in tree.edges: _number(ax, at, edge, placed)
+    for edge in tree.edges:
+        _number(ax, at, edge, placed=placed)
     for node, (x, y) in at.items():
-        ax.text(x, y, f"{node[0]} / {node[1]}\n{labels.get(node, '')}".strip(), ha="center", va="center", fontsize=8, bbox=dict(boxstyle="round,pad=.35", fc="white", ec=show.PALETTE["orange" if node == tree.root else "grey"]))
-    ax.set(title=title, xlim=(-.5, len(order) - .5), ylim=(-.62, .62)); ax.axis("off")
+        ax.text(
+            x,
+            y,
+            f"{node[0]} / {node[1]}\n{labels.get(node, '')}".strip(),
+            ha="center",
+            va="center",
+            fontsize=8,
+            bbox=dict(
+                boxstyle="round,pad=.35",
+                fc="white",
+                ec=show.PALETTE["orange" if node == tree.root else "grey"],
+            ),
+        )
+    ax.set(title=title, xlim=(-0.5, len(order) - 0.5), ylim=(-0.62, 0.62))
+    ax.axis("off")
     return show.picture(fig, alt)
 
 # %% ../../nbs/lib/feature_trace.ipynb #feature-trace-13
-def nearest_across(dictionaries: dict, node: tuple) -> dict:      # {site: (feature, cosine)}
+def nearest_across(dictionaries: dict, node: tuple) -> dict:  # {site: (feature, cosine)}
     "The feature of every other site (of the same width) whose direction is most like this one's."
     site, feature = node
     own, found = F.normalize(dictionaries[site].directions[feature].detach(), dim=-1), {}
     for other, dictionary in dictionaries.items():
-        if other == site or dictionary.directions.shape[1] != len(own): continue
+        if other == site or dictionary.directions.shape[1] != len(own):
+            continue
         cosines = F.normalize(dictionary.directions.detach(), dim=-1) @ own
         found[other] = (int(cosines.argmax()), float(cosines.max()))
     return found

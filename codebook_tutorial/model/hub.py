@@ -10,131 +10,295 @@ __all__ = ['PRESETS', 'WAYS_OUT', 'error_names', 'explain_error', 'reach', 'chec
 # %% ../../nbs/lib/model_hub.ipynb #model-hub-3
 import difflib
 import os
-import torch
-from ..core import data_path, device
 from contextlib import contextmanager
 from pathlib import Path
+
+import torch
+from ..core import data_path, device
 
 # %% ../../nbs/lib/model_hub.ipynb #model-hub-5
 # `download`: the weights' file. The TinyStories models have safetensors only in a pull request, whose commit `revision` pins.
 PRESETS = {
-    "stories": dict(id="stories", params="0.75M", download="none, comes with the course", layers=3, d_model=96, fits="any laptop"),
-    "tinystories-1l-21m": dict(id="roneneldan/TinyStories-1Layer-21M", params="21M by name, 66M stored", download="269 MB", layers=1, d_model=1024,
-                               fits="laptop", revision="2b85697b808e6a50b6796eeea8b8361802c60c1c"),
-    "tinystories-33m": dict(id="roneneldan/TinyStories-33M", params="33M by name, 69M stored", download="291 MB", layers=4, d_model=768,
-                            fits="laptop", revision="854a281ebcd3a0c8cd4be3f7e676bc20dca27cd3"),
-    "pythia-70m": dict(id="EleutherAI/pythia-70m", params="70M", download="166 MB", layers=6, d_model=512, fits="laptop"),
-    "gpt2": dict(id="openai-community/gpt2", params="124M", download="548 MB", layers=12, d_model=768, fits="laptop"),
-    "pythia-410m": dict(id="EleutherAI/pythia-410m", params="405M", download="911 MB", layers=24, d_model=1024, fits="free Colab GPU"),
+    "stories": dict(
+        id="stories",
+        params="0.75M",
+        download="none, comes with the course",
+        layers=3,
+        d_model=96,
+        fits="any laptop",
+    ),
+    "tinystories-1l-21m": dict(
+        id="roneneldan/TinyStories-1Layer-21M",
+        params="21M by name, 66M stored",
+        download="269 MB",
+        layers=1,
+        d_model=1024,
+        fits="laptop",
+        revision="2b85697b808e6a50b6796eeea8b8361802c60c1c",
+    ),
+    "tinystories-33m": dict(
+        id="roneneldan/TinyStories-33M",
+        params="33M by name, 69M stored",
+        download="291 MB",
+        layers=4,
+        d_model=768,
+        fits="laptop",
+        revision="854a281ebcd3a0c8cd4be3f7e676bc20dca27cd3",
+    ),
+    "pythia-70m": dict(
+        id="EleutherAI/pythia-70m",
+        params="70M",
+        download="166 MB",
+        layers=6,
+        d_model=512,
+        fits="laptop",
+    ),
+    "gpt2": dict(
+        id="openai-community/gpt2",
+        params="124M",
+        download="548 MB",
+        layers=12,
+        d_model=768,
+        fits="laptop",
+    ),
+    "pythia-410m": dict(
+        id="EleutherAI/pythia-410m",
+        params="405M",
+        download="911 MB",
+        layers=24,
+        d_model=1024,
+        fits="free Colab GPU",
+    ),
 }
 
 # %% ../../nbs/lib/model_hub.ipynb #model-hub-7
 # a library's error, by the name of its class or of one behind it -> what we raise, and say
 WAYS_OUT = (
-    ({"GatedRepoError"}, ValueError, "{id} is gated: accept its licence on its page on the Hub, then `hf auth login` or set HF_TOKEN"),
-    ({"RevisionNotFoundError"}, ValueError, "{id} has no revision {revision!r}; expected a branch, tag or commit that its page on the Hub names"),
-    ({"RepositoryNotFoundError", "DatasetNotFoundError", "HFValidationError"}, ValueError,
-     "{name!r} is no preset ({known}), nothing on this machine and no public repository of the Hub{near}. A private one needs `hf auth login` or HF_TOKEN"),
-    ({"OfflineModeIsEnabled", "ConnectError", "TimeoutException", "LocalEntryNotFoundError"}, ConnectionError,
-     "{id} is not in this machine's cache, and the Hub cannot be reached (no network, or HF_HUB_OFFLINE is set){near}. "
-     "Where there is a network, {once}`hf download {id}{options}` brings it for later; {offline} needs none"),
-    ({"TransportError", "HfHubHTTPError", "ConnectionError"}, ConnectionError,
-     "the Hub broke off or refused while {id} was loading ({detail}); nothing half-loaded was kept: call again, or set HF_HUB_OFFLINE=1 if it was loaded before"),
+    (
+        {"GatedRepoError"},
+        ValueError,
+        "{id} is gated: accept its licence on its page on the Hub, then `hf auth login` or set HF_TOKEN",
+    ),
+    (
+        {"RevisionNotFoundError"},
+        ValueError,
+        "{id} has no revision {revision!r}; expected a branch, tag or commit that its page on the Hub names",
+    ),
+    (
+        {"RepositoryNotFoundError", "DatasetNotFoundError", "HFValidationError"},
+        ValueError,
+        "{name!r} is no preset ({known}), nothing on this machine and no public repository of the Hub{near}. A private one needs `hf auth login` or HF_TOKEN",
+    ),
+    (
+        {"OfflineModeIsEnabled", "ConnectError", "TimeoutException", "LocalEntryNotFoundError"},
+        ConnectionError,
+        "{id} is not in this machine's cache, and the Hub cannot be reached (no network, or HF_HUB_OFFLINE is set){near}. "
+        "Where there is a network, {once}`hf download {id}{options}` brings it for later; {offline} needs none",
+    ),
+    (
+        {"TransportError", "HfHubHTTPError", "ConnectionError"},
+        ConnectionError,
+        "the Hub broke off or refused while {id} was loading ({detail}); nothing half-loaded was kept: call again, or set HF_HUB_OFFLINE=1 if it was loaded before",
+    ),
     ({"Exception"}, ValueError, "{name!r} could not be read ({detail}); {last}"),
 )
 
 # %% ../../nbs/lib/model_hub.ipynb #model-hub-8
 def error_names(e):
     "Class names of an error, of their bases, and of the errors behind it."
-    return set() if e is None else {c.__name__ for c in type(e).__mro__} | error_names(e.__cause__ or e.__context__)
+    return (
+        set()
+        if e is None
+        else {c.__name__ for c in type(e).__mro__} | error_names(e.__cause__ or e.__context__)
+    )
+
 
 @contextmanager
-def explain_error(call, name, known, id, revision=None):
+def explain_error(call, name, known, *, id, revision=None):
     "Turn what the libraries raise into an error that says the way out; our own pass as they are."
-    try: yield
+    try:
+        yield
     except Exception as e:
-        if str(e).startswith(f"{call}: ") or error_names(e) & {"TypeError", "MemoryError", "OutOfMemoryError"}: raise
-        kind, says = next((kind, says) for raised, kind, says in WAYS_OUT if raised & error_names(e))
-        near, model = difflib.get_close_matches(name.split("/")[-1].lower(), known, cutoff=.6), call == "load_lm"
-        raise kind(f"{call}: " + says.format(
-            name=name, id=id, revision=revision, known=", ".join(known), once=f"load_lm({name!r}) or " if model else "", near=f" (did you mean {' or '.join(map(repr, near))}?)" if near and name not in known else "",
-            options=("" if model else " --repo-type dataset") + (f" --revision {revision}" if revision else ""), offline="load_lm('stories')" if model else "load_text(tok, 'stories')",
-            detail=f"{type(e).__name__}: {' '.join(str(e).split())[:300]}", last="if a file was damaged on its way: force_download=True" if model else "split=, column= and config= say what to read of it")) from e
+        if str(e).startswith(f"{call}: ") or error_names(e) & {
+            "TypeError",
+            "MemoryError",
+            "OutOfMemoryError",
+        }:
+            raise
+        kind, says = next(
+            (kind, says) for raised, kind, says in WAYS_OUT if raised & error_names(e)
+        )
+        near, model = (
+            difflib.get_close_matches(name.split("/")[-1].lower(), known, cutoff=0.6),
+            call == "load_lm",
+        )
+        raise kind(
+            f"{call}: "
+            + says.format(
+                name=name,
+                id=id,
+                revision=revision,
+                known=", ".join(known),
+                once=f"load_lm({name!r}) or " if model else "",
+                near=f" (did you mean {' or '.join(map(repr, near))}?)"
+                if near and name not in known
+                else "",
+                options=("" if model else " --repo-type dataset")
+                + (f" --revision {revision}" if revision else ""),
+                offline="load_lm('stories')" if model else "load_text(tok, 'stories')",
+                detail=f"{type(e).__name__}: {' '.join(str(e).split())[:300]}",
+                last="if a file was damaged on its way: force_download=True"
+                if model
+                else "split=, column= and config= say what to read of it",
+            )
+        ) from e
 
 # %% ../../nbs/lib/model_hub.ipynb #model-hub-9
-def reach(id, kind, revision=None, hub={}, **files):
+def reach(id, kind, revision=None, *, hub={}, **files):
     "What the Hub says of a repository, and None; where the Hub is out of reach, None and the folder where an earlier download put these files."
     from huggingface_hub import HfApi, snapshot_download
+
     api = HfApi(token=hub.get("token"))
     try:
         info = api.repo_info(id, repo_type=kind, revision=revision, timeout=10)
-        if info.gated: api.auth_check(id, repo_type=kind)
+        if info.gated:
+            api.auth_check(id, repo_type=kind)
         return info, None
     except Exception as e:
-        if not error_names(e) & {"OfflineModeIsEnabled", "ConnectError", "TimeoutException"}: raise
-        return None, snapshot_download(id, repo_type=kind, revision=revision, local_files_only=True, cache_dir=hub.get("cache_dir"), **files)
+        if not error_names(e) & {"OfflineModeIsEnabled", "ConnectError", "TimeoutException"}:
+            raise
+        return None, snapshot_download(
+            id,
+            repo_type=kind,
+            revision=revision,
+            local_files_only=True,
+            cache_dir=hub.get("cache_dir"),
+            **files,
+        )
+
 
 def _check_files(id, files):
     "ValueError unless these are the files of a model with safetensors."
-    if "config.json" not in files: raise ValueError(f"load_lm: no config.json in {id}; expected the files of a transformers model, as save_pretrained writes them")
-    if {"model.safetensors", "model.safetensors.index.json"} & set(files): return
+    if "config.json" not in files:
+        raise ValueError(
+            f"load_lm: no config.json in {id}; expected the files of a transformers model, as save_pretrained writes them"
+        )
+    if {"model.safetensors", "model.safetensors.index.json"} & set(files):
+        return
     unsafe = [f for f in files if f.endswith((".bin", ".pt", ".pth", ".h5", ".msgpack"))]
-    raise ValueError(f"load_lm: no model.safetensors in {id}" + (f", only {', '.join(unsafe)}: such files can run code, and the course opens none. A pull request of the "
-                     f"Hub's SFconvertbot may offer safetensors: load_lm({id!r}, revision='refs/pr/N')" if unsafe else f"; there are {', '.join(sorted(files))}"))
+    raise ValueError(
+        f"load_lm: no model.safetensors in {id}"
+        + (
+            f", only {', '.join(unsafe)}: such files can run code, and the course opens none. A pull request of the "
+            f"Hub's SFconvertbot may offer safetensors: load_lm({id!r}, revision='refs/pr/N')"
+            if unsafe
+            else f"; there are {', '.join(sorted(files))}"
+        )
+    )
 
 # %% ../../nbs/lib/model_hub.ipynb #model-hub-10
-def _model_folder(id, revision, hub, weights=True):
+def _model_folder(id, revision, hub, *, weights=True):
     "Where a model's files lie: its folder, or the Hub's cache once they are loaded; of the weights only safetensors, of the rest nothing from subfolders."
     from huggingface_hub import snapshot_download
-    files = dict(allow_patterns=["*.json", "*.txt", "*.model", "*.jinja"] + ["model.safetensors", "model-*.safetensors"] * weights, ignore_patterns=["*/*"])
-    info, folder = (None, id) if Path(id).is_dir() else reach(id, "model", revision, hub, **files)
-    if weights: _check_files(id, os.listdir(folder) if folder else [f.rfilename for f in info.siblings])
+
+    files = dict(
+        allow_patterns=["*.json", "*.txt", "*.model", "*.jinja"]
+        + ["model.safetensors", "model-*.safetensors"] * weights,
+        ignore_patterns=["*/*"],
+    )
+    info, folder = (
+        (None, id) if Path(id).is_dir() else reach(id, "model", revision, hub=hub, **files)
+    )
+    if weights:
+        _check_files(id, os.listdir(folder) if folder else [f.rfilename for f in info.siblings])
     return folder or snapshot_download(id, revision=revision, **files, **hub)
+
 
 def check_weights(call, id, folder):
     "ValueError that names a safetensors file which is damaged or cut short."
     from safetensors import safe_open
+
     for file in sorted(Path(folder).glob("model*.safetensors")):
-        try: safe_open(file, "pt").keys()
+        try:
+            safe_open(file, "pt").keys()
         except Exception as e:
-            raise ValueError(f"{call}: {file.name} of {id} is damaged or cut short ({e}); copy the folder again, or load it anew with " + (f"load_lm({id!r}, force_download=True)" if call == "load_lm" else "`hf download --force-download`")) from e
+            raise ValueError(
+                f"{call}: {file.name} of {id} is damaged or cut short ({e}); copy the folder again, or load it anew with "
+                + (
+                    f"load_lm({id!r}, force_download=True)"
+                    if call == "load_lm"
+                    else "`hf download --force-download`"
+                )
+            ) from e
 
 # %% ../../nbs/lib/model_hub.ipynb #model-hub-12
-def _tokenizer(id, folder, bos, hub):
+def _tokenizer(id, folder, bos, *, hub):
     "A model's tokenizer with BOS and pad; that of the main revision where the pinned one has none."
     from transformers import AutoTokenizer
-    has_one = lambda folder: any((Path(folder) / f).exists() for f in ("tokenizer.json", "tokenizer.model", "vocab.json"))
+
+    has_one = lambda folder: any(
+        (Path(folder) / f).exists() for f in ("tokenizer.json", "tokenizer.model", "vocab.json")
+    )
     if not has_one(folder) and not Path(id).is_dir():
-        with explain_error("load_lm", id, list(PRESETS), id): folder = _model_folder(id, None, hub, weights=False)
-    if not has_one(folder): raise ValueError(f"load_lm: no tokenizer in {id}; expected tokenizer.json, tokenizer.model or vocab.json beside the weights")
+        with explain_error("load_lm", id, list(PRESETS), id=id):
+            folder = _model_folder(id, None, hub, weights=False)
+    if not has_one(folder):
+        raise ValueError(
+            f"load_lm: no tokenizer in {id}; expected tokenizer.json, tokenizer.model or vocab.json beside the weights"
+        )
     tok = AutoTokenizer.from_pretrained(folder)
     bos = bos or tok.bos_token
     if bos not in tok.get_vocab():
-        what = f"{bos!r} is not in the vocabulary of {id}" if bos else f"the tokenizer of {id} has no BOS token, and texts begin with one"
-        raise ValueError(f"load_lm: {what}; say which of its tokens shall serve, e.g. load_lm({id!r}, bos={tok.eos_token or '<|endoftext|>'!r})")
+        what = (
+            f"{bos!r} is not in the vocabulary of {id}"
+            if bos
+            else f"the tokenizer of {id} has no BOS token, and texts begin with one"
+        )
+        raise ValueError(
+            f"load_lm: {what}; say which of its tokens shall serve, e.g. load_lm({id!r}, bos={tok.eos_token or '<|endoftext|>'!r})"
+        )
     tok.add_special_tokens({"bos_token": bos, "pad_token": tok.pad_token or tok.eos_token or bos})
     return tok
 
 # %% ../../nbs/lib/model_hub.ipynb #model-hub-13
-def load_lm(name: str | None = None,       # "stories" (or $COURSE_MODEL), a preset, a folder, or any Hub id
-            bos: str | None = None,        # the token to begin texts with, where the tokenizer names none
-            revision: str | None = None,   # a branch, tag or commit of the Hub
-            dtype=torch.float32,
-            **kwargs):                     # for from_pretrained: force_download, token, attn_implementation, ...
+def load_lm(
+    name: str | None = None,  # "stories" (or $COURSE_MODEL), a preset, a folder, or any Hub id
+    bos: str | None = None,  # the token to begin texts with, where the tokenizer names none
+    revision: str | None = None,  # a branch, tag or commit of the Hub
+    *,
+    dtype=torch.float32,
+    **kwargs,
+):  # for from_pretrained: force_download, token, attn_implementation, ...
     "A language model in eval mode on `core.device()`, and its tokenizer with BOS and pad."
     from transformers import AutoModelForCausalLM
+
     name = str(name or os.environ.get("COURSE_MODEL") or "stories")
     preset = PRESETS.get(name, {"id": os.path.expanduser(name)})
-    id, revision = str(data_path("stories")) if name == "stories" else preset["id"], revision or preset.get("revision")
-    if not Path(id).is_dir() and (id.startswith((".", os.sep)) or id.count("/") > 1): raise ValueError(f"load_lm: no folder {name!r}; expected one with config.json, or a Hub id")
-    if revision and Path(id).is_dir(): raise ValueError(f"load_lm: {name!r} is a folder and has no revision {revision!r}; expected a Hub id")
+    id, revision = (
+        str(data_path("stories")) if name == "stories" else preset["id"],
+        revision or preset.get("revision"),
+    )
+    if not Path(id).is_dir() and (id.startswith((".", os.sep)) or id.count("/") > 1):
+        raise ValueError(f"load_lm: no folder {name!r}; expected one with config.json, or a Hub id")
+    if revision and Path(id).is_dir():
+        raise ValueError(
+            f"load_lm: {name!r} is a folder and has no revision {revision!r}; expected a Hub id"
+        )
     hub = {k: kwargs.pop(k) for k in ("force_download", "token", "cache_dir") if k in kwargs}
-    with explain_error("load_lm", name, list(PRESETS), id, revision):
+    with explain_error("load_lm", name, list(PRESETS), id=id, revision=revision):
         folder = _model_folder(id, revision, hub)
         check_weights("load_lm", id, folder)
-        tok = _tokenizer(id, folder, bos, hub)
-        model, found = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, use_safetensors=True, output_loading_info=True, **kwargs)
-        if lost := sorted(found["missing_keys"]): raise ValueError(f"load_lm: the weights of {id} lack {', '.join(lost[:3])} ({len(lost)} in all), which {type(model).__name__} needs")
-    if tok.pad_token_id >= model.get_input_embeddings().num_embeddings: tok.pad_token = tok.bos_token
-    model.name_or_path = model.config.name_or_path = tok.name_or_path = name            # not where the cache happens to lie
+        tok = _tokenizer(id, folder, bos, hub=hub)
+        model, found = AutoModelForCausalLM.from_pretrained(
+            folder, dtype=dtype, use_safetensors=True, output_loading_info=True, **kwargs
+        )
+        if lost := sorted(found["missing_keys"]):
+            raise ValueError(
+                f"load_lm: the weights of {id} lack {', '.join(lost[:3])} ({len(lost)} in all), which {type(model).__name__} needs"
+            )
+    if tok.pad_token_id >= model.get_input_embeddings().num_embeddings:
+        tok.pad_token = tok.bos_token
+    model.name_or_path = model.config.name_or_path = tok.name_or_path = (
+        name  # not where the cache happens to lie
+    )
     return (model.eval() if "device_map" in kwargs else model.eval().to(device())), tok

@@ -8,10 +8,11 @@ Docs: https://codebook-tutorial.github.io/codebook_tutorial/lib/model_run.html.m
 __all__ = ['evaluating', 'check_length', 'token_losses', 'lm_loss', 'next_probs']
 
 # %% ../../nbs/lib/model_run.ipynb #model-run-3
+from contextlib import contextmanager
+
 import torch
 import torch.nn.functional as F
 from .text import Text
-from contextlib import contextmanager
 from tqdm.auto import tqdm
 
 # %% ../../nbs/lib/model_run.ipynb #model-run-5
@@ -19,29 +20,40 @@ from tqdm.auto import tqdm
 def evaluating(model):
     "Eval mode inside, afterwards every part in the mode it was in."
     training = [part for part in model.modules() if part.training]
-    for part in training: part.training = False
-    try: yield
+    for part in training:
+        part.training = False
+    try:
+        yield
     finally:
-        for part in training: part.training = True
+        for part in training:
+            part.training = True
+
 
 def check_length(model, length, call):
     "ValueError for a row longer than the model reads."
     most = getattr(model.config, "max_position_embeddings", None) or length
-    if length > most: raise ValueError(f"{call}: the model reads {most} positions, the text has rows of {length}; load_text(..., length={most})")
+    if length > most:
+        raise ValueError(
+            f"{call}: the model reads {most} positions, the text has rows of {length}; load_text(..., length={most})"
+        )
 
 # %% ../../nbs/lib/model_run.ipynb #model-run-6
 @torch.no_grad()
-def token_losses(model, text: Text, batch: int = 16):      # -> [rows, length], on the CPU
+def token_losses(model, text: Text, batch: int = 16):  # -> [rows, length], on the CPU
     "Nats of every token that is to be predicted, at its own position; nan elsewhere."
     check_length(model, text.ids.shape[1], "token_losses")
     where, out = next(model.parameters()).device, []
     for i in tqdm(range(0, len(text), batch), desc="token_losses", delay=5):
-        part = text[i:i + batch]
-        with evaluating(model): logits = model(input_ids=part.ids.to(where), use_cache=False).logits.float()
-        labels = part.labels.roll(-1, 1).to(where)                                     # labels[:, 0] is -100
-        nats = F.cross_entropy(logits.flatten(0, 1), labels.flatten(), reduction="none").view_as(labels)
+        part = text[i : i + batch]
+        with evaluating(model):
+            logits = model(input_ids=part.ids.to(where), use_cache=False).logits.float()
+        labels = part.labels.roll(-1, 1).to(where)  # labels[:, 0] is -100
+        nats = F.cross_entropy(logits.flatten(0, 1), labels.flatten(), reduction="none").view_as(
+            labels
+        )
         out.append(nats.masked_fill(labels == -100, torch.nan).roll(1, 1).cpu())
     return torch.cat(out)
+
 
 def lm_loss(model, text: Text, batch: int = 16) -> float:
     "Mean nats of the tokens that are to be predicted."
@@ -49,15 +61,33 @@ def lm_loss(model, text: Text, batch: int = 16) -> float:
 
 # %% ../../nbs/lib/model_run.ipynb #model-run-7
 @torch.no_grad()
-def next_probs(model, rows: list, batch: int = 64):      # n lists of ids -> [n, vocabulary], on the CPU
+def next_probs(model, rows: list, batch: int = 64):  # n lists of ids -> [n, vocabulary], on the CPU
     "Probability of every token after each of the rows, which may differ in length."
-    if not rows or not all(rows): raise ValueError("next_probs: expected rows with at least one token each")
+    if not rows or not all(rows):
+        raise ValueError("next_probs: expected rows with at least one token each")
     check_length(model, max(map(len, rows)), "next_probs")
-    order, probs = sorted(range(len(rows)), key=lambda i: len(rows[i])), [None] * len(rows)       # like lengths together: little padding
-    for some in (order[i:i + batch] for i in range(0, len(rows), batch)):
-        ids = torch.nn.utils.rnn.pad_sequence([torch.tensor(rows[i]) for i in some], batch_first=True)      # what stands behind a row's end cannot reach it
+    order, probs = (
+        sorted(range(len(rows)), key=lambda i: len(rows[i])),
+        [None] * len(rows),
+    )  # like lengths together: little padding
+    for some in (order[i : i + batch] for i in range(0, len(rows), batch)):
+        ids = torch.nn.utils.rnn.pad_sequence(
+            [torch.tensor(rows[i]) for i in some], batch_first=True
+        )  # what stands behind a row's end cannot reach it
         last = torch.tensor([len(rows[i]) - 1 for i in some])
-        keep = last.unique()                                                                       # logits are dear: only where some row ends
-        with evaluating(model): logits = model(input_ids=ids.to(model.device), use_cache=False, logits_to_keep=keep.to(model.device)).logits
-        for i, p in zip(some, logits[torch.arange(len(some)), torch.searchsorted(keep, last)].float().softmax(-1).cpu()): probs[i] = p
+        keep = last.unique()  # logits are dear: only where some row ends
+        with evaluating(model):
+            logits = model(
+                input_ids=ids.to(model.device),
+                use_cache=False,
+                logits_to_keep=keep.to(model.device),
+            ).logits
+        for i, p in zip(
+            some,
+            logits[torch.arange(len(some)), torch.searchsorted(keep, last)]
+            .float()
+            .softmax(-1)
+            .cpu(),
+        ):
+            probs[i] = p
     return torch.stack(probs)

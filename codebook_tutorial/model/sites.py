@@ -18,53 +18,82 @@ from typing import NamedTuple
 # %% ../../nbs/00_sites.ipynb #c00-37
 class Family(NamedTuple):
     "Where a model family keeps its parts: paths below the base model, then below a block."
-    blocks: str      # the list of blocks
-    attn: str        # module whose output attention adds to the stream
-    attn_out: str    # attention's output projection: its input is `heads`
-    mlp: str         # module whose output the MLP adds to the stream
-    mlp_out: str     # the MLP's last projection: its input is `neurons`
+
+    blocks: str  # the list of blocks
+    attn: str  # module whose output attention adds to the stream
+    attn_out: str  # attention's output projection: its input is `heads`
+    mlp: str  # module whose output the MLP adds to the stream
+    mlp_out: str  # the MLP's last projection: its input is `neurons`
+
 
 FAMILIES = {
-    "GPT-2":    Family("h", "attn", "attn.c_proj", "mlp", "mlp.c_proj"),
-    "GPT-Neo":  Family("h", "attn", "attn.attention.out_proj", "mlp", "mlp.c_proj"),
-    "GPT-NeoX (Pythia)": Family("layers", "attention", "attention.dense", "mlp", "mlp.dense_4h_to_h"),
+    "GPT-2": Family("h", "attn", "attn.c_proj", "mlp", "mlp.c_proj"),
+    "GPT-Neo": Family("h", "attn", "attn.attention.out_proj", "mlp", "mlp.c_proj"),
+    "GPT-NeoX (Pythia)": Family(
+        "layers", "attention", "attention.dense", "mlp", "mlp.dense_4h_to_h"
+    ),
     # these put a norm behind each sublayer, so the norm's output is what reaches the stream
-    "Gemma 2 and 3": Family("layers", "post_attention_layernorm", "self_attn.o_proj", "post_feedforward_layernorm", "mlp.down_proj"),
-    "Llama, Mistral, Qwen, Gemma": Family("layers", "self_attn", "self_attn.o_proj", "mlp", "mlp.down_proj"),
+    "Gemma 2 and 3": Family(
+        "layers",
+        "post_attention_layernorm",
+        "self_attn.o_proj",
+        "post_feedforward_layernorm",
+        "mlp.down_proj",
+    ),
+    "Llama, Mistral, Qwen, Gemma": Family(
+        "layers", "self_attn", "self_attn.o_proj", "mlp", "mlp.down_proj"
+    ),
 }
 
 # %% ../../nbs/00_sites.ipynb #c00-38
 def _has(module, path):
-    try: return module.get_submodule(path) is not None
-    except AttributeError: return False
+    try:
+        return module.get_submodule(path) is not None
+    except AttributeError:
+        return False
+
 
 def structure(model):
     "The model's blocks and the row of FAMILIES that fits them."
     base = getattr(model, "base_model", model)
-    for inner in (base, getattr(base, "language_model", None)):     # vision-language models keep the text model one level down
+    for inner in (
+        base,
+        getattr(base, "language_model", None),
+    ):  # vision-language models keep the text model one level down
         for family in FAMILIES.values():
-            if inner is None or not _has(inner, family.blocks): continue
+            if inner is None or not _has(inner, family.blocks):
+                continue
             blocks = inner.get_submodule(family.blocks)
-            if all(_has(blocks[0], path) for path in family[1:]): return inner, blocks, family
-    raise ValueError(f"sites: no known structure in {type(model).__name__}; expected one of {', '.join(FAMILIES)}. "
-                     "A new family is one row in codebook_tutorial.sites.FAMILIES")
+            if all(_has(blocks[0], path) for path in family[1:]):
+                return inner, blocks, family
+    raise ValueError(
+        f"sites: no known structure in {type(model).__name__}; expected one of {', '.join(FAMILIES)}. "
+        "A new family is one row in codebook_tutorial.sites.FAMILIES"
+    )
 
 # %% ../../nbs/00_sites.ipynb #c00-40
 SITE_KINDS = ("resid", "attn", "mlp", "heads", "neurons")
 
+
 def sites(model) -> list[str]:
     "All site names of a model, e.g. ['resid.0', 'attn.0', ...]."
-    return [f"{kind}.{i}" for i in range(len(structure(model)[1])) for kind in SITE_KINDS]
+    return [
+        f"{kind}.{i}" for i in range(len(structure(model)[1])) for kind in SITE_KINDS
+    ]
 
-def match_sites(model,
-                patterns: str | list[str]) -> list[str]:   # "resid.0", "heads.*", ["mlp.*", "attn.1"]
+
+def match_sites(
+    model, patterns: str | list[str]
+) -> list[str]:  # "resid.0", "heads.*", ["mlp.*", "attn.1"]
     "The model's sites that fit the patterns, in the patterns' order; ValueError for one that fits none."
     found = []
     for pattern in [patterns] if isinstance(patterns, str) else patterns:
         hits = [s for s in sites(model) if fnmatchcase(s, str(pattern))]
         if not hits:
             last = len(structure(model)[1]) - 1
-            raise ValueError(f"no site {pattern!r}; this model has {', '.join(f'{k}.0 to {k}.{last}' for k in SITE_KINDS)}")
+            raise ValueError(
+                f"no site {pattern!r}; this model has {', '.join(f'{k}.0 to {k}.{last}' for k in SITE_KINDS)}"
+            )
         found += [h for h in hits if h not in found]
     return found
 
@@ -73,15 +102,25 @@ def _place(model, site):
     "The module a site lies at, and whether it is what goes in to it."
     kind, layer = site.split(".")
     _, blocks, family = structure(model)
-    path = {"resid": "", "attn": family.attn, "mlp": family.mlp, "heads": family.attn_out, "neurons": family.mlp_out}[kind]
+    path = {
+        "resid": "",
+        "attn": family.attn,
+        "mlp": family.mlp,
+        "heads": family.attn_out,
+        "neurons": family.mlp_out,
+    }[kind]
     return blocks[int(layer)].get_submodule(path), kind in ("heads", "neurons")
+
 
 def _call(fn, site, x):
     "fn(x), checked to fit the place it came from; None keeps x."
     y = fn(x)
-    if y is None or y is x: return None
+    if y is None or y is x:
+        return None
     if getattr(y, "shape", None) != x.shape:
-        raise ValueError(f"intervention at {site}: expected a tensor of shape {list(x.shape)}, got {list(y.shape) if hasattr(y, 'shape') else type(y).__name__}")
+        raise ValueError(
+            f"intervention at {site}: expected a tensor of shape {list(x.shape)}, got {list(y.shape) if hasattr(y, 'shape') else type(y).__name__}"
+        )
     return y.to(x.dtype)
 
 # %% ../../nbs/00_sites.ipynb #c00-45
@@ -89,52 +128,79 @@ def _before(fn, site, module, args):
     y = _call(fn, site, args[0])
     return None if y is None else (y, *args[1:])
 
+
 def _after(fn, site, module, args, output):
-    if not isinstance(output, tuple): return _call(fn, site, output)
+    if not isinstance(output, tuple):
+        return _call(fn, site, output)
     y = _call(fn, site, output[0])
     return None if y is None else (y, *output[1:])
+
 
 def attach(model, site: str, fn):
     "Hook fn(x) -> x' (or None) at a site and return the handle; `intervene` and `capture` take it away again by themselves."
     module, goes_in = _place(model, site)
-    if goes_in: return module.register_forward_pre_hook(partial(_before, fn, site))
+    if goes_in:
+        return module.register_forward_pre_hook(partial(_before, fn, site))
     return module.register_forward_hook(partial(_after, fn, site))
 
 # %% ../../nbs/00_sites.ipynb #c00-47
 @contextmanager
-def intervene(model,
-              edits: dict):    # {site or pattern: fn}; fn(x) -> x' of the same shape, [batch, seq, d]; None leaves x as it is
+def intervene(
+    model, edits: dict
+):  # {site or pattern: fn}; fn(x) -> x' of the same shape, [batch, seq, d]; None leaves x as it is
     "While the block runs, replace x by fn(x) at each site; under `generate`, fn is called on every step's slice."
-    pairs = [(site, fn) for pattern, fn in edits.items() for site in match_sites(model, pattern)]
+    pairs = [
+        (site, fn)
+        for pattern, fn in edits.items()
+        for site in match_sites(model, pattern)
+    ]
     handles = []
     try:
-        for site, fn in pairs: handles.append(attach(model, site, fn))
+        for site, fn in pairs:
+            handles.append(attach(model, site, fn))
         yield
     finally:
-        for handle in handles: handle.remove()
+        for handle in handles:
+            handle.remove()
 
 # %% ../../nbs/00_sites.ipynb #c00-52
 @contextmanager
-def capture(model,
-            names: str | list[str],    # sites or patterns
-            grad: bool = False):       # keep the autograd graph?
+def capture(
+    model,
+    names: str | list[str],  # sites or patterns
+    grad: bool = False,
+):  # keep the autograd graph?
     "While the block runs, read {site: activation [batch, seq, d]} of the last pass; the steps of `generate` are joined along seq."
     found, acts, offset = match_sites(model, names), {}, 0
+
     def keep(site, x):
         x = x if grad else x.detach()
         acts[site] = torch.cat([acts[site], x], 1) if site in acts else x
+
     def begin(module, args, kwargs):
         nonlocal offset
-        past = 0 if kwargs.get("past_key_values") is None else kwargs["past_key_values"].get_seq_length()
+        past = (
+            0
+            if kwargs.get("past_key_values") is None
+            else kwargs["past_key_values"].get_seq_length()
+        )
         done = max((x.shape[1] for x in acts.values()), default=0)
-        if past == 0 or past != offset + done: offset = past; acts.clear()    # not the next step of what we hold
-        while handles: handles.pop().remove()
-        handles.extend(attach(model, site, partial(keep, site)) for site in found)     # again, so that they stand last
+        if past == 0 or past != offset + done:
+            offset = past
+            acts.clear()  # not the next step of what we hold
+        while handles:
+            handles.pop().remove()
+        handles.extend(
+            attach(model, site, partial(keep, site)) for site in found
+        )  # again, so that they stand last
+
     handles = []
     first = structure(model)[0].register_forward_pre_hook(begin, with_kwargs=True)
-    try: yield acts
+    try:
+        yield acts
     finally:
-        for handle in [first, *handles]: handle.remove()
+        for handle in [first, *handles]:
+            handle.remove()
 
 # %% ../../nbs/00_sites.ipynb #c00-61
 def site_dims(model, names: str | list[str] = "*") -> dict[str, int]:
@@ -142,21 +208,36 @@ def site_dims(model, names: str | list[str] = "*") -> dict[str, int]:
     was, parameter = model.training, next(model.parameters())
     model.eval()
     try:
-        with capture(model, names) as acts, torch.no_grad(): model(input_ids=torch.zeros(1, 1, dtype=torch.long, device=parameter.device))
-    finally: model.train(was)
+        with capture(model, names) as acts, torch.no_grad():
+            model(
+                input_ids=torch.zeros(1, 1, dtype=torch.long, device=parameter.device)
+            )
+    finally:
+        model.train(was)
     return {site: acts[site].shape[-1] for site in match_sites(model, names)}
 
 # %% ../../nbs/00_sites.ipynb #c00-64
-TRANSFORMER_LENS = {"resid": "hook_resid_post", "attn": "hook_attn_out", "mlp": "hook_mlp_out", "heads": "attn.hook_z", "neurons": "mlp.hook_post"}
+TRANSFORMER_LENS = {
+    "resid": "hook_resid_post",
+    "attn": "hook_attn_out",
+    "mlp": "hook_mlp_out",
+    "heads": "attn.hook_z",
+    "neurons": "mlp.hook_post",
+}
+
 
 def to_transformer_lens(site: str) -> str:
     "'mlp.3' -> 'blocks.3.hook_mlp_out' (their hook_z keeps the heads apart: [batch, seq, heads, d_head])."
     kind, layer = site.split(".")
     return f"blocks.{layer}.{TRANSFORMER_LENS[kind]}"
 
+
 def from_transformer_lens(name: str) -> str:
     "'blocks.3.hook_mlp_out' -> 'mlp.3'."
     back = {v: k for k, v in TRANSFORMER_LENS.items()}
     _, layer, hook = (name.split(".", 2) + ["", ""])[:3]
-    if hook not in back: raise ValueError(f"no site for {name!r}; expected blocks.L. and one of {', '.join(back)}")
+    if hook not in back:
+        raise ValueError(
+            f"no site for {name!r}; expected blocks.L. and one of {', '.join(back)}"
+        )
     return f"{back[hook]}.{layer}"

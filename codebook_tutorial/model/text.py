@@ -11,30 +11,50 @@ __all__ = ['TEXTS', 'Text', 'pack', 'load_text']
 import glob
 import os
 import re
-import torch
 from array import array
-from .hub import explain_error, reach
-from ..world.grammar import ID
-from ..world.stories import fill_rows, stories
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
+
+import torch
+from .hub import explain_error, reach
+from ..world.grammar import ID
+from ..world.stories import fill_rows, stories
 from tqdm.auto import tqdm
 
 # %% ../../nbs/lib/model_text.ipynb #model-text-4
 # `starts`: where the rows of a data set are lines, what the first line of a document looks like
 TEXTS = {
-    "tinystories": dict(id="roneneldan/TinyStories", config=None, split="validation", column="text", note="22k stories; 2.1M in split='train'"),
-    "wikitext-103": dict(id="Salesforce/wikitext", config="wikitext-103-raw-v1", split="test", column="text", starts=r" = [^=].* = \s*$",
-                         note="articles of Wikipedia; 29k of them in split='train'"),
-    "pile-10k": dict(id="NeelNanda/pile-10k", config=None, split="train", column="text", note="the first 10,000 documents of the Pile, 33 MB"),
+    "tinystories": dict(
+        id="roneneldan/TinyStories",
+        config=None,
+        split="validation",
+        column="text",
+        note="22k stories; 2.1M in split='train'",
+    ),
+    "wikitext-103": dict(
+        id="Salesforce/wikitext",
+        config="wikitext-103-raw-v1",
+        split="test",
+        column="text",
+        starts=r" = [^=].* = \s*$",
+        note="articles of Wikipedia; 29k of them in split='train'",
+    ),
+    "pile-10k": dict(
+        id="NeelNanda/pile-10k",
+        config=None,
+        split="train",
+        column="text",
+        note="the first 10,000 documents of the Pile, 33 MB",
+    ),
 }
 
 # %% ../../nbs/lib/model_text.ipynb #model-text-6
 @dataclass(eq=False, repr=False)
 class Text:
     "Rows of token ids, `BOS document BOS document ...`; text[:64], len(text) and text.split(share) go by rows."
-    ids: torch.Tensor      # [rows, length]
+
+    ids: torch.Tensor  # [rows, length]
     bos: int
     pad: int
 
@@ -46,104 +66,190 @@ class Text:
     @property
     def attention_mask(self):
         "[rows, length]: False at the padding behind a row's last document."
-        return ~(self.ids == self.pad).flip(1).cumprod(1).flip(1).bool()                            # elsewhere the pad token may be an ordinary one
+        return (
+            ~(self.ids == self.pad).flip(1).cumprod(1).flip(1).bool()
+        )  # elsewhere the pad token may be an ordinary one
 
     @property
     def labels(self):
         "[rows, length]: the id where a token is to be predicted, else -100, as transformers' `labels=`: ordinary tokens and the BOS that ends a document."
         counts = self.mask | (self.ids == self.bos) & self.mask.roll(1, 1)
-        counts[:, 0] = False                                                                      # nothing comes before the first
+        counts[:, 0] = False  # nothing comes before the first
         return self.ids.where(counts, -100)
 
     n_tokens = property(lambda self: int(self.mask.sum()), doc="Number of ordinary tokens.")
-    def __len__(self): return len(self.ids)
-    def __getitem__(self, rows): return Text(torch.atleast_2d(self.ids[rows]), self.bos, self.pad)
-    def __repr__(self): return f"Text: {len(self):,} rows of {self.ids.shape[1]}, {self.n_tokens:,} tokens, {self.ids.numel() - self.n_tokens:,} BOS and padding"
 
-    def split(self, share: float = .5):
+    def __len__(self):
+        return len(self.ids)
+
+    def __getitem__(self, rows):
+        return Text(torch.atleast_2d(self.ids[rows]), self.bos, self.pad)
+
+    def __repr__(self):
+        return f"Text: {len(self):,} rows of {self.ids.shape[1]}, {self.n_tokens:,} tokens, {self.ids.numel() - self.n_tokens:,} BOS and padding"
+
+    def split(self, share: float = 0.5):
         "The first rows and the rest, two texts."
         n = round(share * len(self))
-        if not 0 < n < len(self): raise ValueError(f"split: {share} of {len(self)} rows leaves one part empty; expected a share between 0 and 1, and enough rows")
+        if not 0 < n < len(self):
+            raise ValueError(
+                f"split: {share} of {len(self)} rows leaves one part empty; expected a share between 0 and 1, and enough rows"
+            )
         return self[:n], self[n:]
 
 # %% ../../nbs/lib/model_text.ipynb #model-text-7
-def pack(docs, length: int, bos: int, pad: int, whole: bool = False):     # lists of ids, without BOS -> [rows, length]
+def pack(
+    docs, length: int, bos: int, *, pad: int, whole: bool = False
+):  # lists of ids, without BOS -> [rows, length]
     "Rows cut from `BOS doc BOS doc ... BOS`, the last partial one dropped unless it is alone; whole=True cuts no document (ValueError for one too long) and pads every row."
-    if whole: return torch.tensor(list(fill_rows(docs, length, bos, pad)))
+    if whole:
+        return torch.tensor(list(fill_rows(docs, length, bos, pad=pad)))
     flat = array("q", [bos])
-    for doc in docs: flat.extend(array("q", doc)); flat.append(bos)
+    for doc in docs:
+        flat.extend(array("q", doc))
+        flat.append(bos)
     flat.extend([pad] * (length - len(flat)))
-    return torch.frombuffer(flat, dtype=torch.int64)[:len(flat) // length * length].view(-1, length).clone()
+    return (
+        torch.frombuffer(flat, dtype=torch.int64)[: len(flat) // length * length]
+        .view(-1, length)
+        .clone()
+    )
 
 # %% ../../nbs/lib/model_text.ipynb #model-text-9
-_BUILDERS = {".txt": dict(path="text", sample_by="paragraph"), ".json": dict(path="json"), ".jsonl": dict(path="json"), ".parquet": dict(path="parquet")}
+_BUILDERS = {
+    ".txt": dict(path="text", sample_by="paragraph"),
+    ".json": dict(path="json"),
+    ".jsonl": dict(path="json"),
+    ".parquet": dict(path="parquet"),
+}
 
-def _rows(source, split, config, revision):
+
+def _rows(source, split, config, *, revision):
     "A stream of the rows of a file or of a Hub data set."
     from datasets import load_dataset
     from huggingface_hub.errors import LocalEntryNotFoundError
+
     file = Path(source).expanduser()
     if file.suffix in _BUILDERS or file.exists():
-        wrong = "of no known kind" if file.suffix not in _BUILDERS else "not there" if not file.exists() else "empty" if not file.stat().st_size else None
-        if wrong: raise ValueError(f"load_text: the file {source!r} is {wrong}; expected text in a file {', '.join(_BUILDERS)}, a preset ({', '.join(TEXTS)}) or a Hub id")
-        return load_dataset(**_BUILDERS[file.suffix], data_files=glob.escape(str(file)), split=split, streaming=True)
-    info, folder = reach(source, "dataset", revision)             # fails at once where there is no network
-    if folder and not any(p.suffix in _BUILDERS for p in Path(folder).rglob("*.*")): raise LocalEntryNotFoundError(f"only streamed before: {source}")
-    return load_dataset(folder or source, config, split=split, revision=revision if info else None, streaming=True)
+        wrong = (
+            "of no known kind"
+            if file.suffix not in _BUILDERS
+            else "not there"
+            if not file.exists()
+            else "empty"
+            if not file.stat().st_size
+            else None
+        )
+        if wrong:
+            raise ValueError(
+                f"load_text: the file {source!r} is {wrong}; expected text in a file {', '.join(_BUILDERS)}, a preset ({', '.join(TEXTS)}) or a Hub id"
+            )
+        return load_dataset(
+            **_BUILDERS[file.suffix], data_files=glob.escape(str(file)), split=split, streaming=True
+        )
+    info, folder = reach(source, "dataset", revision)  # fails at once where there is no network
+    if folder and not any(p.suffix in _BUILDERS for p in Path(folder).rglob("*.*")):
+        raise LocalEntryNotFoundError(f"only streamed before: {source}")
+    return load_dataset(
+        folder or source, config, split=split, revision=revision if info else None, streaming=True
+    )
 
 # %% ../../nbs/lib/model_text.ipynb #model-text-10
 def _column(rows, column):
     "The text of every row that has some."
     for row in rows:
         if not isinstance(row.get(column, 0), str | None):
-            what = f"column {column!r} holds {type(row[column]).__name__}, expected text" if column in row else f"no column {column!r}"
-            raise ValueError(f"load_text: {what}; the columns are {', '.join(row)}: say load_text(..., column=...)")
-        if row[column]: yield row[column]
+            what = (
+                f"column {column!r} holds {type(row[column]).__name__}, expected text"
+                if column in row
+                else f"no column {column!r}"
+            )
+            raise ValueError(
+                f"load_text: {what}; the columns are {', '.join(row)}: say load_text(..., column=...)"
+            )
+        if row[column]:
+            yield row[column]
+
 
 def _joined(lines, starts):
     "Lines put together into documents; one begins at each line that matches `starts`."
     doc = []
     for line in lines:
-        if doc and re.match(starts, line): yield "".join(doc); doc = []
+        if doc and re.match(starts, line):
+            yield "".join(doc)
+            doc = []
         doc.append(line)
-    if doc: yield "".join(doc)
+    if doc:
+        yield "".join(doc)
 
 # %% ../../nbs/lib/model_text.ipynb #model-text-11
 def _tokenized(tok, docs, n_tokens):
     "The ids of one document after the other, each with a BOS to come, until there are n_tokens."
-    kept, n, docs, bar = [], 0, iter(docs), tqdm(total=n_tokens, desc="load_text", unit="token", delay=5)
+    kept, n, docs, bar = (
+        [],
+        0,
+        iter(docs),
+        tqdm(total=n_tokens, desc="load_text", unit="token", delay=5),
+    )
     while n < n_tokens and (some := list(islice(docs, 64))):
         for ids in filter(None, tok(some, add_special_tokens=False, verbose=False)["input_ids"]):
-            if n < n_tokens: kept.append(array("i", ids)); n += len(ids) + 1; bar.update(len(ids) + 1)
+            if n < n_tokens:
+                kept.append(array("i", ids))
+                n += len(ids) + 1
+                bar.update(len(ids) + 1)
     bar.close()
     return kept
 
 # %% ../../nbs/lib/model_text.ipynb #model-text-12
-def load_text(tok,                             # load_lm's tokenizer
-              source: str | None = None,       # "stories" (or $COURSE_TEXT), a file (.txt .json .jsonl .parquet), a preset of TEXTS, or any Hub id
-              n_tokens: int = 100_000,         # as many whole rows as these positions make; fewer where the source ends
-              length: int = 128,               # positions a row
-              split: str | None = None,        # None: what a model is tested on, of the stories and presets; "train" elsewhere
-              column: str | None = None,       # where the text is: "text", unless the preset says otherwise
-              config: str | None = None,       # of a Hub data set that has several
-              revision: str | None = None,     # a branch, tag or commit of the Hub
-              whole: bool | None = None,       # cut no document, pad instead; None: only the stories in their own tokenizer
-              seed: int = 0) -> Text:          # of the stories; elsewhere 0 keeps the order, any other shuffles within 10,000 documents
+def load_text(
+    tok,  # load_lm's tokenizer
+    source: str
+    | None = None,  # "stories" (or $COURSE_TEXT), a file (.txt .json .jsonl .parquet), a preset of TEXTS, or any Hub id
+    n_tokens: int = 100_000,  # as many whole rows as these positions make; fewer where the source ends
+    *,
+    length: int = 128,  # positions a row
+    split: str
+    | None = None,  # None: what a model is tested on, of the stories and presets; "train" elsewhere
+    column: str | None = None,  # where the text is: "text", unless the preset says otherwise
+    config: str | None = None,  # of a Hub data set that has several
+    revision: str | None = None,  # a branch, tag or commit of the Hub
+    whole: bool
+    | None = None,  # cut no document, pad instead; None: only the stories in their own tokenizer
+    seed: int = 0,
+) -> (
+    Text
+):  # of the stories; elsewhere 0 keeps the order, any other shuffles within 10,000 documents
     "Documents, streamed and tokenized, as rows of token ids."
-    if None in (getattr(tok, "bos_token_id", None), getattr(tok, "pad_token_id", None)): raise ValueError(f"load_text: expected load_lm's tokenizer first, with BOS and pad, got {str(tok)[:80]!r}")
-    if n_tokens < length: raise ValueError(f"load_text: n_tokens={n_tokens} is less than one row of length={length}")
+    if None in (getattr(tok, "bos_token_id", None), getattr(tok, "pad_token_id", None)):
+        raise ValueError(
+            f"load_text: expected load_lm's tokenizer first, with BOS and pad, got {str(tok)[:80]!r}"
+        )
+    if n_tokens < length:
+        raise ValueError(f"load_text: n_tokens={n_tokens} is less than one row of length={length}")
     source = str(source or os.environ.get("COURSE_TEXT") or "stories")
     preset = TEXTS.get(source, {})
     whole = source == "stories" and tok.get_vocab() == ID if whole is None else whole
-    id, split, column = preset.get("id", source), split or preset.get("split", "test" if source == "stories" else "train"), column or preset.get("column", "text")
-    with explain_error("load_text", source, ["stories", *TEXTS], id, revision):
+    id, split, column = (
+        preset.get("id", source),
+        split or preset.get("split", "test" if source == "stories" else "train"),
+        column or preset.get("column", "text"),
+    )
+    with explain_error("load_text", source, ["stories", *TEXTS], id=id, revision=revision):
         if source == "stories":
             docs = (story.text for story in stories(seed=seed, split=split))
         else:
-            rows = _rows(id, split, config or preset.get("config"), revision)
+            rows = _rows(id, split, config or preset.get("config"), revision=revision)
             docs = _column(rows.shuffle(seed=seed, buffer_size=10_000) if seed else rows, column)
             docs = _joined(docs, preset["starts"]) if "starts" in preset else docs
         docs = _tokenized(tok, docs, n_tokens)
     if not docs or not whole and sum(map(len, docs)) + len(docs) + 1 < length:
-        raise ValueError(f"load_text: {source!r} has {sum(map(len, docs))} tokens in {len(docs)} documents, too few for a row of {length}; give more text or a smaller length")
-    return Text(pack(docs, length, tok.bos_token_id, tok.pad_token_id, whole)[:int(n_tokens) // length], tok.bos_token_id, tok.pad_token_id)
+        raise ValueError(
+            f"load_text: {source!r} has {sum(map(len, docs))} tokens in {len(docs)} documents, too few for a row of {length}; give more text or a smaller length"
+        )
+    return Text(
+        pack(docs, length, tok.bos_token_id, pad=tok.pad_token_id, whole=whole)[
+            : int(n_tokens) // length
+        ],
+        tok.bos_token_id,
+        tok.pad_token_id,
+    )

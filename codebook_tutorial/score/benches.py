@@ -8,6 +8,9 @@ Docs: https://codebook-tutorial.github.io/codebook_tutorial/lib/score_benches.ht
 __all__ = ['Answers', 'states_of', 'known_answers']
 
 # %% ../../nbs/lib/score_benches.ipynb #score-benches-3
+from contextlib import contextmanager
+from dataclasses import dataclass
+
 import numpy as np
 import torch
 from ..feature.effects import Effect, effect_and_price, topic_words
@@ -21,91 +24,206 @@ from ..world.concepts import atoms, story_text
 from ..world.grammar import ID
 from ..world.stories import prompts
 from ..world.tasks import one_token_names, task_pairs, task_score
-from contextlib import contextmanager
-from dataclasses import dataclass
 
 # %% ../../nbs/lib/score_benches.ipynb #score-benches-4
 @dataclass(eq=False)
 class Answers:
     "What dictionaries of one site are asked, and what is known."
-    model: object            # whose states are read; a CodebookModel: then its own book alone can be asked
+
+    model: object  # whose states are read; a CodebookModel: then its own book alone can be asked
     tok: object
     site: str
-    judge: object            # the untouched model, whose loss is the price
-    text: Text               # unseen; for the loss, and whose concepts are known
-    states: torch.Tensor     # [N, d] at its ordinary tokens
-    truth: np.ndarray | None # [N, C] bool; None: nothing is known
-    words: list              # of the fragments, for explanations
-    shown: torch.Tensor      # [n, d] states there
-    pairs: list              # Pairs, each of one task with fixed answers; [] where the model or the tokenizer cannot do the task
-    where: Text | None       # text in which places are found at which topics are chosen; None: no topics
+    judge: object  # the untouched model, whose loss is the price
+    text: Text  # unseen; for the loss, and whose concepts are known
+    states: torch.Tensor  # [N, d] at its ordinary tokens
+    truth: np.ndarray | None  # [N, C] bool; None: nothing is known
+    words: list  # of the fragments, for explanations
+    shown: torch.Tensor  # [n, d] states there
+    pairs: list  # Pairs, each of one task with fixed answers; [] where the model or the tokenizer cannot do the task
+    where: Text | None  # text in which places are found at which topics are chosen; None: no topics
     choices: Choices | None
-    count: dict              # {topic: ids} words that count success
+    count: dict  # {topic: ids} words that count success
     prompts: list
-    target: torch.Tensor     # [n] which topic each prompt is steered to
-    plain: Effect | None     # unsteered, by judge
-    clean: float             # nats a token of `text`, by judge
-    def __repr__(self): return f"Answers at {self.site}: {len(self.states):,} states, " + (f"{self.truth.shape[1]} concepts" if self.truth is not None else "no concepts known") + f", {len(self.words):,} fragments, {sum(map(len, self.pairs))} pairs of prompts, {len(self.prompts)} prompts"
+    target: torch.Tensor  # [n] which topic each prompt is steered to
+    plain: Effect | None  # unsteered, by judge
+    clean: float  # nats a token of `text`, by judge
+
+    def __repr__(self):
+        return (
+            f"Answers at {self.site}: {len(self.states):,} states, "
+            + (f"{self.truth.shape[1]} concepts" if self.truth is not None else "no concepts known")
+            + f", {len(self.words):,} fragments, {sum(map(len, self.pairs))} pairs of prompts, {len(self.prompts)} prompts"
+        )
+
 
 @contextmanager
 def _undecoded(model):
     "A CodebookModel's states as they are before its codes."
     if hasattr(model, "bypass"):
-        with model.bypass(): yield
-    else: yield
+        with model.bypass():
+            yield
+    else:
+        yield
+
 
 @torch.no_grad()
-def states_of(model, text: Text, site: str, batch: int = 32):      # -> [text.n_tokens, d]
+def states_of(model, text: Text, site: str, *, batch: int = 32):  # -> [text.n_tokens, d]
     "The states at a text's ordinary tokens, in memory; of a CodebookModel, what goes into its codes."
-    if len(match_sites(model, site)) > 1: raise ValueError(f"states_of: expected one site, got {site!r}, which is {', '.join(match_sites(model, site))}")
+    if len(match_sites(model, site)) > 1:
+        raise ValueError(
+            f"states_of: expected one site, got {site!r}, which is {', '.join(match_sites(model, site))}"
+        )
     check_length(model, text.ids.shape[1], "states_of")
     kept, where = [], next(model.parameters()).device
     with evaluating(model), _undecoded(model), capture(model, site) as acts:
         for i in range(0, len(text), batch):
-            some = text[i:i + batch]
+            some = text[i : i + batch]
             getattr(model, "base_model", model)(input_ids=some.ids.to(where), use_cache=False)
             kept.append(acts[site][some.mask.to(where)].float())
     return torch.cat(kept)
 
 # %% ../../nbs/lib/score_benches.ipynb #score-benches-5
-def known_answers(model, tok, site: str = "resid.1",
-                  judge=None,              # the untouched model, where `model` is a finetuned copy of it; None: model
-                  text: Text | None = None, truth=None,    # unseen text, [rows, length, C] bool; None: the stories and all their concepts
-                  fragment_text: Text | None = None, steer_text: Text | None = None,
-                  topics: dict | None = None,              # {name: [ids of a word's forms]}; None: the stories' ten
-                  openings: list | None = None,            # prompts to steer from, lists of ids; None: two sentences of unseen stories
-                  texts: int = 12,         # sampled for each topic, an even number: half of them choose the strength
-                  n_pairs: int = 16, names: int = 4,       # prompts for each of so many couples of receivers
-                  seed: int = 0) -> Answers:
+def known_answers(
+    model,
+    tok,
+    site: str = "resid.1",
+    *,
+    judge=None,  # the untouched model, where `model` is a finetuned copy of it; None: model
+    text: Text | None = None,
+    truth=None,  # unseen text, [rows, length, C] bool; None: the stories and all their concepts
+    fragment_text: Text | None = None,
+    steer_text: Text | None = None,
+    topics: dict | None = None,  # {name: [ids of a word's forms]}; None: the stories' ten
+    openings: list
+    | None = None,  # prompts to steer from, lists of ids; None: two sentences of unseen stories
+    texts: int = 12,  # sampled for each topic, an even number: half of them choose the strength
+    n_pairs: int = 16,
+    names: int = 4,  # prompts for each of so many couples of receivers
+    seed: int = 0,
+) -> Answers:
     "Make what is asked of every dictionary at a site; of another model than the stories', what it can be asked (concepts and topics of your own: text and truth, topics and openings)."
     stories = tok.get_vocab() == ID
-    _check_asked(model, site, judge, text, truth, texts)
+    _check_asked(model, site, judge, text=text, truth=truth, texts=texts)
     judge, facts = judge or model, None
-    if text is None: text, facts = story_text(40_000, seed=seed, split="test") if stories else (load_text(tok, n_tokens=40_000, length=128), None)
+    if text is None:
+        text, facts = (
+            story_text(40_000, seed=seed, split="test")
+            if stories
+            else (load_text(tok, n_tokens=40_000, length=128), None)
+        )
     truth = atoms(facts) if facts is not None else truth
-    shown = fragments((load_text(tok, n_tokens=200_000, length=256, split="test", seed=5 + 10 * seed) if stories else load_text(tok, n_tokens=60_000, length=256)) if fragment_text is None else fragment_text)
+    shown = fragments(
+        (
+            load_text(tok, n_tokens=200_000, length=256, split="test", seed=5 + 10 * seed)
+            if stories
+            else load_text(tok, n_tokens=60_000, length=256)
+        )
+        if fragment_text is None
+        else fragment_text
+    )
     topics = topic_words() if topics is None and stories else topics
-    if openings is None and stories: openings = [p.ids for p in prompts(texts, lambda s: np.searchsorted(s.sentences, [2]) if s.document == "story" else [], seed=100 + seed, each=1)]
-    where, choices, count, asked, target, plain = None, None, {}, [], torch.zeros(0, dtype=torch.long), None
+    if openings is None and stories:
+        openings = [
+            p.ids
+            for p in prompts(
+                texts,
+                lambda s: np.searchsorted(s.sentences, [2]) if s.document == "story" else [],
+                seed=100 + seed,
+                each=1,
+            )
+        ]
+    where, choices, count, asked, target, plain = (
+        None,
+        None,
+        {},
+        [],
+        torch.zeros(0, dtype=torch.long),
+        None,
+    )
     if topics and openings:
-        where = load_text(tok, n_tokens=120_000, length=256, split="train" if stories else None, seed=3 + 10 * seed) if steer_text is None else steer_text
+        where = (
+            load_text(
+                tok,
+                n_tokens=120_000,
+                length=256,
+                split="train" if stories else None,
+                seed=3 + 10 * seed,
+            )
+            if steer_text is None
+            else steer_text
+        )
         choose, count = split_words(topics, seed=10 + seed)
-        choices, asked, target = find_choices(where, choose, count), [openings[i % len(openings)] for _ in count for i in range(texts)], torch.arange(len(count)).repeat_interleave(texts)
-        plain = effect_and_price(judge, tok, asked, target, count, judge, seed=seed, progress=False)
-    return Answers(model, tok, site, judge, text, states_of(model, text, site), None if truth is None else np.asarray(truth)[text.mask.numpy()], pieces(shown, tok), states_of(model, shown, site),
-                   _fixed_pairs(model, tok, n_pairs, names, seed), where, choices, count, asked, target, plain, replaced_loss(judge, text, site, lambda x: x))
+        choices, asked, target = (
+            find_choices(where, choose, count),
+            [openings[i % len(openings)] for _ in count for i in range(texts)],
+            torch.arange(len(count)).repeat_interleave(texts),
+        )
+        plain = effect_and_price(
+            judge, tok, asked, target=target, words=count, judge=judge, seed=seed, progress=False
+        )
+    return Answers(
+        model,
+        tok,
+        site,
+        judge,
+        text,
+        states_of(model, text, site),
+        None if truth is None else np.asarray(truth)[text.mask.numpy()],
+        pieces(shown, tok),
+        states_of(model, shown, site),
+        _fixed_pairs(model, tok, n_pairs, names=names, seed=seed),
+        where,
+        choices,
+        count,
+        asked,
+        target,
+        plain,
+        replaced_loss(judge, text, site, fn=lambda x: x),
+    )
 
-def _check_asked(model, site, judge, text, truth, texts):
-    if hasattr(model, "codebooks") and (judge is None or site not in model.codebooks): raise ValueError(f"known_answers: of a model with codebooks only those of its own sites can be asked, {', '.join(model.codebooks)}, and judge= must be the untouched model; got {site!r}, judge={'a model' if judge is not None else None}")
-    if not hasattr(model, "codebooks") and "_codebook_model" in model.__dict__: raise ValueError("known_answers: this model has codebooks in it; give the CodebookModel (and judge=), or take them out: codebook_model.remove()")
-    if truth is not None and (text is None or torch.as_tensor(truth).dtype != torch.bool or tuple(truth.shape[:2]) != tuple(text.ids.shape)): raise ValueError(f"known_answers: expected truth as bool [rows, length, C] with the text that it is about, got {list(truth.shape)} and {'no text' if text is None else list(text.ids.shape)}")
-    if texts % 2 or texts < 2: raise ValueError(f"known_answers: expected an even number of texts for each topic, got {texts}")
 
-def _fixed_pairs(model, tok, n, names, seed):
+def _check_asked(model, site, judge, *, text, truth, texts):
+    if hasattr(model, "codebooks") and (judge is None or site not in model.codebooks):
+        raise ValueError(
+            f"known_answers: of a model with codebooks only those of its own sites can be asked, {', '.join(model.codebooks)}, and judge= must be the untouched model; got {site!r}, judge={'a model' if judge is not None else None}"
+        )
+    if not hasattr(model, "codebooks") and "_codebook_model" in model.__dict__:
+        raise ValueError(
+            "known_answers: this model has codebooks in it; give the CodebookModel (and judge=), or take them out: codebook_model.remove()"
+        )
+    if truth is not None and (
+        text is None
+        or torch.as_tensor(truth).dtype != torch.bool
+        or tuple(truth.shape[:2]) != tuple(text.ids.shape)
+    ):
+        raise ValueError(
+            f"known_answers: expected truth as bool [rows, length, C] with the text that it is about, got {list(truth.shape)} and {'no text' if text is None else list(text.ids.shape)}"
+        )
+    if texts % 2 or texts < 2:
+        raise ValueError(
+            f"known_answers: expected an even number of texts for each topic, got {texts}"
+        )
+
+
+def _fixed_pairs(model, tok, n, *, names, seed):
     "Who gets the gift, for some couples of names; [] where the tokenizer cannot say it or the model not do it."
     try:
         known = one_token_names(tok)
-        couples = [tuple(np.random.default_rng([seed, i]).choice(known, 2, replace=False)) for i in range(names)]
-        found = [task_pairs(tok, "ioi", n=n, seed=seed, receivers=tuple(map(str, couple))) for couple in couples]
-    except ValueError: return []
-    with evaluating(model): return found if all(min(s["base"], s["target"]) >= .75 for s in (task_score(model, p) for p in found)) else []
+        couples = [
+            tuple(np.random.default_rng([seed, i]).choice(known, 2, replace=False))
+            for i in range(names)
+        ]
+        found = [
+            task_pairs(tok, "ioi", n=n, seed=seed, receivers=tuple(map(str, couple)))
+            for couple in couples
+        ]
+    except ValueError:
+        return []
+    with evaluating(model):
+        return (
+            found
+            if all(
+                min(s["base"], s["target"]) >= 0.75 for s in (task_score(model, p) for p in found)
+            )
+            else []
+        )

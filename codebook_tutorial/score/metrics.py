@@ -9,6 +9,7 @@ __all__ = ['measure', 'replaced_loss', 'loss_recovered']
 
 # %% ../../nbs/lib/score_metrics.ipynb #score-metrics-3
 import math
+
 import torch
 import torch.nn.functional as F
 from ..dictionary.kmeans import finite
@@ -18,41 +19,70 @@ from ..model.text import Text
 
 # %% ../../nbs/lib/score_metrics.ipynb #score-metrics-4
 @torch.no_grad()
-def measure(dictionary, x, batch: int = 8192) -> dict:       # any Dictionary; [N, d]
+def measure(dictionary, x, batch: int = 8192) -> dict:  # any Dictionary; [N, d]
     "l0, fvu, cosine (of x and x^, both without x's mean), dead_share, alive (features active more than 10 times, the paper's count), density [F] (share of rows at which each is active)."
     finite(x, "measure")
-    if x.dim() != 2 or not (x != x[:1]).any(): raise ValueError(f"measure: expected states [N, d] that are not all the same, got {list(x.shape)}")
-    mean, active, left, like = x.mean(0), 0, 0., 0.
+    if x.dim() != 2 or not (x != x[:1]).any():
+        raise ValueError(
+            f"measure: expected states [N, d] that are not all the same, got {list(x.shape)}"
+        )
+    mean, active, left, like = x.mean(0), 0, 0.0, 0.0
     for part in x.split(batch):
         f = dictionary.encode(part)
         x_hat = dictionary.decode(f)
-        active, left, like = active + (f != 0).sum(0), left + (part - x_hat).pow(2).sum(), like + F.cosine_similarity(part - mean, x_hat - mean, dim=-1).sum()
-    return dict(l0=active.sum().item() / len(x), fvu=(left / (x - mean).pow(2).sum()).item(), cosine=like.item() / len(x), dead_share=(active == 0).float().mean().item(),
-                alive=int((active > 10).sum()), density=active / len(x))
+        active, left, like = (
+            active + (f != 0).sum(0),
+            left + (part - x_hat).pow(2).sum(),
+            like + F.cosine_similarity(part - mean, x_hat - mean, dim=-1).sum(),
+        )
+    return dict(
+        l0=active.sum().item() / len(x),
+        fvu=(left / (x - mean).pow(2).sum()).item(),
+        cosine=like.item() / len(x),
+        dead_share=(active == 0).float().mean().item(),
+        alive=int((active > 10).sum()),
+        density=active / len(x),
+    )
+
 
 @torch.no_grad()
-def replaced_loss(model, text: Text, site: str, fn, batch: int = 32) -> float:
+def replaced_loss(model, text: Text, site: str, *, fn, batch: int = 32) -> float:
     "Nats a token with fn(x) in place of the site's states at ordinary tokens (BOS and padding stay)."
-    total = 0.
+    total = 0.0
     for part in _parts(text, batch):
         there = part.mask.to(next(model.parameters()).device)[..., None]
-        with intervene(model, {site: lambda x: torch.where(there, fn(x), x)}): total += torch.nan_to_num(token_losses(model, part, batch)).sum().item()
+        with intervene(model, {site: lambda x: torch.where(there, fn(x), x)}):
+            total += torch.nan_to_num(token_losses(model, part, batch)).sum().item()
     return total / int((text.labels[:, 1:] != -100).sum())
 
-@torch.no_grad()
-def loss_recovered(model, text: Text, site: str, dictionary, batch: int = 32) -> dict:
-    "Nats a token with states as they are, decoded from their features, all zero, all their mean; the shares of the damage of zero and mean that decoding undoes; perplexity decoded / as it is."
-    mean = _mean_state(model, text, site, batch)
-    ways = dict(clean=lambda x: x, decoded=lambda x: dictionary.decode(dictionary.encode(x)), zero=torch.zeros_like, mean=lambda x: mean.expand_as(x))
-    found = {name: replaced_loss(model, text, site, fn, batch) for name, fn in ways.items()}
-    undone = lambda what: (found[what] - found["decoded"]) / (found[what] - found["clean"])
-    return found | dict(recovered_zero=undone("zero"), recovered_mean=undone("mean"), perplexity_ratio=math.exp(found["decoded"] - found["clean"]))
 
-def _parts(text, rows): return (text[i:i + rows] for i in range(0, len(text), rows))
+@torch.no_grad()
+def loss_recovered(model, text: Text, site: str, *, dictionary, batch: int = 32) -> dict:
+    "Nats a token with states as they are, decoded from their features, all zero, all their mean; the shares of the damage of zero and mean that decoding undoes; perplexity decoded / as it is."
+    mean = _mean_state(model, text, site, batch=batch)
+    ways = dict(
+        clean=lambda x: x,
+        decoded=lambda x: dictionary.decode(dictionary.encode(x)),
+        zero=torch.zeros_like,
+        mean=lambda x: mean.expand_as(x),
+    )
+    found = {
+        name: replaced_loss(model, text, site, fn=fn, batch=batch) for name, fn in ways.items()
+    }
+    undone = lambda what: (found[what] - found["decoded"]) / (found[what] - found["clean"])
+    return found | dict(
+        recovered_zero=undone("zero"),
+        recovered_mean=undone("mean"),
+        perplexity_ratio=math.exp(found["decoded"] - found["clean"]),
+    )
+
+
+def _parts(text, rows):
+    return (text[i : i + rows] for i in range(0, len(text), rows))
 
 # %% ../../nbs/lib/score_metrics.ipynb #score-metrics-5
-def _mean_state(model, text, site, batch):
-    total = 0.
+def _mean_state(model, text, site, *, batch):
+    total = 0.0
     with capture(model, site) as acts:
         for part in _parts(text, batch):
             model(input_ids=part.ids.to(next(model.parameters()).device), use_cache=False)

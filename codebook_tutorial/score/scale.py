@@ -8,106 +8,177 @@ Docs: https://codebook-tutorial.github.io/codebook_tutorial/lib/score_scale.html
 __all__ = ['SIZES', 'blank', 'one_pass', 'Counter', 'count', 'seconds', 'CostModel', 'training_bytes', 'measured_bytes']
 
 # %% ../../nbs/lib/score_scale.ipynb #score-scale-3
-import numpy as np
 import os
 import statistics
 import threading
 import time
-import torch
-import torch.nn.functional as F
 import weakref
-from ..dictionary.bottleneck import add_codebooks
 from contextlib import contextmanager
 from multiprocessing import get_context
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from ..dictionary.bottleneck import add_codebooks
 from scipy.optimize import nnls
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
 # %% ../../nbs/lib/score_scale.ipynb #score-scale-4
-SIZES = {"pythia-70m": (512, 6, 8), "pythia-160m": (768, 12, 12), "pythia-410m": (1024, 24, 16), "pythia-1b": (2048, 16, 8), "pythia-1.4b": (2048, 24, 16), "pythia-2.8b": (2560, 32, 32)}      # d_model, layers, heads
+SIZES = {
+    "pythia-70m": (512, 6, 8),
+    "pythia-160m": (768, 12, 12),
+    "pythia-410m": (1024, 24, 16),
+    "pythia-1b": (2048, 16, 8),
+    "pythia-1.4b": (2048, 24, 16),
+    "pythia-2.8b": (2560, 32, 32),
+}  # d_model, layers, heads
 
-def blank(size,                            # a name of SIZES, or (d_model, layers, heads)
-          vocab: int = 50304, where: str = "meta"):
+
+def blank(
+    size,  # a name of SIZES, or (d_model, layers, heads)
+    vocab: int = 50304,
+    where: str = "meta",
+):
     "A model of the Pythia kind in some size, untrained; on torch's meta device every tensor has a shape and no contents, so that even the largest takes no memory."
     from transformers import AutoModelForCausalLM, GPTNeoXConfig
-    if isinstance(size, str) and size not in SIZES: raise ValueError(f"blank: size={size!r}, expected one of {', '.join(SIZES)}, or (d_model, layers, heads)")
-    d, layers, heads = SIZES[size] if isinstance(size, str) else size
-    config = GPTNeoXConfig(hidden_size=d, num_hidden_layers=layers, num_attention_heads=heads, intermediate_size=4 * d, vocab_size=vocab, max_position_embeddings=2048)
-    with torch.device(where): return AutoModelForCausalLM.from_config(config, attn_implementation="eager").eval()         # attention in plain products, which can be counted
 
-def one_pass(model, rows: int = 1, length: int = 512, train: bool = False,
-             keep_grads: bool = False):    # gradients of the last pass are set to zero, not freed
+    if isinstance(size, str) and size not in SIZES:
+        raise ValueError(
+            f"blank: size={size!r}, expected one of {', '.join(SIZES)}, or (d_model, layers, heads)"
+        )
+    d, layers, heads = SIZES[size] if isinstance(size, str) else size
+    config = GPTNeoXConfig(
+        hidden_size=d,
+        num_hidden_layers=layers,
+        num_attention_heads=heads,
+        intermediate_size=4 * d,
+        vocab_size=vocab,
+        max_position_embeddings=2048,
+    )
+    with torch.device(where):
+        return AutoModelForCausalLM.from_config(
+            config, attn_implementation="eager"
+        ).eval()  # attention in plain products, which can be counted
+
+
+def one_pass(
+    model, rows: int = 1, length: int = 512, *, train: bool = False, keep_grads: bool = False
+):  # gradients of the last pass are set to zero, not freed
     "A function that runs the model once over rows * length tokens, forward or forward and backward (next-token loss; with codebooks, their reconstruction too)."
     where = next(model.parameters()).device
-    ids, see = torch.zeros(rows, length, dtype=torch.long, device=where), torch.ones(1, 1, length, length, dtype=torch.bool, device=where).tril()
+    ids, see = (
+        torch.zeros(rows, length, dtype=torch.long, device=where),
+        torch.ones(1, 1, length, length, dtype=torch.bool, device=where).tril(),
+    )
+
     def run():
-        model.train(train); model.zero_grad(set_to_none=not keep_grads)
-        with torch.set_grad_enabled(train): logits = model(input_ids=ids, attention_mask=see, use_cache=False).logits
-        if train: (F.cross_entropy(logits[:, :-1].flatten(0, 1), ids[:, 1:].flatten()) + (model.recon_loss() if hasattr(model, "codebooks") else 0.)).backward()
+        model.train(train)
+        model.zero_grad(set_to_none=not keep_grads)
+        with torch.set_grad_enabled(train):
+            logits = model(input_ids=ids, attention_mask=see, use_cache=False).logits
+        if train:
+            (
+                F.cross_entropy(logits[:, :-1].flatten(0, 1), ids[:, 1:].flatten())
+                + (model.recon_loss() if hasattr(model, "codebooks") else 0.0)
+            ).backward()
+
     return run
 
 # %% ../../nbs/lib/score_scale.ipynb #score-scale-5
 class Counter(TorchDispatchMode):
     "While it is on: FLOPs of the matrix products (a multiplication and an addition each), bytes that all other operations read and write, calls; and the most bytes alive at once of what was made meanwhile (what was there before, weights say, is no part of it)."
+
     def __init__(self):
         super().__init__()
         self.flops = self.bytes = self.calls = self.alive = self.peak = 0
         self.held = set()
 
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+    def __torch_dispatch__(self, func, types, args=(), *, kwargs=None):
         tensors = lambda some: [t for t in tree_leaves(some) if isinstance(t, torch.Tensor)]
         given, name = tensors((args, kwargs)), func._overloadpacket
-        for t in given: self.hold(t.untyped_storage(), made=False)          # not seen yet, so it was there before
+        for t in given:
+            self.hold(t.untyped_storage(), made=False)  # not seen yet, so it was there before
         out = func(*args, **(kwargs or {}))
         made = tensors(out)
-        for t in made: self.hold(t.untyped_storage())                       # a view's is its source's
-        if func.is_view or name is torch.ops.aten._unsafe_view: return out
+        for t in made:
+            self.hold(t.untyped_storage())  # a view's is its source's
+        if func.is_view or name is torch.ops.aten._unsafe_view:
+            return out
         self.calls += 1
-        if name in flop_registry: self.flops += flop_registry[name](*args, **(kwargs or {}), out_val=out)
-        else: self.bytes += sum(t.numel() * t.element_size() for t in given + made)
+        if name in flop_registry:
+            self.flops += flop_registry[name](*args, **(kwargs or {}), out_val=out)
+        else:
+            self.bytes += sum(t.numel() * t.element_size() for t in given + made)
         return out
 
     def hold(self, storage, made=True):
         key, size = storage._cdata, made * storage.nbytes()
-        if key in self.held: return
-        self.held.add(key); self.alive += size; self.peak = max(self.peak, self.alive)
+        if key in self.held:
+            return
+        self.held.add(key)
+        self.alive += size
+        self.peak = max(self.peak, self.alive)
         weakref.finalize(storage, self.let_go, key, size)
 
-    def let_go(self, key, size): self.held.discard(key); self.alive -= size
+    def let_go(self, key, size):
+        self.held.discard(key)
+        self.alive -= size
+
 
 def count(fn) -> dict:
     "flops, bytes, calls and peak (bytes) of one call; on the meta device nothing is computed."
-    with Counter() as c: fn()
+    with Counter() as c:
+        fn()
     return dict(flops=c.flops, bytes=c.bytes, calls=c.calls, peak=c.peak)
 
 # %% ../../nbs/lib/score_scale.ipynb #score-scale-6
-def seconds(fn, least: float = .2, times: int = 3) -> float:
+def seconds(fn, least: float = 0.2, times: int = 3) -> float:
     "Median of the processor's seconds of several calls, after one that warms up (on a GPU, the clock's)."
+
     def now():
-        if torch.cuda.is_available(): torch.cuda.synchronize(); return time.perf_counter()
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+            return time.perf_counter()
         return time.process_time()
+
     fn()
     taken = []
-    while len(taken) < times or sum(taken) < least: start = now(); fn(); taken.append(now() - start)
+    while len(taken) < times or sum(taken) < least:
+        start = now()
+        fn()
+        taken.append(now() - start)
     return statistics.median(taken)
+
 
 class CostModel:
     "seconds = a * FLOPs + b * bytes + c * calls, with a, b, c >= 0 fitted to what was timed on one machine."
-    def __init__(self, terms: tuple = ("flops", "bytes", "calls")): self.terms, self.prices = terms, None
-    def _table(self, counts): return np.array([[c[t] for t in self.terms] for c in counts], dtype=float)
 
-    def fit(self, counts: list, taken: list):            # of `count`; seconds
+    def __init__(self, terms: tuple = ("flops", "bytes", "calls")):
+        self.terms, self.prices = terms, None
+
+    def _table(self, counts):
+        return np.array([[c[t] for t in self.terms] for c in counts], dtype=float)
+
+    def fit(self, counts: list, taken: list):  # of `count`; seconds
         "Least squares of the relative errors: a small case weighs as much as a large one."
-        if len(counts) != len(taken) or len(counts) < len(self.terms): raise ValueError(f"CostModel.fit: expected as many times as counts, and at least {len(self.terms)}; got {len(counts)} counts, {len(taken)} times")
+        if len(counts) != len(taken) or len(counts) < len(self.terms):
+            raise ValueError(
+                f"CostModel.fit: expected as many times as counts, and at least {len(self.terms)}; got {len(counts)} counts, {len(taken)} times"
+            )
         taken = np.asarray(taken, dtype=float)
-        if not (taken > 0).all(): raise ValueError(f"CostModel.fit: expected times above 0, got {taken.min():g}")
+        if not (taken > 0).all():
+            raise ValueError(f"CostModel.fit: expected times above 0, got {taken.min():g}")
         self.prices = nnls(self._table(counts) / taken[:, None], np.ones(len(taken)))[0]
         return self
 
-    def predict(self, counts: list):                     # -> [n] seconds
+    def predict(self, counts: list):  # -> [n] seconds
         "Seconds for what was counted."
-        if self.prices is None: raise ValueError("CostModel.predict: nothing was fitted yet; call fit(counts, seconds) first")
+        if self.prices is None:
+            raise ValueError(
+                "CostModel.predict: nothing was fitted yet; call fit(counts, seconds) first"
+            )
         return self._table(counts) @ self.prices
 
     def error(self, counts: list, taken: list) -> float:
@@ -115,53 +186,97 @@ class CostModel:
         return float(np.median(np.abs(np.log(self.predict(counts) / np.asarray(taken)))))
 
 # %% ../../nbs/lib/score_scale.ipynb #score-scale-8
-def _bytes(tensors): return sum(t.numel() * t.element_size() for t in tensors)
+def _bytes(tensors):
+    return sum(t.numel() * t.element_size() for t in tensors)
 
-def training_bytes(model, rows: int = 8, length: int = 512,
-                   shards: int = 1,        # FSDP over so many processes: each holds a part of what learns by gradient, and all of the rest
-                   ) -> dict:
+
+def training_bytes(
+    model,
+    rows: int = 8,
+    length: int = 512,
+    *,
+    shards: int = 1,  # FSDP over so many processes: each holds a part of what learns by gradient, and all of the rest
+) -> dict:
     "What one process holds in a training step with AdamW: weights that learn by gradient, their gradients and moments; the other numbers (codes that learn by averages, with their sums; buffers); activations (the peak of both passes); total."
     learnt = [p for p in model.parameters() if p.requires_grad]
-    for p in learnt: p.grad = torch.zeros_like(p)                        # from the second step on they are there, so they are no part of the peak
+    for p in learnt:
+        p.grad = torch.zeros_like(
+            p
+        )  # from the second step on they are there, so they are no part of the peak
     peak = count(one_pass(model, rows, length, train=True, keep_grads=True))["peak"]
     model.zero_grad(set_to_none=True)
     own = _bytes(learnt) / shards
-    parts = dict(weights=own, gradients=own, moments=2 * own, others=_bytes([p for p in model.parameters() if not p.requires_grad] + list(model.buffers())), activations=peak)
+    parts = dict(
+        weights=own,
+        gradients=own,
+        moments=2 * own,
+        others=_bytes(
+            [p for p in model.parameters() if not p.requires_grad] + list(model.buffers())
+        ),
+        activations=peak,
+    )
     return parts | dict(total=sum(parts.values()))
+
 
 def _train_here(size, vocab, codes, rows, length, pipe):
     "In a process of its own: the memory that three steps of training take at most, beyond what was there before the model."
     import psutil
+
     torch.set_num_threads(1)
     held, done = lambda: psutil.Process().memory_info().rss, threading.Event()
-    one_pass(blank((16, 1, 1), 50, where="cpu"), train=True)()          # what is loaded at the first use is no part of it
+    one_pass(
+        blank((16, 1, 1), 50, where="cpu"), train=True
+    )()  # what is loaded at the first use is no part of it
     before, high = held(), [0]
+
     def watch():
-        while not done.wait(.002): high[0] = max(high[0], held())
+        while not done.wait(0.002):
+            high[0] = max(high[0], held())
+
     threading.Thread(target=watch, daemon=True).start()
     model = blank(size, vocab, where="cpu")
-    if codes: model = add_codebooks(model, ["heads.*", "mlp.*"], **codes)
-    step, optimizer = one_pass(model, rows, length, train=True, keep_grads=True), torch.optim.AdamW(p for p in model.parameters() if p.requires_grad)
-    for _ in range(3): step(); optimizer.step()
-    done.set(); pipe.send(high[0] - before)
+    if codes:
+        model = add_codebooks(model, ["heads.*", "mlp.*"], **codes)
+    step, optimizer = (
+        one_pass(model, rows, length, train=True, keep_grads=True),
+        torch.optim.AdamW(p for p in model.parameters() if p.requires_grad),
+    )
+    for _ in range(3):
+        step()
+        optimizer.step()
+    done.set()
+    pipe.send(high[0] - before)
+
 
 @contextmanager
 def _returning():
     "Children begun here have a C library that gives memory back at once, so that what is held is what is used (glibc; elsewhere it changes nothing)."
     name = "MALLOC_MMAP_THRESHOLD_"
     was, os.environ[name] = os.environ.get(name), "65536"
-    try: yield
+    try:
+        yield
     finally:
-        if was is None: del os.environ[name]
-        else: os.environ[name] = was
+        if was is None:
+            del os.environ[name]
+        else:
+            os.environ[name] = was
 
-def measured_bytes(size, vocab: int, codes: dict | None = None, rows: int = 8, length: int = 512) -> int:      # codes: as add_codebooks takes them
+
+def measured_bytes(
+    size, vocab: int, codes: dict | None = None, *, rows: int = 8, length: int = 512
+) -> int:  # codes: as add_codebooks takes them
     "What three real steps of training take on this machine's CPU, measured in a process of its own ."
     context = get_context("spawn")
     ours, theirs = context.Pipe()
     child = context.Process(target=_train_here, args=(size, vocab, codes, rows, length, theirs))
-    with _returning(): child.start()
+    with _returning():
+        child.start()
     theirs.close()
-    try: return ours.recv()
-    except EOFError: raise ValueError(f"measured_bytes: the process that trained {size} ended without an answer, probably for want of memory; try fewer rows or a smaller size") from None
-    finally: child.join()
+    try:
+        return ours.recv()
+    except EOFError:
+        raise ValueError(
+            f"measured_bytes: the process that trained {size} ended without an answer, probably for want of memory; try fewer rows or a smaller size"
+        ) from None
+    finally:
+        child.join()

@@ -9,8 +9,9 @@ __all__ = ['PARTS', 'METHODS', 'sparse_probes', 'families', 'absorbed', 'concept
            'steered', 'scoreboard', 'stability', 'make_dictionary', 'fsm_states', 'sums_of']
 
 # %% ../../nbs/lib/score_scoreboard.ipynb #score-scoreboard-3
-import numpy as np
 import re
+
+import numpy as np
 import torch
 import torch.nn.functional as F
 from ..core import seeded
@@ -35,228 +36,509 @@ from ..world.grammar import ID
 from scipy.optimize import linear_sum_assignment
 
 # %% ../../nbs/lib/score_scoreboard.ipynb #score-scoreboard-4
-def _cut(scores, own):                     # [n, C], [n, C] bool -> [C] the threshold with the best F1
-    values, order = scores.T.contiguous().sort(-1, descending=True)        # sorting along contiguous memory is several times faster
+def _cut(scores, own):  # [n, C], [n, C] bool -> [C] the threshold with the best F1
+    values, order = scores.T.contiguous().sort(
+        -1, descending=True
+    )  # sorting along contiguous memory is several times faster
     hits = own.T.contiguous().gather(1, order).cumsum(1)
     f1 = 2 * hits / (torch.arange(1, len(own) + 1, device=own.device) + own.sum(0)[:, None])
-    f1[:, :-1][values[:, 1:] == values[:, :-1]] = -1                       # no threshold cuts between equal values
+    f1[:, :-1][values[:, 1:] == values[:, :-1]] = -1  # no threshold cuts between equal values
     return values.gather(1, f1.argmax(1, keepdim=True))[:, 0]
 
-def _judged(scores, own, half):            # [N, C], [N, C] bool
-    "Threshold from the first half; F1 [C] and where it fires [N - half, C] on the second; some concepts at a time."
-    fires = torch.cat([s[half:] >= _cut(s[:half], o[:half]) for s, o in zip(scores.split(64, 1), own.split(64, 1))], 1)
-    return dict(f1=2 * (fires & own[half:]).sum(0) / (fires.sum(0) + own[half:].sum(0)).clamp(min=1), fires=fires)
 
-def sparse_probes(f,                       # [N, F] features at ordinary tokens
-                  truth,                   # [N, C] bool
-                  ks: tuple = (1, 2, 5), ridge: float = 1e-3) -> dict:
+def _judged(scores, own, half):  # [N, C], [N, C] bool
+    "Threshold from the first half; F1 [C] and where it fires [N - half, C] on the second; some concepts at a time."
+    fires = torch.cat(
+        [
+            s[half:] >= _cut(s[:half], o[:half])
+            for s, o in zip(scores.split(64, 1), own.split(64, 1))
+        ],
+        1,
+    )
+    return dict(
+        f1=2 * (fires & own[half:]).sum(0) / (fires.sum(0) + own[half:].sum(0)).clamp(min=1),
+        fires=fires,
+    )
+
+
+def sparse_probes(
+    f,  # [N, F] features at ordinary tokens
+    truth,  # [N, C] bool
+    ks: tuple = (1, 2, 5),
+    *,
+    ridge: float = 1e-3,
+) -> dict:
     "For every concept a linear probe on its k best features (arXiv 2305.01610; chosen one after the other by what they still explain, least squares, the threshold of the best F1), all on the first half of the tokens: k -> f1 [C] and fires [N / 2, C] on the second; `chosen` [C, max k]; 'all': a probe on every feature."
     f, truth = (torch.as_tensor(t) for t in (f, truth))
-    if f.dim() != 2 or truth.dim() != 2 or not 2 <= len(f) == len(truth): raise ValueError(f"sparse_probes: expected features [N, F] and truth [N, C], of two rows or more, of the same tokens, got {list(f.shape)} and {list(truth.shape)}")
+    if f.dim() != 2 or truth.dim() != 2 or not 2 <= len(f) == len(truth):
+        raise ValueError(
+            f"sparse_probes: expected features [N, F] and truth [N, C], of two rows or more, of the same tokens, got {list(f.shape)} and {list(truth.shape)}"
+        )
     finite(f, "sparse_probes")
-    if not 1 <= min(ks) <= max(ks) <= f.shape[1]: raise ValueError(f"sparse_probes: ks={ks} of {f.shape[1]} features")
+    if not 1 <= min(ks) <= max(ks) <= f.shape[1]:
+        raise ValueError(f"sparse_probes: ks={ks} of {f.shape[1]} features")
     half, f, truth = len(f) // 2, f.float(), truth.bool()
     own = truth.float()
-    z = (f - f[:half].mean(0)) * (1 / f[:half].std(0)).nan_to_num(posinf=0.)             # a feature that never changes explains nothing
-    alike, wanted = z[:half].T @ z[:half] / half, z[:half].T @ (own[:half] - own[:half].mean(0)) / half       # [F, F], [F, C]
+    z = (f - f[:half].mean(0)) * (1 / f[:half].std(0)).nan_to_num(
+        posinf=0.0
+    )  # a feature that never changes explains nothing
+    alike, wanted = (
+        z[:half].T @ z[:half] / half,
+        z[:half].T @ (own[:half] - own[:half].mean(0)) / half,
+    )  # [F, F], [F, C]
     left, chosen, out = wanted, wanted.new_zeros(0, truth.shape[1], dtype=torch.long), {}
     for k in range(1, max(ks) + 1):
-        chosen = torch.cat([chosen, left.abs().scatter(0, chosen, -1.).argmax(0)[None]])
-        some = chosen.T                                                                  # [C, k]
-        w = torch.linalg.solve(alike[some[:, :, None], some[:, None]] + ridge * torch.eye(k, device=f.device), wanted.T.gather(1, some))
+        chosen = torch.cat([chosen, left.abs().scatter(0, chosen, -1.0).argmax(0)[None]])
+        some = chosen.T  # [C, k]
+        w = torch.linalg.solve(
+            alike[some[:, :, None], some[:, None]] + ridge * torch.eye(k, device=f.device),
+            wanted.T.gather(1, some),
+        )
         sparse = torch.zeros_like(wanted).scatter(0, chosen, w.T)
         left = wanted - alike @ sparse
-        if k in ks: out[k] = _judged(z @ sparse, truth, half)
-    return out | dict(chosen=chosen.T, all=_judged(z @ torch.linalg.solve(alike + ridge * torch.eye(len(alike), device=f.device), wanted), truth, half))
+        if k in ks:
+            out[k] = _judged(z @ sparse, truth, half)
+    return out | dict(
+        chosen=chosen.T,
+        all=_judged(
+            z @ torch.linalg.solve(alike + ridge * torch.eye(len(alike), device=f.device), wanted),
+            truth,
+            half,
+        ),
+    )
 
 # %% ../../nbs/lib/score_scoreboard.ipynb #score-scoreboard-5
-def families(truth, at_least: int = 20, most: float = .25) -> list:      # [N, C] bool -> [(parent, child)]
+def families(
+    truth, at_least: int = 20, most: float = 0.25
+) -> list:  # [N, C] bool -> [(parent, child)]
     "Concepts that lie within others: a child is its parent in 99 of 100 cases and at most a third of it; parents hold at no more than `most` of the tokens, since of more frequent ones firing always is a fair detector."
     t = torch.as_tensor(truth).float()
-    size, both, half = t.sum(0), t.T @ t, len(t) // 2                      # [C], [C, C]
+    size, both, half = t.sum(0), t.T @ t, len(t) // 2  # [C], [C, C]
     often = torch.minimum(t[:half].sum(0), t[half:].sum(0)) >= at_least
-    inside = (both >= .99 * size[:, None]) & (size[:, None] <= size / 3) & (often & (size <= most * len(t))) & often[:, None]
+    inside = (
+        (both >= 0.99 * size[:, None])
+        & (size[:, None] <= size / 3)
+        & (often & (size <= most * len(t)))
+        & often[:, None]
+    )
     return [(p, c) for c, p in inside.nonzero().tolist()]
 
-def absorbed(fires, f1, feature, truth,    # [N / 2, C] bool: a concept's best feature above its threshold; [C]; [C] (signed: any number that names feature and sign); [N / 2, C] bool
-             pairs: list, at_least: float = .5) -> dict:       # of `families`
+
+def absorbed(
+    fires,
+    f1,
+    feature,
+    *,
+    truth,  # [N / 2, C] bool: a concept's best feature above its threshold; [C]; [C] (signed: any number that names feature and sign); [N / 2, C] bool
+    pairs: list,
+    at_least: float = 0.5,
+) -> dict:  # of `families`
     "Children at which the parent's feature is silent, while another stands for the child (after arXiv 2409.14507): both features with F1 of at_least, the parent's fires at the child less than half as often as at its other tokens. `control`: the same for as many of the parent's tokens, drawn at random."
     asked, holes, chance, draw = 0, [], 0, np.random.default_rng(0)
     for p, c in pairs:
         own, child = np.flatnonzero(truth[:, p]), np.flatnonzero(truth[:, c] & truth[:, p])
-        if min(f1[p], f1[c]) < at_least or feature[p] == feature[c] or not 0 < len(child) < len(own): continue
+        if (
+            min(f1[p], f1[c]) < at_least
+            or feature[p] == feature[c]
+            or not 0 < len(child) < len(own)
+        ):
+            continue
         missed = lambda some: fires[some, p].mean() < fires[np.setdiff1d(own, some), p].mean() / 2
-        asked, chance = asked + 1, chance + missed(draw.permutation(own)[:len(child)])
-        if missed(child): holes.append((p, c))
+        asked, chance = asked + 1, chance + missed(draw.permutation(own)[: len(child)])
+        if missed(child):
+            holes.append((p, c))
     return dict(asked=asked, holes=holes, control=int(chance))
 
 # %% ../../nbs/lib/score_scoreboard.ipynb #score-scoreboard-6
-def concept_board(f, truth, at_least: int = 20, gain: float = .1, precise: float = .8) -> dict:      # [N, F], [N, C] bool
+def concept_board(
+    f, truth, at_least: int = 20, *, gain: float = 0.1, precise: float = 0.8
+) -> dict:  # [N, F], [N, C] bool
     "How known concepts stand in features, on tokens that chose nothing: f1 of the best feature, probe_k of the best k (all: of every feature; None where there are fewer), precise (share of concepts whose best feature has at least that precision), split (of all concepts: precise, and yet only a part: five features find `gain` more; a lower bound, since of frequent concepts the best feature may be one that fires nearly always), absorbed of `families`; how many concepts are too rare (skipped)."
     truth, f = np.asarray(truth, bool), np.asarray(f)
     half, ks = len(truth) // 2, tuple(k for k in (1, 2, 5) if k <= f.shape[1])
     asked = np.flatnonzero(np.minimum(truth[:half].sum(0), truth[half:].sum(0)) >= at_least)
-    if not len(asked): raise ValueError(f"concept_board: none of the {truth.shape[1]} concepts holds at {at_least} tokens or more in both halves; give more text, or a lower at_least")
+    if not len(asked):
+        raise ValueError(
+            f"concept_board: none of the {truth.shape[1]} concepts holds at {at_least} tokens or more in both halves; give more text, or a lower at_least"
+        )
     best = concept_scores(f, truth, at_least=at_least)
     probes, fires = sparse_probes(f, truth[:, asked], ks), np.zeros(truth[half:].shape, bool)
-    fires[:, asked] = best["sign"][asked] * f[half:][:, best["feature"][asked]] >= best["threshold"][asked]
-    precision, f1 = (fires & truth[half:]).sum(0)[asked] / fires.sum(0)[asked].clip(1), {k: probes[k]["f1"].cpu().numpy() for k in (*ks, "all")}
+    fires[:, asked] = (
+        best["sign"][asked] * f[half:][:, best["feature"][asked]] >= best["threshold"][asked]
+    )
+    precision, f1 = (
+        (fires & truth[half:]).sum(0)[asked] / fires.sum(0)[asked].clip(1),
+        {k: probes[k]["f1"].cpu().numpy() for k in (*ks, "all")},
+    )
     part = (precision >= precise) & (f1[max(ks)] - np.maximum(best["f1"][asked], f1[1]) > gain)
-    holes = absorbed(fires, np.nan_to_num(best["f1"]), best["sign"] * (best["feature"] + 1), truth[half:], families(truth, at_least))
-    return dict(f1=float(best["f1"][asked].mean()), **{f"probe_{k}": float(f1[k].mean()) if k in f1 else None for k in (1, 2, 5, "all")}, split=float(part.mean()), precise=float((precision >= precise).mean()),
-                absorbed=len(holes["holes"]), absorbed_asked=holes["asked"], absorbed_control=holes["control"], concepts=len(asked), skipped=int(best["skipped"]))
+    holes = absorbed(
+        fires,
+        np.nan_to_num(best["f1"]),
+        best["sign"] * (best["feature"] + 1),
+        truth=truth[half:],
+        pairs=families(truth, at_least),
+    )
+    return dict(
+        f1=float(best["f1"][asked].mean()),
+        **{f"probe_{k}": float(f1[k].mean()) if k in f1 else None for k in (1, 2, 5, "all")},
+        split=float(part.mean()),
+        precise=float((precision >= precise).mean()),
+        absorbed=len(holes["holes"]),
+        absorbed_asked=holes["asked"],
+        absorbed_control=holes["control"],
+        concepts=len(asked),
+        skipped=int(best["skipped"]),
+    )
 
 # %% ../../nbs/lib/score_scoreboard.ipynb #score-scoreboard-8
 class Halves(Dictionary):
     "A dictionary with signs as one without: every feature twice, its positive and its negative part."
+
     def __init__(self, dictionary):
         super().__init__()
         self.dictionary = dictionary
-    directions = property(lambda self: torch.cat([self.dictionary.directions, -self.dictionary.directions]))
-    def encode(self, x): f = self.dictionary.encode(x); return torch.cat([f, -f], -1).relu()
-    def decode(self, f): return self.dictionary.decode(f[..., :f.shape[-1] // 2] - f[..., f.shape[-1] // 2:])
 
-def _signed(dictionary, x): return not isinstance(dictionary, Codebook) and bool((dictionary.encode(x[:1000]) < 0).any())
+    directions = property(
+        lambda self: torch.cat([self.dictionary.directions, -self.dictionary.directions])
+    )
+
+    def encode(self, x):
+        f = self.dictionary.encode(x)
+        return torch.cat([f, -f], -1).relu()
+
+    def decode(self, f):
+        return self.dictionary.decode(f[..., : f.shape[-1] // 2] - f[..., f.shape[-1] // 2 :])
+
+
+def _signed(dictionary, x):
+    return not isinstance(dictionary, Codebook) and bool((dictionary.encode(x[:1000]) < 0).any())
+
 
 @torch.no_grad()
 def kept(dictionary, answers: Answers) -> dict:
     "What is left when states are decoded from their features: l0, fvu, dead (share of features that never fire on the text), paid (nats a token over the untouched model)."
     m = measure(dictionary, answers.states)
-    decoded = lambda x: dictionary.decode(dictionary.encode(x.to(dictionary.directions.dtype))).to(x.dtype)
-    own = hasattr(answers.model, "codebooks")                              # then it decodes by itself
-    return dict(l0=m["l0"], fvu=m["fvu"], dead=m["dead_share"], paid=replaced_loss(answers.model, answers.text, answers.site, (lambda x: x) if own else decoded) - answers.clean)
+    decoded = lambda x: dictionary.decode(dictionary.encode(x.to(dictionary.directions.dtype))).to(
+        x.dtype
+    )
+    own = hasattr(answers.model, "codebooks")  # then it decodes by itself
+    return dict(
+        l0=m["l0"],
+        fvu=m["fvu"],
+        dead=m["dead_share"],
+        paid=replaced_loss(
+            answers.model, answers.text, answers.site, fn=(lambda x: x) if own else decoded
+        )
+        - answers.clean,
+    )
+
 
 @torch.no_grad()
-def explained(dictionary, answers: Answers, n: int = 60, seed: int = 0) -> dict:
+def explained(dictionary, answers: Answers, n: int = 60, *, seed: int = 0) -> dict:
     "Top-and-random score of n features' explanations by rule (positive parts only); a feature that the protocol skips, or that has no score, counts 0; the share skipped."
-    f, ids = some_features(dictionary, answers.shown, n, seed)
-    cases = make_cases(np.maximum(f, 0), answers.words, ids, seed)
-    r = [row["r"] or 0. if row else 0. for row in interpret(cases, PredicateExplainer(**(story_words() if answers.tok.get_vocab() == ID else {})))]
-    return dict(explained=float(np.mean(r)), explained_skipped=float(np.mean([c is None for c in cases])))
+    f, ids = some_features(dictionary, answers.shown, n, seed=seed)
+    cases = make_cases(np.maximum(f, 0), answers.words, ids, seed=seed)
+    r = [
+        row["r"] or 0.0 if row else 0.0
+        for row in interpret(
+            cases, PredicateExplainer(**(story_words() if answers.tok.get_vocab() == ID else {}))
+        )
+    ]
+    return dict(
+        explained=float(np.mean(r)), explained_skipped=float(np.mean([c is None for c in cases]))
+    )
+
 
 def patched(dictionary, answers: Answers, n: int = 4) -> dict:
     "Share of the KL to the counterfactual that is gone with one set of n features patched in all prompts of a couple of names, chosen on half of the prompts and measured on the rest; with all features; length of the edit. A code writes over the one in its slot."
-    curves = [patch_curve(answers.model, answers.site, dictionary, pairs, n_feats=n, check=False) for pairs in answers.pairs]
+    curves = [
+        patch_curve(answers.model, answers.site, dictionary, pairs=pairs, n_feats=n, check=False)
+        for pairs in answers.pairs
+    ]
     mean = lambda of: float(np.mean([of(c) for c in curves]))
-    return dict(patched=mean(lambda c: 1 - c.kl[-1].mean().item() / c.kl[0].mean().item()), patched_all=mean(lambda c: 1 - c.floor.mean().item() / c.kl[0].mean().item()), patched_edit=mean(lambda c: c.edit[-1].mean().item()))
+    return dict(
+        patched=mean(lambda c: 1 - c.kl[-1].mean().item() / c.kl[0].mean().item()),
+        patched_all=mean(lambda c: 1 - c.floor.mean().item() / c.kl[0].mean().item()),
+        patched_edit=mean(lambda c: c.edit[-1].mean().item()),
+    )
 
 # %% ../../nbs/lib/score_scoreboard.ipynb #score-scoreboard-9
 def _switches(dictionary, answers):
     "The switch of chapter 12. A book whose codes are too rarely right is given one by less certain codes, as autoencoders are by their best features."
-    for precision in (.3, .1, 0.):
-        try: return find_switches(answers.model, {answers.site: dictionary}, answers.where, answers.choices, precision)
+    for precision in (0.3, 0.1, 0.0):
+        try:
+            return find_switches(
+                answers.model,
+                {answers.site: dictionary},
+                answers.where,
+                choices=answers.choices,
+                precision=precision,
+            )
         except ValueError as e:
-            if not re.search("speaks for|fires before", str(e)): raise
+            if not re.search("speaks for|fires before", str(e)):
+                raise
             why = str(e)
     raise ValueError(why)
 
-def _written(book, fn, strength):              # fn: ids -> ids
+
+def _written(book, fn, strength):  # fn: ids -> ids
     "x -> x + strength (what the new codes say - what the old ones say): codes as features, the rest of the state stays."
+
     def edit(x):
         ids = book.choose(x.to(book.weight.dtype))
         return x + strength * (book.decode_ids(fn(ids.clone())) - book.decode_ids(ids)).to(x.dtype)
+
     return edit
 
-def steered(dictionary, answers: Answers, strengths: tuple = (1., 2., 3.), limit: float = 1.5, seed: int = 0) -> dict:
+
+def steered(
+    dictionary,
+    answers: Answers,
+    strengths: tuple = (1.0, 2.0, 3.0),
+    *,
+    limit: float = 1.5,
+    seed: int = 0,
+) -> dict:
     "Share of texts about the topic they are steered to, at the strength with the highest rate within `limit` times the unsteered loss (0, not at all, is one of them; chosen on every other text, scored on the rest), and those texts' loss, of unsteered."
     model, site, target = answers.model, answers.site, answers.target
-    own, d = hasattr(model, "codebooks"), Halves(dictionary) if _signed(dictionary, answers.states) else dictionary
-    try: switches = _switches(d, answers)
-    except ValueError as e: return dict(steered=answers.plain[1::2].rate, steered_loss=1., strength=0., steered_why=str(e))
+    own, d = (
+        hasattr(model, "codebooks"),
+        Halves(dictionary) if _signed(dictionary, answers.states) else dictionary,
+    )
+    try:
+        switches = _switches(d, answers)
+    except ValueError as e:
+        return dict(
+            steered=answers.plain[1::2].rate, steered_loss=1.0, strength=0.0, steered_why=str(e)
+        )
+
     def way(s):
-        if own: return lambda rows: steer(model, switches, target[rows])
-        if isinstance(d, Codebook): return lambda rows: intervene(model, {site: _written(d, switches[site].fn(target[rows]), s)})
+        if own:
+            return lambda rows: steer(model, switches, target[rows])
+        if isinstance(d, Codebook):
+            return lambda rows: intervene(
+                model, {site: _written(d, switches[site].fn(target[rows]), s)}
+            )
         return lambda rows: steer(model, switches, target[rows], strength=s)
-    effects = {0.: answers.plain} | {s: effect_and_price(model, answers.tok, answers.prompts, target, answers.count, answers.judge, way(s), seed=seed, progress=False) for s in (strengths[:1] if own else strengths)}
+
+    effects = {0.0: answers.plain} | {
+        s: effect_and_price(
+            model,
+            answers.tok,
+            answers.prompts,
+            target=target,
+            words=answers.count,
+            judge=answers.judge,
+            steer=way(s),
+            seed=seed,
+            progress=False,
+        )
+        for s in (strengths[:1] if own else strengths)
+    }
     strength, e = best_within(effects, limit * answers.plain[::2].loss)
     return dict(steered=e.rate, steered_loss=e.loss / answers.plain[1::2].loss, strength=strength)
 
 # %% ../../nbs/lib/score_scoreboard.ipynb #score-scoreboard-10
 PARTS = ("kept", "concepts", "explained", "patched", "steered")
 
-def scoreboard(dictionary: Dictionary,
-               answers: Answers,           # of known_answers
-               parts: tuple = PARTS, seed: int = 0) -> dict:
+
+def scoreboard(
+    dictionary: Dictionary,
+    answers: Answers,  # of known_answers
+    parts: tuple = PARTS,
+    *,
+    seed: int = 0,
+) -> dict:
     "One dictionary's row: all that `parts` ask; what nothing is known about is left out."
-    if wrong := set(parts) - set(PARTS): raise ValueError(f"scoreboard: parts={sorted(wrong)}, expected some of {', '.join(PARTS)}")
-    if (d := dictionary.directions.shape[1]) != answers.states.shape[1]: raise ValueError(f"scoreboard: expected a dictionary for the {answers.states.shape[1]} numbers of {answers.site}, got a {type(dictionary).__name__} for {d}")
-    if (at := dictionary.directions.device) != answers.states.device: raise ValueError(f"scoreboard: the states are on {answers.states.device}, the dictionary on {at}; move it with dictionary.to({str(answers.states.device)!r})")
-    if hasattr(answers.model, "codebooks") and dictionary is not answers.model.codebooks[answers.site]: raise ValueError(f"scoreboard: a model with codebooks is asked about its own; expected .codebooks[{answers.site!r}], got another {type(dictionary).__name__}")
+    if wrong := set(parts) - set(PARTS):
+        raise ValueError(f"scoreboard: parts={sorted(wrong)}, expected some of {', '.join(PARTS)}")
+    if (d := dictionary.directions.shape[1]) != answers.states.shape[1]:
+        raise ValueError(
+            f"scoreboard: expected a dictionary for the {answers.states.shape[1]} numbers of {answers.site}, got a {type(dictionary).__name__} for {d}"
+        )
+    if (at := dictionary.directions.device) != answers.states.device:
+        raise ValueError(
+            f"scoreboard: the states are on {answers.states.device}, the dictionary on {at}; move it with dictionary.to({str(answers.states.device)!r})"
+        )
+    if (
+        hasattr(answers.model, "codebooks")
+        and dictionary is not answers.model.codebooks[answers.site]
+    ):
+        raise ValueError(
+            f"scoreboard: a model with codebooks is asked about its own; expected .codebooks[{answers.site!r}], got another {type(dictionary).__name__}"
+        )
     row = dict(n_feats=len(dictionary.directions))
-    if "kept" in parts: row |= kept(dictionary, answers)
+    if "kept" in parts:
+        row |= kept(dictionary, answers)
     if "concepts" in parts and answers.truth is not None:
-        with torch.no_grad(): row |= concept_board(dictionary.encode(answers.states).cpu().numpy(), answers.truth)
-    if "explained" in parts: row |= explained(dictionary, answers, seed=seed)
-    if "patched" in parts and answers.pairs: row |= patched(dictionary, answers)
-    if "steered" in parts and answers.plain: row |= steered(dictionary, answers, seed=seed)
+        with torch.no_grad():
+            row |= concept_board(dictionary.encode(answers.states).cpu().numpy(), answers.truth)
+    if "explained" in parts:
+        row |= explained(dictionary, answers, seed=seed)
+    if "patched" in parts and answers.pairs:
+        row |= patched(dictionary, answers)
+    if "steered" in parts and answers.plain:
+        row |= steered(dictionary, answers, seed=seed)
     return row
 
-def stability(dictionaries: list,
-              states=None) -> dict:        # [N, d]: the controls' states; centred, where the dictionaries read centred ones
+
+def stability(
+    dictionaries: list, states=None
+) -> dict:  # [N, d]: the controls' states; centred, where the dictionaries read centred ones
     "Of dictionaries that differ by seed: the cosine (either sign) of each feature to its partner in the other, one to one, so that the mean is largest; mean over pairs. `values`: one a pair; controls: as many `random` directions; as many `states` drawn at random, which have learnt nothing."
-    if len(dictionaries) < 2 or len({one.directions.shape[1] for one in dictionaries}) > 1: raise ValueError(f"stability: expected two dictionaries or more of one width, got {[list(one.directions.shape) for one in dictionaries]}")
+    if len(dictionaries) < 2 or len({one.directions.shape[1] for one in dictionaries}) > 1:
+        raise ValueError(
+            f"stability: expected two dictionaries or more of one width, got {[list(one.directions.shape) for one in dictionaries]}"
+        )
     n, d = max(len(one.directions) for one in dictionaries), dictionaries[0].directions.shape[1]
-    if states is not None and (states.shape[1:] != (d,) or len(states) < n): raise ValueError(f"stability: expected states [N, {d}], at least the {n} that are drawn, got {list(states.shape)}")
+    if states is not None and (states.shape[1:] != (d,) or len(states) < n):
+        raise ValueError(
+            f"stability: expected states [N, {d}], at least the {n} that are drawn, got {list(states.shape)}"
+        )
     unit = [F.normalize(one.directions.float().cpu(), dim=-1) for one in dictionaries]
+
     def mean(some):
         alike = [(some[i] @ some[j].T).abs().numpy() for i in range(len(some)) for j in range(i)]
         return [float(a[linear_sum_assignment(-a)].mean()) for a in alike]
-    blind = [random_directions(len(u), u.shape[1], seed=1000 + i).directions for i, u in enumerate(unit)]
-    drawn = None if states is None else [F.normalize(states[torch.randperm(len(states), generator=seeded(i))[:len(u)]].float().cpu(), dim=-1) for i, u in enumerate(unit)]
+
+    blind = [
+        random_directions(len(u), u.shape[1], seed=1000 + i).directions for i, u in enumerate(unit)
+    ]
+    drawn = (
+        None
+        if states is None
+        else [
+            F.normalize(
+                states[torch.randperm(len(states), generator=seeded(i))[: len(u)]].float().cpu(),
+                dim=-1,
+            )
+            for i, u in enumerate(unit)
+        ]
+    )
     values = mean(unit)
-    return dict(stability=float(np.mean(values)), values=values, random=float(np.mean(mean(blind))), states=None if drawn is None else float(np.mean(mean(drawn))))
+    return dict(
+        stability=float(np.mean(values)),
+        values=values,
+        random=float(np.mean(mean(blind))),
+        states=None if drawn is None else float(np.mean(mean(drawn))),
+    )
 
 # %% ../../nbs/lib/score_scoreboard.ipynb #score-scoreboard-12
-METHODS = ("sae_tied", "sae_untied", "sae_topk", "sae_batchtopk", "sae_jumprelu", "sae_gated", "sae_matryoshka", "sae_alpha0", "codebook", "kmeans", "ica", "pca", "basis", "random", "random_d")
+METHODS = (
+    "sae_tied",
+    "sae_untied",
+    "sae_topk",
+    "sae_batchtopk",
+    "sae_jumprelu",
+    "sae_gated",
+    "sae_matryoshka",
+    "sae_alpha0",
+    "codebook",
+    "kmeans",
+    "ica",
+    "pca",
+    "basis",
+    "random",
+    "random_d",
+)
 
-def _codes(x, n_feats, k, seed, moves: int):
+
+def _codes(x, n_feats, k, *, seed, moves: int):
     "Codes from data alone: seeded, then moved by moving averages on `moves` batches."
     draw = seeded(seed)
-    book = Codebook(x.shape[1], n_feats, k, select="residual" if k > 1 else "euclidean", learn="ema").to(x.device).init_from(x[torch.randperm(len(x), generator=draw)[:40_000].to(x.device)], generator=draw).train()
+    book = (
+        Codebook(x.shape[1], n_feats, k, select="residual" if k > 1 else "euclidean", learn="ema")
+        .to(x.device)
+        .init_from(x[torch.randperm(len(x), generator=draw)[:40_000].to(x.device)], generator=draw)
+        .train()
+    )
     with torch.no_grad():
-        for _ in range(moves): book(x[torch.randint(len(x), (2048,), generator=draw).to(x.device)]); book.step(.9)
+        for _ in range(moves):
+            book(x[torch.randint(len(x), (2048,), generator=draw).to(x.device)])
+            book.step(0.9)
     return book.eval()
+
 
 def _random(x, n, seed):
     "Features read along random directions (as many as dimensions: a random rotation), and a decoder with which they lose nothing where they span the space."
     d, draw = x.shape[1], seeded(seed + 100)
-    reads = (torch.linalg.qr(torch.randn(d, d, generator=draw)).Q if n == d else F.normalize(torch.randn(n, d, generator=draw), dim=-1)).to(x)
+    reads = (
+        torch.linalg.qr(torch.randn(d, d, generator=draw)).Q
+        if n == d
+        else F.normalize(torch.randn(n, d, generator=draw), dim=-1)
+    ).to(x)
     return Affine(torch.linalg.pinv(reads).T.contiguous(), reads, x.mean(0))
 
-def make_dictionary(method: str, x,        # one of METHODS; [N, d]
-                    n_feats: int, k: int,  # how many features (PCA, ICA, the basis and random_d: d), how many active, where a method can be told
-                    seed: int = 0,
-                    alpha: list | None = None,         # for the kinds with a penalty: of these, the one whose l0 is nearest to k
-                    steps: int = 2000) -> Dictionary:
+
+def make_dictionary(
+    method: str,
+    x,  # one of METHODS; [N, d]
+    n_feats: int,
+    *,
+    k: int,  # how many features (PCA, ICA, the basis and random_d: d), how many active, where a method can be told
+    seed: int = 0,
+    alpha: list
+    | None = None,  # for the kinds with a penalty: of these, the one whose l0 is nearest to k
+    steps: int = 2000,
+) -> Dictionary:
     "A dictionary of some states by any method; codes from data alone."
     kind, moves = method.removeprefix("sae_"), 200
-    if method not in METHODS: raise ValueError(f"make_dictionary: method={method!r}, expected one of {', '.join(METHODS)}")
-    if kind == "alpha0": return train_sae(x, n_feats, "tied", alpha=0., steps=steps, seed=seed, resample=())
-    if kind in ("topk", "batchtopk", "matryoshka"): return train_sae(x, n_feats, kind, k=k, steps=steps, seed=seed)
+    if method not in METHODS:
+        raise ValueError(
+            f"make_dictionary: method={method!r}, expected one of {', '.join(METHODS)}"
+        )
+    if kind == "alpha0":
+        return train_sae(x, n_feats, "tied", alpha=0.0, steps=steps, seed=seed, resample=())
+    if kind in ("topk", "batchtopk", "matryoshka"):
+        return train_sae(x, n_feats, kind, k=k, steps=steps, seed=seed)
     if method.startswith("sae"):
-        if not alpha: raise ValueError(f"make_dictionary: {method} has a penalty in place of k; give some to try, alpha=[...], and the one whose l0 is nearest to {k} is taken")
-        best = min(train_sae(x, n_feats, kind, alpha=list(alpha), steps=steps, seed=seed), key=lambda one: abs(measure(one, x[:50_000])["l0"] - k))
-        return refit(best, x[:200_000]) if type(best) is SAE or best.tied else best                 # L1 alone shrinks what it keeps
-    if method in ("codebook", "kmeans"): return _codes(x, n_feats, 1 if method == "kmeans" else k, seed, moves)
-    if method in ("pca", "ica"): return pca(x) if method == "pca" else ica(x, seed=seed)
-    if method == "basis": return Affine(torch.eye(x.shape[1]).to(x), mean=x.mean(0))
+        if not alpha:
+            raise ValueError(
+                f"make_dictionary: {method} has a penalty in place of k; give some to try, alpha=[...], and the one whose l0 is nearest to {k} is taken"
+            )
+        best = min(
+            train_sae(x, n_feats, kind, alpha=list(alpha), steps=steps, seed=seed),
+            key=lambda one: abs(measure(one, x[:50_000])["l0"] - k),
+        )
+        return (
+            refit(best, x[:200_000]) if type(best) is SAE or best.tied else best
+        )  # L1 alone shrinks what it keeps
+    if method in ("codebook", "kmeans"):
+        return _codes(x, n_feats, 1 if method == "kmeans" else k, seed=seed, moves=moves)
+    if method in ("pca", "ica"):
+        return pca(x) if method == "pca" else ica(x, seed=seed)
+    if method == "basis":
+        return Affine(torch.eye(x.shape[1]).to(x), mean=x.mean(0))
     return _random(x, n_feats if method == "random" else x.shape[1], seed)
 
 # %% ../../nbs/lib/score_scoreboard.ipynb #score-scoreboard-13
 @torch.no_grad()
-def fsm_states(model, fsm: TokFSM, site: str, n: int, seed: int,
-               complete: bool = False):        # only positions that complete a state
+def fsm_states(
+    model, fsm: TokFSM, site: str, *, n: int, seed: int, complete: bool = False
+):  # only positions that complete a state
     "A model's states along n walks (without BOS) [N, d], and which state of the machine each completes [N, n_states] bool."
     ids, kept = fsm.sample(n, generator=seeded(seed)), []
     for some in ids.split(64):
-        with evaluating(model), capture(model, site) as acts: model(input_ids=some.to(next(model.parameters()).device), use_cache=False)
+        with evaluating(model), capture(model, site) as acts:
+            model(input_ids=some.to(next(model.parameters()).device), use_cache=False)
         kept.append(acts[site][:, 1:].flatten(0, 1))
     truth = state_labels(ids)[:, 1:].flatten()[:, None] == torch.arange(fsm.n_states)
     keep = truth.any(1) if complete else slice(None)
     return torch.cat(kept)[keep], truth[keep].numpy()
 
-def sums_of(x, truth, n: int, seed: int):      # [N, d], [N, C] bool -> the same for sums of n rows drawn independently
+
+def sums_of(
+    x, truth, n: int, *, seed: int
+):  # [N, d], [N, C] bool -> the same for sums of n rows drawn independently
     "Several things at once: what is true of any of the summed rows is true of the sum. Each half of the rows is summed by itself."
     half = len(x) // 2
-    drawn = [torch.cat([part[torch.randperm(len(part), generator=seeded(1000 * seed + i))] for part in torch.arange(len(x)).split([half, len(x) - half])]) for i in range(n)]
+    drawn = [
+        torch.cat(
+            [
+                part[torch.randperm(len(part), generator=seeded(1000 * seed + i))]
+                for part in torch.arange(len(x)).split([half, len(x) - half])
+            ]
+        )
+        for i in range(n)
+    ]
     return sum(x[rows] for rows in drawn), np.any([truth[rows.numpy()] for rows in drawn], 0)

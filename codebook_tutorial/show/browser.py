@@ -9,80 +9,151 @@ __all__ = ['browse', 'script_json', 'export_browser']
 
 # %% ../../nbs/lib/show_browser.ipynb #show-browser-3
 import json
+from pathlib import Path
+
 import numpy as np
 from ..feature.index import Index
 from ..feature.search import decoded
 from .html import escape, table
-from pathlib import Path
 
 # %% ../../nbs/lib/show_browser.ipynb #show-browser-5
-def _line(r): return f"{r['site']} · {r['feature']} · precision {r['precision']:.2f} · recall {r['recall']:.2f} · {r['active']:,} tokens"
+def _line(r):
+    return f"{r['site']} · {r['feature']} · precision {r['precision']:.2f} · recall {r['recall']:.2f} · {r['active']:,} tokens"
 
-def browse(index: Index, pattern: str = "", n: int = 200):      # n: most features listed
+
+def browse(index: Index, pattern: str = "", n: int = 200):  # n: most features listed
     "A panel: type a regular expression, narrow by precision and recall, choose a feature, read where it is active."
     import ipywidgets as w
-    box = w.Text(pattern, description="pattern", placeholder=r"a regular expression, then Enter: \b(dragon)s?\b", continuous_update=False, layout=w.Layout(width="90%"))
-    precision, recall = (w.FloatSlider(v, min=0, max=1, step=.01, description=f"{name} ≥", continuous_update=False) for name, v in (("precision", .1), ("recall", .01)))
+
+    box = w.Text(
+        pattern,
+        description="pattern",
+        placeholder=r"a regular expression, then Enter: \b(dragon)s?\b",
+        continuous_update=False,
+        layout=w.Layout(width="90%"),
+    )
+    precision, recall = (
+        w.FloatSlider(v, min=0, max=1, step=0.01, description=f"{name} ≥", continuous_update=False)
+        for name, v in (("precision", 0.1), ("recall", 0.01))
+    )
     order = w.Dropdown(options=["precision", "f1", "recall"], description="sort by")
-    says, shown, lines, chosen = w.HTML(), w.HTML(), w.Select(options=[], rows=10, description="feature", layout=w.Layout(width="90%")), w.HTML()
+    says, shown, lines, chosen = (
+        w.HTML(),
+        w.HTML(),
+        w.Select(options=[], rows=10, description="feature", layout=w.Layout(width="90%")),
+        w.HTML(),
+    )
 
     def search(_=None):
         lines.options, says.value, shown.value, chosen.value = [], "", "", ""
-        if not box.value: return
-        try: found = index.search(box.value, recall.value, precision.value, order.value)
-        except ValueError as e: says.value = escape(e); return
-        says.value = escape(f"{len(found):,} features" + (f", the best {n}" if len(found) > n else ""))
-        if found: shown.value = table(found[:10], "The best ten").source
-        lines.options = [("choose one to read where it is active", None)] * bool(found) + [(_line(r), (r["site"], r["feature"])) for r in found[:n]]
+        if not box.value:
+            return
+        try:
+            found = index.search(box.value, recall.value, precision.value, by=order.value)
+        except ValueError as e:
+            says.value = escape(e)
+            return
+        says.value = escape(
+            f"{len(found):,} features" + (f", the best {n}" if len(found) > n else "")
+        )
+        if found:
+            shown.value = table(found[:10], "The best ten").source
+        lines.options = [("choose one to read where it is active", None)] * bool(found) + [
+            (_line(r), (r["site"], r["feature"])) for r in found[:n]
+        ]
 
-    def choose(change): chosen.value = index.contexts(*change["new"]).source if change["new"] else ""
-    for widget in (box, precision, recall, order): widget.observe(search, "value")
+    def choose(change):
+        chosen.value = index.contexts(*change["new"]).source if change["new"] else ""
+
+    for widget in (box, precision, recall, order):
+        widget.observe(search, "value")
     lines.observe(choose, "value")
     search()
     return w.VBox([box, w.HBox([precision, recall, order]), says, shown, lines, chosen])
 
 # %% ../../nbs/lib/show_browser.ipynb #show-browser-7
-def _documents(index, rows):                  # -> [{text, at: position of its first token, begin, end: [tokens] in UTF-16 units, as JavaScript counts}]
+def _documents(
+    index, rows
+):  # -> [{text, at: position of its first token, begin, end: [tokens] in UTF-16 units, as JavaScript counts}]
     "The documents of the first rows, as text, and where each token lies in it."
     raw, starts, ends, begins = index.surface.join(index.ids[:rows], index.mask[:rows])
     mask, found = index.mask[:rows].ravel(), []
     for first, after in zip(begins, [*begins[1:], mask.size]):
-        own = np.arange(first, after)[mask[first:after]]                          # ordinary tokens follow one another
-        text, at = decoded(raw[starts[own[0]]:ends[own[-1]]])
+        own = np.arange(first, after)[mask[first:after]]  # ordinary tokens follow one another
+        text, at = decoded(raw[starts[own[0]] : ends[own[-1]]])
         units = np.append(0, np.cumsum([1 + (ord(c) > 0xFFFF) for c in text])).astype(int)
         at, base = np.asarray(at), starts[own[0]]
-        begin, end = at.searchsorted(starts[own] - base, "right") - 1, at.searchsorted(ends[own] - base, "left")      # a part of a character stands for all of it
-        found.append(dict(text=text, at=int(first), begin=units[begin].tolist(), end=units[end].tolist()))
+        begin, end = (
+            at.searchsorted(starts[own] - base, "right") - 1,
+            at.searchsorted(ends[own] - base, "left"),
+        )  # a part of a character stands for all of it
+        found.append(
+            dict(text=text, at=int(first), begin=units[begin].tolist(), end=units[end].tolist())
+        )
     return found
 
-def _site(index, site, n):                    # n: positions -> what is active there, by feature
+
+def _site(index, site, n):  # n: positions -> what is active there, by feature
     store, size = index.arrays[site], index.sites[site]["n_feats"]
     at = np.flatnonzero(store["positions"] < n)
     features = store["offsets"].searchsorted(at, "right") - 1
     used, counts = np.unique(features, return_counts=True)
-    values = dict(values=[float(f"{v:.3g}") for v in store["values"][at]]) if "values" in store else {}
-    return dict(site=site, size=size // index.sites[site]["groups"], features=used.tolist(), offsets=[0, *counts.cumsum().tolist()], positions=store["positions"][at].tolist(), **values)
+    values = (
+        dict(values=[float(f"{v:.3g}") for v in store["values"][at]]) if "values" in store else {}
+    )
+    return dict(
+        site=site,
+        size=size // index.sites[site]["groups"],
+        features=used.tolist(),
+        offsets=[0, *counts.cumsum().tolist()],
+        positions=store["positions"][at].tolist(),
+        **values,
+    )
 
 # %% ../../nbs/lib/show_browser.ipynb #show-browser-8
 def script_json(data) -> str:
     "JSON that cannot end the script element it stands in."
-    text = json.dumps(data, separators=(",", ":"), allow_nan=False)               # ASCII: U+2028 and U+2029 are escaped with the rest
-    for c in "<>&": text = text.replace(c, f"\\u{ord(c):04x}")
+    text = json.dumps(
+        data, separators=(",", ":"), allow_nan=False
+    )  # ASCII: U+2028 and U+2029 are escaped with the rest
+    for c in "<>&":
+        text = text.replace(c, f"\\u{ord(c):04x}")
     return text
 
 # %% ../../nbs/lib/show_browser.ipynb #show-browser-9
-def export_browser(index: Index, path,
-                   patterns=(r"\b(the)\b",),  # offered as buttons, each with what it finds in the whole text
-                   title: str = "Which code means what?",
-                   n_tokens: int = 20_000,    # what is searched as one types: the first rows, up to so many positions
-                   n: int = 100) -> Path:     # features kept of each pattern
+def export_browser(
+    index: Index,
+    path,
+    patterns=(r"\b(the)\b",),  # offered as buttons, each with what it finds in the whole text
+    *,
+    title: str = "Which code means what?",
+    n_tokens: int = 20_000,  # what is searched as one types: the first rows, up to so many positions
+    n: int = 100,
+) -> Path:  # features kept of each pattern
     "The browser as one HTML file that needs no network; some 6 bytes a token and code (20,000 tokens, 12 sites, k=4: 6 MB)."
     path, rows = Path(path), min(len(index.ids), max(1, n_tokens // index.ids.shape[1]))
     count, size = index.info["text"]["tokens"], rows * index.ids.shape[1]
-    prepared = [dict(pattern=p, found=[[r["site"], r["feature"], r["precision"], r["recall"], r["active"]] for r in index.search(p, by="precision")[:n]],
-                     marked=int(index.mark(p).sum())) for p in patterns]
-    data = dict(title=title, model=index.info["model"], tokens=count, sample=int(index.mask[:rows].sum()), size=size, documents=_documents(index, rows),
-                sites=[_site(index, site, size) for site in index.sites], prepared=prepared)
+    prepared = [
+        dict(
+            pattern=p,
+            found=[
+                [r["site"], r["feature"], r["precision"], r["recall"], r["active"]]
+                for r in index.search(p, by="precision")[:n]
+            ],
+            marked=int(index.mark(p).sum()),
+        )
+        for p in patterns
+    ]
+    data = dict(
+        title=title,
+        model=index.info["model"],
+        tokens=count,
+        sample=int(index.mask[:rows].sum()),
+        size=size,
+        documents=_documents(index, rows),
+        sites=[_site(index, site, size) for site in index.sites],
+        prepared=prepared,
+    )
     part, (head, body, end) = path.with_name(path.name + ".part"), _PAGE.split("@@")
     part.write_text(head + escape(title) + body + script_json(data) + end, encoding="utf-8")
     part.replace(path)

@@ -8,59 +8,127 @@ Docs: https://codebook-tutorial.github.io/codebook_tutorial/lib/show_features.ht
 __all__ = ['explained_strips', 'feature_table', 'export_features']
 
 # %% ../../nbs/lib/show_features.ipynb #show-features-3
-from ..feature.explain.protocol import Case
-from .html import Html, escape, strip
 from pathlib import Path
 
-# %% ../../nbs/lib/show_features.ipynb #show-features-4
-def _number(r): return "no score" if r is None else f"{r:.2f}"
+from ..feature.explain.protocol import Case
+from .html import Html, escape, strip
 
-def _strips(case, row, n):                            # n: fragments of either kind
+# %% ../../nbs/lib/show_features.ipynb #show-features-4
+def _number(r):
+    return "no score" if r is None else f"{r:.2f}"
+
+
+def _strips(case, row, n):  # n: fragments of either kind
     found, top = [], max(max(f.acts) for f in case.score) / 10
-    for kind, some in (("top", list(zip(case.top, row["simulated"]))[:n]), ("random", list(zip(case.random, row["simulated"][len(case.top):]))[:n])):
+    for kind, some in (
+        ("top", list(zip(case.top, row["simulated"]))[:n]),
+        ("random", list(zip(case.random, row["simulated"][len(case.top) :]))[:n]),
+    ):
         for fragment, simulated in some:
-            found += [strip(fragment.tokens, [a / top for a in fragment.acts], f"{kind} fragment, as the feature reacts (10: its largest in fragments that score)", 10), strip(fragment.tokens, [float(s) for s in simulated], "as simulated from the explanation", 10)]
+            found += [
+                strip(
+                    fragment.tokens,
+                    [a / top for a in fragment.acts],
+                    f"{kind} fragment, as the feature reacts (10: its largest in fragments that score)",
+                    top=10,
+                ),
+                strip(
+                    fragment.tokens,
+                    [float(s) for s in simulated],
+                    "as simulated from the explanation",
+                    top=10,
+                ),
+            ]
     return found
 
-def explained_strips(case: Case, row: dict, n: int = 2) -> Html:      # n: fragments of either kind
+
+def explained_strips(case: Case, row: dict, n: int = 2) -> Html:  # n: fragments of either kind
     "A feature to look at: its explanation, its scores, fragments that scored it, each twice: as the feature reacts, and as simulated."
     line = f"feature {case.feature}: {row['explanation']} | r {_number(row['r'])} (top {_number(row['r_top'])}, random {_number(row['r_random'])}), active in {case.active:,} fragments"
     strips = _strips(case, row, n)
-    return Html(f"<p><b>{escape(line)}</b></p>" + "".join(s.source for s in strips), "\n".join([line, *(s.words for s in strips)]))
+    return Html(
+        f"<p><b>{escape(line)}</b></p>" + "".join(s.source for s in strips),
+        "\n".join([line, *(s.words for s in strips)]),
+    )
 
-def _pairs(cases, rows): return [(c, r) for c, r in zip(cases, rows, strict=True) if c]
 
-def _best(pair): return (pair[1]["r"] is None, -(pair[1]["r"] or 0.))
+def _pairs(cases, rows):
+    return [(c, r) for c, r in zip(cases, rows, strict=True) if c]
+
+
+def _best(pair):
+    return (pair[1]["r"] is None, -(pair[1]["r"] or 0.0))
+
 
 def feature_table(cases: list, rows: list, n: int = 2):
     "A panel: search explanations, narrow by score, sort, choose a feature, see it."
     import ipywidgets as w
+
     pairs = _pairs(cases, rows)
-    box, least = w.Text(description="contains", placeholder='part of an explanation, e.g. month'), w.FloatSlider(-1, min=-1, max=1, step=.05, description="r ≥", continuous_update=False)
-    order, says, lines, chosen = w.Dropdown(options=["score, best first", "score, worst first", "active, most first"], description="sort by"), w.HTML(), w.Select(options=[], rows=10, description="feature", layout=w.Layout(width="95%")), w.HTML()
-    orders = {"score, best first": _best, "score, worst first": lambda p: (p[1]["r"] is None, p[1]["r"] or 0.), "active, most first": lambda p: -p[0].active}
+    box, least = (
+        w.Text(description="contains", placeholder="part of an explanation, e.g. month"),
+        w.FloatSlider(-1, min=-1, max=1, step=0.05, description="r ≥", continuous_update=False),
+    )
+    order, says, lines, chosen = (
+        w.Dropdown(
+            options=["score, best first", "score, worst first", "active, most first"],
+            description="sort by",
+        ),
+        w.HTML(),
+        w.Select(options=[], rows=10, description="feature", layout=w.Layout(width="95%")),
+        w.HTML(),
+    )
+    orders = {
+        "score, best first": _best,
+        "score, worst first": lambda p: (p[1]["r"] is None, p[1]["r"] or 0.0),
+        "active, most first": lambda p: -p[0].active,
+    }
 
     def search(_=None):
-        found = [p for p in sorted(pairs, key=orders[order.value]) if box.value.lower() in p[1]["explanation"].lower() and (least.value <= -1 or p[1]["r"] is not None and p[1]["r"] >= least.value)]
-        says.value, chosen.value = escape(f"{len(found):,} of {len(cases):,} features ({len(cases) - len(pairs)} are skipped: active too seldom)"), ""
-        lines.options = [("choose one", None)] * bool(found) + [(f"{c.feature} · r {_number(r['r'])} · {r['explanation'][:90]}", (c, r)) for c, r in found]
+        found = [
+            p
+            for p in sorted(pairs, key=orders[order.value])
+            if box.value.lower() in p[1]["explanation"].lower()
+            and (least.value <= -1 or p[1]["r"] is not None and p[1]["r"] >= least.value)
+        ]
+        says.value, chosen.value = (
+            escape(
+                f"{len(found):,} of {len(cases):,} features ({len(cases) - len(pairs)} are skipped: active too seldom)"
+            ),
+            "",
+        )
+        lines.options = [("choose one", None)] * bool(found) + [
+            (f"{c.feature} · r {_number(r['r'])} · {r['explanation'][:90]}", (c, r))
+            for c, r in found
+        ]
 
-    def choose(change): chosen.value = explained_strips(*change["new"], n).source if change["new"] else ""
-    for widget in (box, least, order): widget.observe(search, "value")
+    def choose(change):
+        chosen.value = explained_strips(*change["new"], n).source if change["new"] else ""
+
+    for widget in (box, least, order):
+        widget.observe(search, "value")
     lines.observe(choose, "value")
     search()
     return w.VBox([box, w.HBox([least, order]), says, lines, chosen])
 
 # %% ../../nbs/lib/show_features.ipynb #show-features-5
-def export_features(cases: list, rows: list, path, title: str = "Features and their explanations", n: int = 1) -> Path:      # n: fragments of either kind, some 25 kB a feature each
+def export_features(
+    cases: list, rows: list, path, *, title: str = "Features and their explanations", n: int = 1
+) -> Path:  # n: fragments of either kind, some 25 kB a feature each
     "All features as one HTML file without scripts, best score first, each to be opened; needs no network."
     path, pairs = Path(path), sorted(_pairs(cases, rows), key=_best)
     part = path.with_name(path.name + ".part")
-    body = "\n".join(f"<details><summary><b>{_number(r['r'])}</b> {c.feature} · {escape(r['explanation'])}</summary>{explained_strips(c, r, n).source}</details>" for c, r in pairs)
+    body = "\n".join(
+        f"<details><summary><b>{_number(r['r'])}</b> {c.feature} · {escape(r['explanation'])}</summary>{explained_strips(c, r, n).source}</details>"
+        for c, r in pairs
+    )
     about = f"{len(pairs)} features, best score first; {len(cases) - len(pairs)} more are active too seldom to be explained. The score is the correlation between how strongly the feature reacts and what was simulated from the explanation alone, on fragments that did not serve to explain."
-    part.write_text(_PAGE.format(title=escape(title), about=escape(about), body=body), encoding="utf-8")
+    part.write_text(
+        _PAGE.format(title=escape(title), about=escape(about), body=body), encoding="utf-8"
+    )
     part.replace(path)
     return path
+
 
 _PAGE = """<!DOCTYPE html>
 <html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width">

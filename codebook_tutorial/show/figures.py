@@ -9,81 +9,157 @@ __all__ = ['PALETTE', 'style', 'Picture', 'picture', 'bars', 'curves', 'heatmap'
 
 # %% ../../nbs/lib/show_figures.ipynb #show-figures-3
 import io
+import os
+
 import matplotlib.pyplot as plt
 import numpy as np
-import os
 import torch
 from PIL import Image
 
 # %% ../../nbs/lib/show_figures.ipynb #show-figures-4
-PALETTE = dict(blue="#0072B2", orange="#E69F00", green="#009E73", red="#D55E00", purple="#CC79A7", sky="#56B4E9", grey="#7F7F7F", black="#000000")
+PALETTE = dict(
+    blue="#0072B2",
+    orange="#E69F00",
+    green="#009E73",
+    red="#D55E00",
+    purple="#CC79A7",
+    sky="#56B4E9",
+    grey="#7F7F7F",
+    black="#000000",
+)
+
 
 def style():
     "The course's figure style: Okabe-Ito colours, light grid, readable sizes."
-    plt.rcParams.update({"axes.prop_cycle": plt.cycler(color=list(PALETTE.values())), "figure.figsize": (7, 3), "figure.dpi": int(os.environ.get("COURSE_DPI", 100)),
-        "axes.spines.top": False, "axes.spines.right": False, "axes.grid": True, "grid.alpha": .25, "axes.axisbelow": True,
-        "axes.titlesize": 11, "axes.titlelocation": "left", "legend.frameon": False, "image.cmap": "cividis", "axes.formatter.min_exponent": 3, "savefig.bbox": "tight"})
+    plt.rcParams.update(
+        {
+            "axes.prop_cycle": plt.cycler(color=list(PALETTE.values())),
+            "figure.figsize": (7, 3),
+            "figure.dpi": int(os.environ.get("COURSE_DPI", 100)),
+            "axes.spines.top": False,
+            "axes.spines.right": False,
+            "axes.grid": True,
+            "grid.alpha": 0.25,
+            "axes.axisbelow": True,
+            "axes.titlesize": 11,
+            "axes.titlelocation": "left",
+            "legend.frameon": False,
+            "image.cmap": "cividis",
+            "axes.formatter.min_exponent": 3,
+            "savefig.bbox": "tight",
+        }
+    )
 
 # %% ../../nbs/lib/show_figures.ipynb #show-figures-6
 class Picture:
     "A finished figure with its alt text; Jupyter shows the picture and keeps the words."
-    def __init__(self, fig, alt): self.fig, self.alt = fig, alt
-    def __repr__(self): return self.alt
+
+    def __init__(self, fig, alt):
+        self.fig, self.alt = fig, alt
+
+    def __repr__(self):
+        return self.alt
+
     def _repr_png_(self):
         drawn, small = io.BytesIO(), io.BytesIO()
         self.fig.savefig(drawn, format="png")
-        Image.open(drawn).convert("RGB").quantize(256, dither=Image.Dither.NONE).save(small, "png", optimize=True)       # 256 colours: a third of the bytes
+        Image.open(drawn).convert("RGB").quantize(256, dither=Image.Dither.NONE).save(
+            small, "png", optimize=True
+        )  # 256 colours: a third of the bytes
         return small.getvalue()
 
-def picture(fig,             # a matplotlib figure
-            alt: str,        # what the picture shows, for those who cannot see it
-            ) -> Picture:
+
+def picture(
+    fig,  # a matplotlib figure
+    alt: str,  # what the picture shows, for those who cannot see it
+) -> Picture:
     "Finish a figure: lay it out, close it, attach alt text."
-    if not alt.strip(): raise ValueError("picture: alt text is empty; say what the picture shows")
-    fig.tight_layout(); plt.close(fig)
+    if not alt.strip():
+        raise ValueError("picture: alt text is empty; say what the picture shows")
+    fig.tight_layout()
+    plt.close(fig)
     return Picture(fig, alt)
 
 # %% ../../nbs/lib/show_figures.ipynb #show-figures-8
-def bars(values: dict,        # name -> number, or name -> list of numbers (one a seed: mean as bar, seeds as dots)
-         title: str, ylabel: str, alt: str,
-         lines: dict | None = None,    # name -> height of a reference line (paper, chance, ...)
-         errors: dict | None = None,   # name -> (low, high) of an interval
-         rotate: int = 0, ax=None, color="blue"):
+def bars(
+    values: dict,  # name -> number, or name -> list of numbers (one a seed: mean as bar, seeds as dots)
+    title: str,
+    ylabel: str,
+    *,
+    alt: str,
+    lines: dict | None = None,  # name -> height of a reference line (paper, chance, ...)
+    errors: dict | None = None,  # name -> (low, high) of an interval
+    rotate: int = 0,
+    ax=None,
+    color="blue",
+):
     "Bars with every seed as a dot, intervals and reference lines."
-    fig, ax = (ax.figure, ax) if ax is not None else plt.subplots(figsize=(max(4.5, .85 * len(values) + 1.5), 3))
+    fig, ax = (
+        (ax.figure, ax)
+        if ax is not None
+        else plt.subplots(figsize=(max(4.5, 0.85 * len(values) + 1.5), 3))
+    )
     seeds = [np.atleast_1d(v) for v in values.values()]
-    ax.bar(range(len(values)), [s.mean() for s in seeds], color=PALETTE[color], alpha=.8, width=.65)
+    ax.bar(
+        range(len(values)), [s.mean() for s in seeds], color=PALETTE[color], alpha=0.8, width=0.65
+    )
     for i, s in enumerate(seeds):
-        if len(s) > 1: ax.plot([i] * len(s), s, "o", ms=3.5, color=PALETTE["black"], alpha=.6)
+        if len(s) > 1:
+            ax.plot([i] * len(s), s, "o", ms=3.5, color=PALETTE["black"], alpha=0.6)
     for i, name in enumerate(values):
-        if name in (errors or {}): ax.vlines(i, *errors[name], color=PALETTE["black"], lw=1.2)
-    for (name, y), (c, dash) in zip((lines or {}).items(), [("red", "--"), ("grey", ":"), ("green", "-.")]):
+        if name in (errors or {}):
+            ax.vlines(i, *errors[name], color=PALETTE["black"], lw=1.2)
+    for (name, y), (c, dash) in zip(
+        (lines or {}).items(), [("red", "--"), ("grey", ":"), ("green", "-.")]
+    ):
         ax.axhline(y, color=PALETTE[c], ls=dash, label=name)
-    if lines: ax.legend(loc="center left", bbox_to_anchor=(1, .5))
-    ax.set_xticks(range(len(values)), values.keys(), rotation=rotate, ha="right" if rotate else "center")
-    ax.set(title=title, ylabel=ylabel); ax.grid(axis="x", visible=False)
+    if lines:
+        ax.legend(loc="center left", bbox_to_anchor=(1, 0.5))
+    ax.set_xticks(
+        range(len(values)), values.keys(), rotation=rotate, ha="right" if rotate else "center"
+    )
+    ax.set(title=title, ylabel=ylabel)
+    ax.grid(axis="x", visible=False)
     return picture(fig, alt)
 
 # %% ../../nbs/lib/show_figures.ipynb #show-figures-9
-def curves(series: dict,      # name -> y values, or name -> (x, y)
-           title: str, xlabel: str, ylabel: str, alt: str,
-           lines: dict | None = None, **axes):   # reference heights; further settings of the axes (xscale="log", ylim=...)
+def curves(
+    series: dict,  # name -> y values, or name -> (x, y)
+    title: str,
+    xlabel: str,
+    *,
+    ylabel: str,
+    alt: str,
+    lines: dict | None = None,
+    **axes,
+):  # reference heights; further settings of the axes (xscale="log", ylim=...)
     "One line a series, told apart by colour and dash, with reference lines."
     fig, ax = plt.subplots()
     for (name, ys), dash in zip(series.items(), ["-", "--", "-.", ":"] * 3):
         xs, ys = ys if isinstance(ys, tuple) else (range(len(ys)), ys)
         ax.plot(xs, ys, dash, label=name, lw=1.8)
-    for (name, y), color in zip((lines or {}).items(), ["black", "grey", "red"]): ax.axhline(y, color=PALETTE[color], ls=":", lw=1.2, label=name)
+    for (name, y), color in zip((lines or {}).items(), ["black", "grey", "red"]):
+        ax.axhline(y, color=PALETTE[color], ls=":", lw=1.2, label=name)
     ax.set(title=title, xlabel=xlabel, ylabel=ylabel, **axes)
-    ax.legend(loc="center left", bbox_to_anchor=(1, .5))
+    ax.legend(loc="center left", bbox_to_anchor=(1, 0.5))
     return picture(fig, alt)
 
 # %% ../../nbs/lib/show_figures.ipynb #show-figures-10
-def heatmap(values,           # [rows, columns]
-            title: str, xlabel: str, ylabel: str, alt: str, label: str = "", ax=None, **kw):
+def heatmap(
+    values,  # [rows, columns]
+    title: str,
+    xlabel: str,
+    *,
+    ylabel: str,
+    alt: str,
+    label: str = "",
+    ax=None,
+    **kw,
+):
     "A matrix as colours, with its colour bar."
     fig, ax = (ax.figure, ax) if ax is not None else plt.subplots(figsize=(5.4, 4.2))
     image = ax.imshow(torch.as_tensor(values).numpy(), aspect="auto", interpolation="nearest", **kw)
     fig.colorbar(image, ax=ax, label=label)
-    ax.set(title=title, xlabel=xlabel, ylabel=ylabel); ax.grid(False)
+    ax.set(title=title, xlabel=xlabel, ylabel=ylabel)
+    ax.grid(False)
     return picture(fig, alt)

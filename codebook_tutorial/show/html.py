@@ -11,6 +11,7 @@ __all__ = ['escape', 'Html', 'strip', 'table', 'marked', 'beside', 'source']
 import difflib
 import html
 import inspect
+
 import torch
 
 # %% ../../nbs/lib/show_html.ipynb #show-html-5
@@ -18,57 +19,94 @@ def escape(text) -> str:
     "Text made safe for HTML; the only door through which token text enters a page."
     return html.escape(str(text)).replace("\n", "⏎")
 
+
 class Html:
     "A piece of HTML that Jupyter shows, with plain words for everything else."
-    def __init__(self, source, words): self.source, self.words = source, words
-    def _repr_html_(self): return self.source
-    def __repr__(self): return self.words
+
+    def __init__(self, source, words):
+        self.source, self.words = source, words
+
+    def _repr_html_(self):
+        return self.source
+
+    def __repr__(self):
+        return self.words
 
 # %% ../../nbs/lib/show_html.ipynb #show-html-6
-def strip(tokens: list,       # the text, one string a token
-          values,             # [len(tokens)] activations; negative ones are shown in the other colour
-          title: str = "",
-          top: float | None = None) -> Html:      # the value shown in full colour; None: the largest of these
+def strip(
+    tokens: list,  # the text, one string a token
+    values,  # [len(tokens)] activations; negative ones are shown in the other colour
+    title: str = "",
+    *,
+    top: float | None = None,
+) -> Html:  # the value shown in full colour; None: the largest of these
     "Tokens with their activation as background colour; the number on hover."
     values = torch.as_tensor(values, dtype=torch.float)
-    if not len(tokens) or len(tokens) != len(values): raise ValueError(f"strip: expected tokens, and one value a token, got {len(tokens)} tokens and {len(values)} values")
-    top = top or float(values.abs().max()) or 1.
-    cell = lambda t, v: (f'<span title="{v:.3g}" style="background:rgba({"0,114,178" if v >= 0 else "213,94,0"},{.75 * min(1, abs(v) / top):.3f});'
-                         f'padding:2px 3px;border-radius:3px">{escape(t)}</span>')
+    if not len(tokens) or len(tokens) != len(values):
+        raise ValueError(
+            f"strip: expected tokens, and one value a token, got {len(tokens)} tokens and {len(values)} values"
+        )
+    top = top or float(values.abs().max()) or 1.0
+    cell = lambda t, v: (
+        f'<span title="{v:.3g}" style="background:rgba({"0,114,178" if v >= 0 else "213,94,0"},{0.75 * min(1, abs(v) / top):.3f});'
+        f'padding:2px 3px;border-radius:3px">{escape(t)}</span>'
+    )
     body = " ".join(cell(t, float(v)) for t, v in zip(tokens, values))
-    return Html(f'<div style="font-family:monospace;line-height:2"><b>{escape(title)}</b><br>{body}</div>',
-                f"{title}: " + " ".join(f"{t}[{float(v):.2g}]" for t, v in zip(tokens, values)))
+    return Html(
+        f'<div style="font-family:monospace;line-height:2"><b>{escape(title)}</b><br>{body}</div>',
+        f"{title}: " + " ".join(f"{t}[{float(v):.2g}]" for t, v in zip(tokens, values)),
+    )
 
 # %% ../../nbs/lib/show_html.ipynb #show-html-7
-def table(rows: list[dict],   # one dict a row, the same keys
-          title: str = "", digits: int = 3) -> Html:
+def table(
+    rows: list[dict],  # one dict a row, the same keys
+    title: str = "",
+    digits: int = 3,
+) -> Html:
     "Rows as a table: numbers rounded, text escaped, missing values as a dash."
     fmt = lambda v: "–" if v is None else f"{v:,.{digits}f}" if isinstance(v, float) else str(v)
-    if not rows: raise ValueError("table: got no rows; expected at least one")
+    if not rows:
+        raise ValueError("table: got no rows; expected at least one")
     keys = list(rows[0])
     cells = [[fmt(r.get(k)) for k in keys] for r in rows]
     head = "".join(f"<th>{escape(k)}</th>" for k in keys)
-    body = "".join("<tr>" + "".join(f"<td>{escape(c)}</td>" for c in row) + "</tr>" for row in cells)
+    body = "".join(
+        "<tr>" + "".join(f"<td>{escape(c)}</td>" for c in row) + "</tr>" for row in cells
+    )
     words = "\n".join([title, " | ".join(map(str, keys))] + [" | ".join(row) for row in cells])
-    return Html(f"<table><caption>{escape(title)}</caption><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>", words)
+    return Html(
+        f"<table><caption>{escape(title)}</caption><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>",
+        words,
+    )
 
 # %% ../../nbs/lib/show_html.ipynb #show-html-8
-def marked(a: list, b: list) -> list:      # words twice -> two lists of [word, bool]
+def marked(a: list, b: list) -> list:  # words twice -> two lists of [word, bool]
     "Two texts, word by word, and which words the other does not have there."
     left, right = [[w, False] for w in a], [[w, False] for w in b]
     for kind, i, j, k, m in difflib.SequenceMatcher(a=a, b=b, autojunk=False).get_opcodes():
         if kind != "equal":
-            for word in (*left[i:j], *right[k:m]): word[1] = True
+            for word in (*left[i:j], *right[k:m]):
+                word[1] = True
     return [left, right]
 
-def beside(texts: dict) -> Html:           # {title: text}; the first is what the others are compared with
+
+def beside(texts: dict) -> Html:  # {title: text}; the first is what the others are compared with
     "Texts beside one another, words marked where they differ from the first."
-    if not texts: raise ValueError("beside: got no texts; expected at least one")
+    if not texts:
+        raise ValueError("beside: got no texts; expected at least one")
     plain, cells = next(iter(texts.values())).split(), []
     for title, text in texts.items():
-        body = " ".join(f"<mark>{escape(w)}</mark>" if new else escape(w) for w, new in marked(plain, text.split())[1])
-        cells.append(f'<td style="vertical-align:top;text-align:left;white-space:normal;width:{95 // len(texts)}%"><b>{escape(title)}</b><br>{body}</td>')
-    return Html(f'<table style="width:100%"><tr>{"".join(cells)}</tr></table>', "\n".join(f"{title}: {text}" for title, text in texts.items()))
+        body = " ".join(
+            f"<mark>{escape(w)}</mark>" if new else escape(w)
+            for w, new in marked(plain, text.split())[1]
+        )
+        cells.append(
+            f'<td style="vertical-align:top;text-align:left;white-space:normal;width:{95 // len(texts)}%"><b>{escape(title)}</b><br>{body}</td>'
+        )
+    return Html(
+        f'<table style="width:100%"><tr>{"".join(cells)}</tr></table>',
+        "\n".join(f"{title}: {text}" for title, text in texts.items()),
+    )
 
 # %% ../../nbs/lib/show_html.ipynb #show-html-20
 def source(*objects) -> Html:

@@ -8,53 +8,128 @@ Docs: https://codebook-tutorial.github.io/codebook_tutorial/lib/show_steering.ht
 __all__ = ['steering_panel', 'export_steering']
 
 # %% ../../nbs/lib/show_steering.ipynb #show-steering-3
+from pathlib import Path
+
 from ..feature.effects import generate
 from .browser import script_json
 from .html import beside, escape, marked
-from pathlib import Path
 
 # %% ../../nbs/lib/show_steering.ipynb #show-steering-4
-def steering_panel(tok, prompts: dict,     # {name: list of token ids}
-                   ways: dict,             # {name: (model, alternatives [names], or how many features there are, fn(choice, strength) -> context)}
-                   n_tokens: int = 60):
+def steering_panel(
+    tok,
+    prompts: dict,  # {name: list of token ids}
+    ways: dict,  # {name: (model, alternatives [names], or how many features there are, fn(choice, strength) -> context)}
+    *,
+    n_tokens: int = 60,
+):
     "A panel: choose a prompt, a way to steer, an alternative (or the number of a feature) and a strength; read the text with and without, from the same random numbers."
     import ipywidgets as w
+
     wide = w.Layout(width="60%")
-    prompt, way = w.Dropdown(options=list(prompts), description="prompt", layout=wide), w.Dropdown(options=list(ways), description="way", layout=wide)
-    name, number = w.Dropdown(options=[], description="towards", layout=wide), w.BoundedIntText(0, min=0, max=0, description="feature")
-    strength, seed, go, out = w.FloatSlider(2., min=0, max=8, step=.25, description="strength", continuous_update=False), w.IntText(0, description="seed"), w.Button(description="write", button_style="primary"), w.HTML()
+    prompt, way = (
+        w.Dropdown(options=list(prompts), description="prompt", layout=wide),
+        w.Dropdown(options=list(ways), description="way", layout=wide),
+    )
+    name, number = (
+        w.Dropdown(options=[], description="towards", layout=wide),
+        w.BoundedIntText(0, min=0, max=0, description="feature"),
+    )
+    strength, seed, go, out = (
+        w.FloatSlider(
+            2.0, min=0, max=8, step=0.25, description="strength", continuous_update=False
+        ),
+        w.IntText(0, description="seed"),
+        w.Button(description="write", button_style="primary"),
+        w.HTML(),
+    )
 
     def switch(_=None):
         _, choices, _ = ways[way.value]
         named = not isinstance(choices, int)
         name.layout.display, number.layout.display = ("", "none") if named else ("none", "")
-        if named: name.options = list(choices); name.value = name.options[0]
-        else: number.max = choices - 1
+        if named:
+            name.options = list(choices)
+            name.value = name.options[0]
+        else:
+            number.max = choices - 1
 
     def write(_=None):
         model, choices, context = ways[way.value]
-        choice, go.disabled = (number.value if isinstance(choices, int) else list(choices).index(name.value)), True
+        choice, go.disabled = (
+            (number.value if isinstance(choices, int) else list(choices).index(name.value)),
+            True,
+        )
         try:
-            sample = lambda steer=None: tok.decode(generate(model, tok, [prompts[prompt.value]], n_tokens, steer=steer, seed=seed.value, progress=False)[0], skip_special_tokens=True)
-            out.value = beside({"as it is": sample(), f"{way.value}, {name.value if not isinstance(choices, int) else choice} x {strength.value:g}": sample(lambda rows: context(choice, strength.value))}).source
-        except ValueError as e: out.value = escape(e)
-        finally: go.disabled = False
-    way.observe(switch, "value"); go.on_click(write)
-    switch(); write()
+            sample = lambda steer=None: tok.decode(
+                generate(
+                    model,
+                    tok,
+                    [prompts[prompt.value]],
+                    n_tokens=n_tokens,
+                    steer=steer,
+                    seed=seed.value,
+                    progress=False,
+                )[0],
+                skip_special_tokens=True,
+            )
+            out.value = beside(
+                {
+                    "as it is": sample(),
+                    f"{way.value}, {name.value if not isinstance(choices, int) else choice} x {strength.value:g}": sample(
+                        lambda rows: context(choice, strength.value)
+                    ),
+                }
+            ).source
+        except ValueError as e:
+            out.value = escape(e)
+        finally:
+            go.disabled = False
+
+    way.observe(switch, "value")
+    go.on_click(write)
+    switch()
+    write()
     return w.VBox([prompt, way, name, number, w.HBox([strength, seed, go]), out])
 
 # %% ../../nbs/lib/show_steering.ipynb #show-steering-5
-def export_steering(path,
-                    samples: list,         # dicts: prompt, way, towards, strength, text; and for every prompt its plain text with way None
-                    title: str = "Steering, and what it costs") -> Path:
+def export_steering(
+    path,
+    samples: list,  # dicts: prompt, way, towards, strength, text; and for every prompt its plain text with way None
+    title: str = "Steering, and what it costs",
+) -> Path:
     "The panel as one HTML file with samples computed beforehand; needs no network."
     path, plain = Path(path), {s["prompt"]: s["text"] for s in samples if s["way"] is None}
-    if missing := {s["prompt"] for s in samples} - set(plain): raise ValueError(f"export_steering: no text with way None for the prompt {sorted(missing)[0]!r}")
-    rows = [dict(prompt=s["prompt"], way=s["way"], towards=s["towards"], strength=f"{s['strength']:g}" if isinstance(s["strength"], (int, float)) else str(s["strength"]), note=s.get("note", ""), words=marked(plain[s["prompt"]].split(), s["text"].split())[1]) for s in samples if s["way"] is not None]
-    if not rows: raise ValueError("export_steering: no steered sample came; expected dicts with prompt, way, towards, strength, text")
-    if len({(r["prompt"], r["way"], r["towards"], r["strength"]) for r in rows}) < len(rows): raise ValueError("export_steering: two samples have the same prompt, way, towards and strength; expected one")
+    if missing := {s["prompt"] for s in samples} - set(plain):
+        raise ValueError(
+            f"export_steering: no text with way None for the prompt {sorted(missing)[0]!r}"
+        )
+    rows = [
+        dict(
+            prompt=s["prompt"],
+            way=s["way"],
+            towards=s["towards"],
+            strength=f"{s['strength']:g}"
+            if isinstance(s["strength"], (int, float))
+            else str(s["strength"]),
+            note=s.get("note", ""),
+            words=marked(plain[s["prompt"]].split(), s["text"].split())[1],
+        )
+        for s in samples
+        if s["way"] is not None
+    ]
+    if not rows:
+        raise ValueError(
+            "export_steering: no steered sample came; expected dicts with prompt, way, towards, strength, text"
+        )
+    if len({(r["prompt"], r["way"], r["towards"], r["strength"]) for r in rows}) < len(rows):
+        raise ValueError(
+            "export_steering: two samples have the same prompt, way, towards and strength; expected one"
+        )
     part, (head, body, end) = path.with_name(path.name + ".part"), _PAGE.split("@@")
-    part.write_text(head + escape(title) + body + script_json(dict(title=title, plain=plain, rows=rows)) + end, encoding="utf-8")
+    part.write_text(
+        head + escape(title) + body + script_json(dict(title=title, plain=plain, rows=rows)) + end,
+        encoding="utf-8",
+    )
     part.replace(path)
     return path
 

@@ -9,56 +9,116 @@ __all__ = ['CONCEPTS', 'WORD_TABLES', 'APOSTROPHES', 'CLASSES', 'NAME', 'NOUN', 
            'Concept', 'concept', 'word_concept', 'has_word', 'first_at', 'concept_table', 'story_text', 'atoms']
 
 # %% ../../nbs/lib/world_concepts.ipynb #world-concepts-3
-import numpy as np
-import torch
-from ..model.text import Text
-from .grammar import BOYS, GIRLS, GRAMMAR, ID, LISTS, MARKS, MOODS, NAMES, SENTENCE_KINDS, TOPICS, VOCABULARY, WEATHERS, flat, plural
-from .stories import DOCUMENTS, ROLES, Story, fill_rows, stories
 from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import islice
+
+import numpy as np
+import torch
+from ..model.text import Text
+from codebook_tutorial.world.grammar import (
+    BOYS,
+    GIRLS,
+    GRAMMAR,
+    ID,
+    LISTS,
+    MARKS,
+    MOODS,
+    NAMES,
+    SENTENCE_KINDS,
+    TOPICS,
+    VOCABULARY,
+    WEATHERS,
+    flat,
+    plural,
+)
+from .stories import DOCUMENTS, ROLES, Story, fill_rows, stories
 
 # %% ../../nbs/lib/world_concepts.ipynb #world-concepts-4
 @dataclass
 class Concept:
     "A family of facts: at every token one of its values holds, or none."
+
     name: str
-    kind: str                # token: of the word itself; context: of what came before; future: of what is still to come
+    kind: str  # token: of the word itself; context: of what came before; future: of what is still to come
     about: str
     values: list
-    codes: Callable          # Story -> [length] index into values, -1: none
+    codes: Callable  # Story -> [length] index into values, -1: none
 
-CONCEPTS, WORD_TABLES = {}, {}                       # name -> Concept; of those that the word alone decides: name -> [vocabulary] index of the value, -1
+
+CONCEPTS, WORD_TABLES = (
+    {},
+    {},
+)  # name -> Concept; of those that the word alone decides: name -> [vocabulary] index of the value, -1
+
 
 def concept(kind, about, values=("yes",)):
     "Register a function Story -> codes as a family of concepts."
+
     def register(codes):
         name = codes.__name__.strip("_")
         CONCEPTS[name] = Concept(name, kind, about, list(values), codes)
         return codes
+
     return register
 
-def word_concept(name, about, groups):               # groups {value: words}
+
+def word_concept(name, about, groups):  # groups {value: words}
     "Register a family that the word alone decides."
     table = WORD_TABLES[name] = np.full(len(VOCABULARY), -1)
-    for i, words in enumerate(groups.values()): table[[ID[w] for w in words]] = i
+    for i, words in enumerate(groups.values()):
+        table[[ID[w] for w in words]] = i
     CONCEPTS[name] = Concept(name, "token", about, list(groups), lambda s: table[s.ids])
 
-def _each(words): return {w: [w] for w in words}
 
-def _flag(condition): return np.where(condition, 0, -1)
+def _each(words):
+    return {w: [w] for w in words}
+
+
+def _flag(condition):
+    return np.where(condition, 0, -1)
 
 # %% ../../nbs/lib/world_concepts.ipynb #world-concepts-5
 APOSTROPHES = ["'s", "n't", "'m", "'re"]
 
+
 def _classes():
     "Word class -> words: from the lists by their names, and from the grammar's [classes]."
-    by_part = dict(noun="noun", plural="plural", verb="verb", adj="adjective", place="noun", adverb="adverb", month="month", number="number",
-                   colour="adjective", did="verb", gave="verb", said="verb", asked="verb")
-    classes = {k: [] for k in ("noun", "plural", "verb", "adjective", "adverb", "name", "number", "month", "mark")}
-    for name, words in LISTS.items(): classes[by_part.get(name.split("_")[-1], "noun")] += flat(words)
-    for kind, words in GRAMMAR["classes"].items(): classes[kind] = classes.get(kind, []) + words
-    return classes | dict(name=NAMES, mark=MARKS) | dict(apostrophe=APOSTROPHES)         # apostrophe last
+    by_part = dict(
+        noun="noun",
+        plural="plural",
+        verb="verb",
+        adj="adjective",
+        place="noun",
+        adverb="adverb",
+        month="month",
+        number="number",
+        colour="adjective",
+        did="verb",
+        gave="verb",
+        said="verb",
+        asked="verb",
+    )
+    classes = {
+        k: []
+        for k in (
+            "noun",
+            "plural",
+            "verb",
+            "adjective",
+            "adverb",
+            "name",
+            "number",
+            "month",
+            "mark",
+        )
+    }
+    for name, words in LISTS.items():
+        classes[by_part.get(name.split("_")[-1], "noun")] += flat(words)
+    for kind, words in GRAMMAR["classes"].items():
+        classes[kind] = classes.get(kind, []) + words
+    return classes | dict(name=NAMES, mark=MARKS) | dict(apostrophe=APOSTROPHES)  # apostrophe last
+
 
 CLASSES = _classes()
 
@@ -67,24 +127,52 @@ NAME, NOUN, PLURAL = (list(CLASSES).index(c) for c in ("name", "noun", "plural")
 # %% ../../nbs/lib/world_concepts.ipynb #world-concepts-6
 word_concept("word_class", "class of the word", CLASSES)
 
-word_concept("topic_word", "a word that belongs to one topic alone", 
-             {t: sum((LISTS[f"topic_{p}"][t] for p in ("noun", "plural", "verb", "adj", "place")), []) for t in TOPICS})
+word_concept(
+    "topic_word",
+    "a word that belongs to one topic alone",
+    {
+        t: sum((LISTS[f"topic_{p}"][t] for p in ("noun", "plural", "verb", "adj", "place")), [])
+        for t in TOPICS
+    },
+)
 
-word_concept("topic_part", "what a topic's word is", {p: flat(LISTS[f"topic_{p}"]) for p in ("noun", "plural", "verb", "adj", "place")})
+word_concept(
+    "topic_part",
+    "what a topic's word is",
+    {p: flat(LISTS[f"topic_{p}"]) for p in ("noun", "plural", "verb", "adj", "place")},
+)
 
-word_concept("topic_noun", "one of a topic's five most frequent nouns, or its plural", {n: [n, plural(n)] for t in TOPICS for n in LISTS["topic_noun"][t][:5]})
+word_concept(
+    "topic_noun",
+    "one of a topic's five most frequent nouns, or its plural",
+    {n: [n, plural(n)] for t in TOPICS for n in LISTS["topic_noun"][t][:5]},
+)
 
 word_concept("mood_word", "a word for a mood", {m: flat(GRAMMAR["moods"][m]) for m in MOODS})
 
-word_concept("weather_word", "a word for the weather", {w: flat(GRAMMAR["weathers"][w]) for w in WEATHERS})
+word_concept(
+    "weather_word", "a word for the weather", {w: flat(GRAMMAR["weathers"][w]) for w in WEATHERS}
+)
 
-ABOUT = dict(month="a month", number="a number", colour="a colour", object="a thing that can be given", place="a place of no topic", relative="a relative", pet="a pet")
+ABOUT = dict(
+    month="a month",
+    number="a number",
+    colour="a colour",
+    object="a thing that can be given",
+    place="a place of no topic",
+    relative="a relative",
+    pet="a pet",
+)
 
 for name, about in ABOUT.items():
     word_concept(f"{name}_word", about, _each(LISTS[name]))
 
 # %% ../../nbs/lib/world_concepts.ipynb #world-concepts-7
-word_concept("everyday_word", "a word of everyday life", {k: LISTS[k] for k in ("food", "clothes", "house", "furniture", "job", "daypart")})
+word_concept(
+    "everyday_word",
+    "a word of everyday life",
+    {k: LISTS[k] for k in ("food", "clothes", "house", "furniture", "job", "daypart")},
+)
 
 word_concept("rare_word", "one of two hundred rare things", {"yes": LISTS["curio"]})
 
@@ -92,7 +180,11 @@ word_concept("name_gender", "a girl's or a boy's name", dict(girl=GIRLS, boy=BOY
 
 word_concept("frequent_name", "one of the forty most frequent names", _each(GIRLS[:20] + BOYS[:20]))
 
-word_concept("pronoun_gender", "she, her or he, him, his", dict(girl=["she", "She", "her", "Her"], boy=["he", "He", "him", "his", "His"]))
+word_concept(
+    "pronoun_gender",
+    "she, her or he, him, his",
+    dict(girl=["she", "She", "her", "Her"], boy=["he", "He", "him", "his", "His"]),
+)
 
 word_concept("giving_verb", "gave, handed, ...", {"yes": LISTS["gave"]})
 
@@ -106,138 +198,257 @@ word_concept("negation", "n't, not, never, no", {"yes": ["n't", "not", "never", 
 
 word_concept("article", "an article", dict(the=["the", "The"], a=["a", "an", "A", "An"]))
 
-word_concept("preposition", "a frequent preposition (to: before a verb as well)",
-             {w: [v for v in (w, w.capitalize()) if v in ID] for w in ("to", "in", "of", "at", "near", "with", "about", "from")})
+word_concept(
+    "preposition",
+    "a frequent preposition (to: before a verb as well)",
+    {
+        w: [v for v in (w, w.capitalize()) if v in ID]
+        for w in ("to", "in", "of", "at", "near", "with", "about", "from")
+    },
+)
 
-word_concept("be_verb", "was, is, has or were, have", dict(singular=["was", "is", "has"], plural=["were", "have"]))
+word_concept(
+    "be_verb",
+    "was, is, has or were, have",
+    dict(singular=["was", "is", "has"], plural=["were", "have"]),
+)
 
-word_concept("capital", "a capital letter on a word that is no name or month", {"yes": [w for w in VOCABULARY if w[0].isupper() and w not in NAMES + LISTS["month"]]})
+word_concept(
+    "capital",
+    "a capital letter on a word that is no name or month",
+    {"yes": [w for w in VOCABULARY if w[0].isupper() and w not in NAMES + LISTS["month"]]},
+)
 
 # %% ../../nbs/lib/world_concepts.ipynb #world-concepts-9
-def _since(holds, value): return np.where(np.maximum.accumulate(holds), value, -1)       # the value from the first True on
+def _since(holds, value):
+    return np.where(np.maximum.accumulate(holds), value, -1)  # the value from the first True on
 
-def has_word(s, *words): return np.isin(s.ids, [ID[w] for w in words])
 
-def first_at(s): return np.searchsorted(s.sentences, s.sentences)                          # where each token's sentence begins
+def has_word(s, *words):
+    return np.isin(s.ids, [ID[w] for w in words])
 
-def _role(s, *names): return np.isin(s.roles, [ROLES.index(n) for n in names])
+
+def first_at(s):
+    return np.searchsorted(s.sentences, s.sentences)  # where each token's sentence begins
+
+
+def _role(s, *names):
+    return np.isin(s.roles, [ROLES.index(n) for n in names])
+
 
 def _shift(codes, by):
     "Codes of the token `by` places ahead (by < 0: behind), -1 where there is none."
     out = np.full(len(codes), -1)
-    if by > 0: out[:-by] = codes[by:]
-    else: out[-by:] = codes[:by]
+    if by > 0:
+        out[:-by] = codes[by:]
+    else:
+        out[-by:] = codes[:by]
     return out
+
 
 def _story_fact(name, values):
     "Register a fact of the story, which holds from the word on that first tells it."
+
     def codes(s):
-        if name not in s.facts: return np.full(len(s), -1)
-        tells = (WORD_TABLES[f"{name}_word"][s.ids] == s.facts[name]) & (np.arange(len(s)) >= s.first[name])      # the same word may stand there by chance before
+        if name not in s.facts:
+            return np.full(len(s), -1)
+        tells = (WORD_TABLES[f"{name}_word"][s.ids] == s.facts[name]) & (
+            np.arange(len(s)) >= s.first[name]
+        )  # the same word may stand there by chance before
         return _since(tells, s.facts[name])
-    CONCEPTS[f"story_{name}"] = Concept(f"story_{name}", "context", f"the story's {name}, once told", list(values), codes)
 
-for name, values in dict(topic=TOPICS, mood=MOODS, weather=WEATHERS, number=LISTS["number"][:8]).items(): _story_fact(name, values)
+    CONCEPTS[f"story_{name}"] = Concept(
+        f"story_{name}", "context", f"the story's {name}, once told", list(values), codes
+    )
 
-for name in ("month", "colour", "place", "object", "relative"): _story_fact(name, LISTS[name])
+
+for name, values in dict(
+    topic=TOPICS, mood=MOODS, weather=WEATHERS, number=LISTS["number"][:8]
+).items():
+    _story_fact(name, values)
+
+for name in ("month", "colour", "place", "object", "relative"):
+    _story_fact(name, LISTS[name])
 
 # %% ../../nbs/lib/world_concepts.ipynb #world-concepts-10
 @concept("context", "kind of document", DOCUMENTS)
-def _document(s): return np.full(len(s), list(DOCUMENTS).index(s.document))
+def _document(s):
+    return np.full(len(s), list(DOCUMENTS).index(s.document))
+
 
 @concept("context", "kind of sentence", SENTENCE_KINDS)
-def _sentence_kind(s): return s.kinds
+def _sentence_kind(s):
+    return s.kinds
+
 
 @concept("context", "number of the sentence in its document", ["first", "second", "third", "later"])
-def _sentence_number(s): return s.sentences.clip(max=3)
+def _sentence_number(s):
+    return s.sentences.clip(max=3)
+
 
 @concept("context", "number of the word in its sentence", ["first", "second", "third"])
-def _word_number(s): return np.where((n := np.arange(len(s)) - first_at(s)) < 3, n, -1)
+def _word_number(s):
+    return np.where((n := np.arange(len(s)) - first_at(s)) < 3, n, -1)
 
-@concept("context", "class of the word before", list(CLASSES)[:-1])      # all but apostrophe, which has its own family
-def _previous_class(s): return _shift(np.where((c := WORD_TABLES["word_class"][s.ids]) < len(CLASSES) - 1, c, -1), -1)
+
+@concept(
+    "context", "class of the word before", list(CLASSES)[:-1]
+)  # all but apostrophe, which has its own family
+def _previous_class(s):
+    return _shift(np.where((c := WORD_TABLES["word_class"][s.ids]) < len(CLASSES) - 1, c, -1), -1)
 
 # %% ../../nbs/lib/world_concepts.ipynb #world-concepts-11
 @concept("context", "inside parentheses")
-def _in_parentheses(s): return _flag((np.cumsum(has_word(s, "(")) > np.cumsum(has_word(s, ")"))) & ~has_word(s, "("))
+def _in_parentheses(s):
+    return _flag((np.cumsum(has_word(s, "(")) > np.cumsum(has_word(s, ")"))) & ~has_word(s, "("))
+
 
 @concept("context", "inside quotation marks")
-def _in_quotes(s): return _flag((np.cumsum(has_word(s, "“")) > np.cumsum(has_word(s, "”"))) & ~has_word(s, "“"))
+def _in_quotes(s):
+    return _flag((np.cumsum(has_word(s, "“")) > np.cumsum(has_word(s, "”"))) & ~has_word(s, "“"))
+
 
 @concept("context", "the word after n't, 's, 'm or 're")
-def _after_apostrophe(s): return _shift(_flag(has_word(s, *APOSTROPHES)), -1)
+def _after_apostrophe(s):
+    return _shift(_flag(has_word(s, *APOSTROPHES)), -1)
+
 
 @concept("context", "from a negation to the next mark")
 def _negated(s):
-    last = lambda table: np.maximum.accumulate(np.where(WORD_TABLES[table][s.ids] >= 0, np.arange(len(s)), -1))
+    last = lambda table: np.maximum.accumulate(
+        np.where(WORD_TABLES[table][s.ids] >= 0, np.arange(len(s)), -1)
+    )
     return _flag(last("negation") > last("mark"))
 
 # %% ../../nbs/lib/world_concepts.ipynb #world-concepts-12
-GIFT_PARTS = ROLES[:4] + ["first of two", "second of two"] + ROLES[6:]        # who of two named will give, nobody knows yet
+GIFT_PARTS = (
+    ROLES[:4] + ["first of two", "second of two"] + ROLES[6:]
+)  # who of two named will give, nobody knows yet
+
 
 @concept("context", "the part that a name plays", GIFT_PARTS)
 def _name_role(s):
     first = _role(s, "receiver") & (s.forms == 0) | _role(s, "giver") & (s.forms == 1)
     return np.where(_role(s, "giver", "receiver"), np.where(first, 4, 5), s.roles)
 
-@concept("context", "the hero's gender, once the name is told", ["girl", "boy"])
-def _hero_gender(s): return _since(_role(s, "hero"), int(s.facts["hero"] >= len(GIRLS))) if s.document != "gift" else np.full(len(s), -1)
 
-@concept("context", "order of the names in a sentence with an indirect object, once the giver is named again", ["ABBA", "BABA"])
+@concept("context", "the hero's gender, once the name is told", ["girl", "boy"])
+def _hero_gender(s):
+    return (
+        _since(_role(s, "hero"), int(s.facts["hero"] >= len(GIRLS)))
+        if s.document != "gift"
+        else np.full(len(s), -1)
+    )
+
+
+@concept(
+    "context",
+    "order of the names in a sentence with an indirect object, once the giver is named again",
+    ["ABBA", "BABA"],
+)
 def _gift_form(s):
     again = np.maximum.accumulate(np.where(_role(s, "giver again"), s.sentences, -1))
     return np.where(again == s.sentences, s.forms, -1)
 
-@concept("context", "in a sentence with an indirect object: two are named; the giver is named again", ["two named", "giver again"])
+
+@concept(
+    "context",
+    "in a sentence with an indirect object: two are named; the giver is named again",
+    ["two named", "giver again"],
+)
 def _gift_part(s):
-    so_far = lambda *names: (c := np.append(0, _role(s, *names).cumsum()))[1:] - c[first_at(s)]       # in this sentence
+    so_far = lambda *names: (
+        (c := np.append(0, _role(s, *names).cumsum()))[1:] - c[first_at(s)]
+    )  # in this sentence
     return np.where(so_far("giver again") > 0, 1, np.where(so_far("giver", "receiver") == 2, 0, -1))
 
 # %% ../../nbs/lib/world_concepts.ipynb #world-concepts-13
 @concept("context", "how many people were named so far", ["one", "two", "three or more"])
-def _people(s): return (np.cumsum(_new(s) & (s.roles >= 0)) - 1).clip(max=2)
+def _people(s):
+    return (np.cumsum(_new(s) & (s.roles >= 0)) - 1).clip(max=2)
+
 
 @concept("context", "a name or noun that this document has had before")
-def _repeated(s): return _flag(~_new(s) & np.isin(WORD_TABLES["word_class"][s.ids], [NAME, NOUN, PLURAL]))
+def _repeated(s):
+    return _flag(~_new(s) & np.isin(WORD_TABLES["word_class"][s.ids], [NAME, NOUN, PLURAL]))
 
-def _new(s):      # [length] True where a word stands for the first time
-    out = np.zeros(len(s), bool); out[np.unique(s.ids, return_index=True)[1]] = True
+
+def _new(s):  # [length] True where a word stands for the first time
+    out = np.zeros(len(s), bool)
+    out[np.unique(s.ids, return_index=True)[1]] = True
     return out
 
-@concept("context", "number of the subject in sentences about agreement, until its verb", ["singular", "plural"])
+
+@concept(
+    "context",
+    "number of the subject in sentences about agreement, until its verb",
+    ["singular", "plural"],
+)
 def _subject_number(s):
-    number, classes, verbs = np.full(len(s), -1), WORD_TABLES["word_class"][s.ids], WORD_TABLES["be_verb"][s.ids]
+    number, classes, verbs = (
+        np.full(len(s), -1),
+        WORD_TABLES["word_class"][s.ids],
+        WORD_TABLES["be_verb"][s.ids],
+    )
     for n in np.unique(s.sentences[s.kinds == SENTENCE_KINDS.index("agreement")]):
         begin, end = np.searchsorted(s.sentences, [n, n + 1])
-        noun = begin + np.flatnonzero(np.append(np.isin(classes[begin:end], [NOUN, PLURAL]), True))[0]
+        noun = (
+            begin + np.flatnonzero(np.append(np.isin(classes[begin:end], [NOUN, PLURAL]), True))[0]
+        )
         verb = begin + np.flatnonzero(np.append(verbs[begin:end], 0) >= 0)[0]
-        if noun < end: number[noun:verb] = int(classes[noun] == PLURAL)
+        if noun < end:
+            number[noun:verb] = int(classes[noun] == PLURAL)
     return number
 
 # %% ../../nbs/lib/world_concepts.ipynb #world-concepts-15
-for name, table, about in (("class", "word_class", "class of the next word"), ("mark", "mark", "the next mark"),
-                           ("pronoun", "pronoun_gender", "the next word is she, her or he, him, his"),
-                           ("be_verb", "be_verb", "the next word is was, is, has or were, have")):
-    CONCEPTS[f"next_{name}"] = Concept(f"next_{name}", "future", about, CONCEPTS[table].values, lambda s, table=table: _shift(WORD_TABLES[table][s.ids], 1))
+for name, table, about in (
+    ("class", "word_class", "class of the next word"),
+    ("mark", "mark", "the next mark"),
+    ("pronoun", "pronoun_gender", "the next word is she, her or he, him, his"),
+    ("be_verb", "be_verb", "the next word is was, is, has or were, have"),
+):
+    CONCEPTS[f"next_{name}"] = Concept(
+        f"next_{name}",
+        "future",
+        about,
+        CONCEPTS[table].values,
+        lambda s, table=table: _shift(WORD_TABLES[table][s.ids], 1),
+    )
 
 for name in ("topic", "mood", "weather", "rare"):
-    CONCEPTS[f"next_{name}"] = Concept(f"next_{name}", "future", f"the next word is a {name} word", ["yes"],
-                                       lambda s, table=WORD_TABLES[f"{name}_word"]: _flag(_shift(table[s.ids], 1) >= 0))
+    CONCEPTS[f"next_{name}"] = Concept(
+        f"next_{name}",
+        "future",
+        f"the next word is a {name} word",
+        ["yes"],
+        lambda s, table=WORD_TABLES[f"{name}_word"]: _flag(_shift(table[s.ids], 1) >= 0),
+    )
+
 
 @concept("future", "the next word is a name: the part that it plays", GIFT_PARTS)
-def _next_role(s): return _shift(_name_role(s), 1)
+def _next_role(s):
+    return _shift(_name_role(s), 1)
+
 
 @concept("future", "words and marks left in the sentence", ["two", "three", "four"])
 def _words_left(s):
     left = np.searchsorted(s.sentences, s.sentences, side="right") - 1 - np.arange(len(s))
     return np.where((left >= 2) & (left <= 4), left - 2, -1)
 
-@concept("future", "what one of two who are named will do: nobody can know (a control)", ["giver", "receiver"])
-def _will_do(s): return np.where(_role(s, "giver"), 0, np.where(_role(s, "receiver"), 1, -1))
+
+@concept(
+    "future",
+    "what one of two who are named will do: nobody can know (a control)",
+    ["giver", "receiver"],
+)
+def _will_do(s):
+    return np.where(_role(s, "giver"), 0, np.where(_role(s, "receiver"), 1, -1))
 
 # %% ../../nbs/lib/world_concepts.ipynb #world-concepts-16
 @concept("future", "the last sentence of the document")
-def _last_sentence(s): return _flag(s.sentences == s.sentences[-1])
+def _last_sentence(s):
+    return _flag(s.sentences == s.sentences[-1])
+
 
 @concept("future", "a parenthesis opens later in this sentence")
 def _parenthesis_ahead(s):
@@ -245,35 +456,62 @@ def _parenthesis_ahead(s):
     opens[s.sentences[has_word(s, "(")]] = np.flatnonzero(has_word(s, "("))
     return _flag(np.arange(len(s)) < opens[s.sentences])
 
+
 @concept("future", "in a sentence with ? or !, before the mark", ["?", "!"])
 def _tone_ahead(s):
     codes = np.full(len(s), -1)
     for code, mark in enumerate("?!"):
-        for at in np.flatnonzero(has_word(s, mark)): codes[first_at(s)[at]:at] = code
+        for at in np.flatnonzero(has_word(s, mark)):
+            codes[first_at(s)[at] : at] = code
     return codes
 
-@concept("future", "the topic of a story that has not told it yet: nobody can know (a control)", TOPICS)
-def _topic_ahead(s): return np.where(CONCEPTS["story_topic"].codes(s) < 0, s.facts.get("topic", -1), -1)
+
+@concept(
+    "future", "the topic of a story that has not told it yet: nobody can know (a control)", TOPICS
+)
+def _topic_ahead(s):
+    return np.where(CONCEPTS["story_topic"].codes(s) < 0, s.facts.get("topic", -1), -1)
 
 # %% ../../nbs/lib/world_concepts.ipynb #world-concepts-17
-ATOMS = [f"{c.name}={v}" for c in CONCEPTS.values() for v in c.values]       # every single concept
+ATOMS = [f"{c.name}={v}" for c in CONCEPTS.values() for v in c.values]  # every single concept
 
-def concept_table(story: Story) -> np.ndarray:      # [length, families]
+
+def concept_table(story: Story) -> np.ndarray:  # [length, families]
     "Which value of every family holds at every token: index into its values, -1 none."
     return np.stack([c.codes(story) for c in CONCEPTS.values()], 1).astype(np.int16)
 
-def story_text(n_tokens: int = 100_000, length: int = 256, seed: int = 0, split: str = "train",
-               keep=lambda story: True):       # which documents are taken
+
+def story_text(
+    n_tokens: int = 100_000,
+    length: int = 256,
+    seed: int = 0,
+    *,
+    split: str = "train",
+    keep=lambda story: True,
+):  # which documents are taken
     "Stories as a Text, the rows that load_text gives, and what holds at every token: [rows, length, families] int16, -1 none (as at BOS and padding)."
     told = []
+
     def docs():
-        for s in filter(keep, stories(seed, split)): told.append(s); yield s.ids.tolist()
-    rows = islice(fill_rows(docs(), length, ID["<bos>"], ID["<pad>"]), n_tokens // length)
+        for s in filter(keep, stories(seed, split)):
+            told.append(s)
+            yield s.ids.tolist()
+
+    rows = islice(fill_rows(docs(), length, ID["<bos>"], pad=ID["<pad>"]), n_tokens // length)
     text = Text(torch.tensor(list(rows)), ID["<bos>"], ID["<pad>"])
     codes = torch.full((*text.ids.shape, len(CONCEPTS)), -1, dtype=torch.int16)
-    codes[text.mask] = torch.from_numpy(np.concatenate([concept_table(s) for s in told]))[:text.n_tokens]
+    codes[text.mask] = torch.from_numpy(np.concatenate([concept_table(s) for s in told]))[
+        : text.n_tokens
+    ]
     return text, codes
 
-def atoms(codes):      # [.., families] -> [.., len(ATOMS)] bool
+
+def atoms(codes):  # [.., families] -> [.., len(ATOMS)] bool
     "Which of all single concepts hold."
-    return torch.cat([codes[..., i, None] == torch.arange(len(c.values)) for i, c in enumerate(CONCEPTS.values())], -1)
+    return torch.cat(
+        [
+            codes[..., i, None] == torch.arange(len(c.values))
+            for i, c in enumerate(CONCEPTS.values())
+        ],
+        -1,
+    )

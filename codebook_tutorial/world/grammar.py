@@ -9,19 +9,25 @@ __all__ = ['GRAMMAR', 'TOPICS', 'MOODS', 'WEATHERS', 'GIRLS', 'BOYS', 'NAMES', '
            'PRONOUNS', 'VOCABULARY', 'ID', 'VOWEL', 'plural', 'flat', 'detokenize']
 
 # %% ../../nbs/lib/world_grammar.ipynb #world-grammar-3
-import numpy as np
 import re
 import tomllib
+
+import numpy as np
 from ..core import data_path
 
 # %% ../../nbs/lib/world_grammar.ipynb #world-grammar-4
 def _read():
     "data/stories/grammar.toml with its strings split into words, its sentences into lines of words."
+
     def split(x, lines=False):
-        if isinstance(x, dict): return {k: split(v, lines or k in ("sentences", "phrases")) for k, v in x.items()}
-        if not isinstance(x, str): return x
+        if isinstance(x, dict):
+            return {k: split(v, lines or k in ("sentences", "phrases")) for k, v in x.items()}
+        if not isinstance(x, str):
+            return x
         return [line.split() for line in x.strip().splitlines()] if lines else x.split()
+
     return split(tomllib.loads(data_path("stories/grammar.toml").read_text(encoding="utf-8")))
+
 
 GRAMMAR = _read()
 
@@ -34,36 +40,66 @@ NAMES, SENTENCE_KINDS = GIRLS + BOYS, list(GRAMMAR["sentences"])
 # %% ../../nbs/lib/world_grammar.ipynb #world-grammar-5
 def plural(noun: str) -> str:
     "The regular plural; the grammar has no other nouns."
-    if noun.endswith("y") and noun[-2] not in "aeiou": return noun[:-1] + "ies"
+    if noun.endswith("y") and noun[-2] not in "aeiou":
+        return noun[:-1] + "ies"
     return noun + ("es" if noun.endswith(("s", "x", "ch", "sh")) else "s")
+
 
 def _lists():
     "Every list that a slot draws from: `month`, `curio`, ... -> words; `topic_noun`, `mood_verb`, ... -> {topic or mood: words}."
     lists = {**GRAMMAR["facts"], **GRAMMAR["words"]}
     for group in ("topics", "moods", "weathers"):
-        for part in next(iter(GRAMMAR[group].values())): lists[f"{group[:-1]}_{part}"] = {value: words[part] for value, words in GRAMMAR[group].items()}
-    return lists | {"topic_plural": {topic: [plural(w) for w in words] for topic, words in lists["topic_noun"].items()}}
+        for part in next(iter(GRAMMAR[group].values())):
+            lists[f"{group[:-1]}_{part}"] = {
+                value: words[part] for value, words in GRAMMAR[group].items()
+            }
+    return lists | {
+        "topic_plural": {
+            topic: [plural(w) for w in words] for topic, words in lists["topic_noun"].items()
+        }
+    }
+
 
 def flat(words) -> list:
     "All words of one of the lists."
     return sum(words.values(), []) if isinstance(words, dict) else words
+
 
 LISTS = _lists()
 
 # %% ../../nbs/lib/world_grammar.ipynb #world-grammar-6
 SPECIAL, MARKS = ["<pad>", "<bos>", "<unk>"], [".", ",", "!", "?", "“", "”", "(", ")"]
 
-PRONOUNS = dict(she=("she", "he"), She=("She", "He"), her=("her", "his"), Her=("Her", "His"), him=("her", "him"), girl=("girl", "boy"))
+PRONOUNS = dict(
+    she=("she", "he"),
+    She=("She", "He"),
+    her=("her", "his"),
+    Her=("Her", "His"),
+    him=("her", "him"),
+    girl=("girl", "boy"),
+)
+
 
 def _vocabulary():
     "All words, each once: special tokens, then in the order of the grammar file."
-    literal = [w for part in ("sentences", "phrases") for lines in GRAMMAR[part].values() for line in lines for w in line if w[0] != "{"]
-    words = SPECIAL + literal + ["an", "An"] + [w for pair in PRONOUNS.values() for w in pair] + NAMES
+    literal = [
+        w
+        for part in ("sentences", "phrases")
+        for lines in GRAMMAR[part].values()
+        for line in lines
+        for w in line
+        if w[0] != "{"
+    ]
+    words = (
+        SPECIAL + literal + ["an", "An"] + [w for pair in PRONOUNS.values() for w in pair] + NAMES
+    )
     return list(dict.fromkeys(words + [w for words in LISTS.values() for w in flat(words)]))
+
 
 VOCABULARY = _vocabulary()
 
 ID = {w: i for i, w in enumerate(VOCABULARY)}
+
 
 def detokenize(words) -> str:
     "Words and marks as one writes them."
@@ -71,4 +107,6 @@ def detokenize(words) -> str:
     return re.sub(r"(?<=[“(]) ", "", text)
 
 # %% ../../nbs/lib/world_grammar.ipynb #world-grammar-7
-VOWEL = np.array([w[0] in "aeiou" and w != "unicycle" or w in ("honest", "hourglass") for w in VOCABULARY])
+VOWEL = np.array(
+    [w[0] in "aeiou" and w != "unicycle" or w in ("honest", "hourglass") for w in VOCABULARY]
+)

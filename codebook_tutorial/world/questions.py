@@ -16,53 +16,90 @@ from .grammar import SENTENCE_KINDS
 from .stories import prompts
 
 # %% ../../nbs/lib/world_questions.ipynb #world-questions-5
-def score(probs, asked, family: str | None = None):      # [n, vocabulary], n Prompts, a word concept -> [n]
+def score(
+    probs, asked, family: str | None = None
+):  # [n, vocabulary], n Prompts, a word concept -> [n]
     "Probability of the word that really came; with a family: of the probability on all its words, the share on those of the right value."
     answers = torch.tensor([prompt.answer for prompt in asked])
-    if family is None: return probs.gather(1, answers[:, None])[:, 0]
+    if family is None:
+        return probs.gather(1, answers[:, None])[:, 0]
     table = torch.from_numpy(WORD_TABLES[family])
-    mass = torch.zeros(len(probs), int(table.max()) + 1).index_add_(1, table[table >= 0], probs[:, table >= 0])
+    mass = torch.zeros(len(probs), int(table.max()) + 1).index_add_(
+        1, table[table >= 0], probs[:, table >= 0]
+    )
     return (mass.gather(1, table[answers][:, None]) / mass.sum(1, keepdim=True))[:, 0]
+
 
 def shuffled(asked, seed: int = 0):
     "A control: the words before the last one in random order."
     rng = np.random.default_rng(seed)
     return [[p.ids[0], *rng.permutation(p.ids[1:-1]).tolist(), p.ids[-1]] for p in asked]
 
+
 def exchanged(asked, seed: int = 0):
     "A control: the sentence so far, after the earlier sentences of another document."
-    if len({id(p.story) for p in asked}) < 2: raise ValueError(f"exchanged: expected prompts of two documents or more, got {len(asked)} of one")
-    others = [next(q for q in asked[i:] + asked[:i] if q.story is not p.story) for i, p in enumerate(asked)]
-    return [[p.ids[0], *q.story.ids[:q.begin].tolist(), *p.story.ids[p.begin:p.at].tolist()] for p, q in zip(asked, others)]
+    if len({id(p.story) for p in asked}) < 2:
+        raise ValueError(
+            f"exchanged: expected prompts of two documents or more, got {len(asked)} of one"
+        )
+    others = [
+        next(q for q in asked[i:] + asked[:i] if q.story is not p.story)
+        for i, p in enumerate(asked)
+    ]
+    return [
+        [p.ids[0], *q.story.ids[: q.begin].tolist(), *p.story.ids[p.begin : p.at].tolist()]
+        for p, q in zip(asked, others)
+    ]
 
 # %% ../../nbs/lib/world_questions.ipynb #world-questions-6
 def recalls(fact):
     "Where a document tells a fact again: the first such word of a sentence, from the second sentence that tells it on."
+
     def where(s):
         tells = np.flatnonzero(WORD_TABLES[f"{fact}_word"][s.ids] == s.facts.get(fact, -2))
         return tells[np.unique(s.sentences[tells], return_index=True)[1]][1:]
+
     return where
+
 
 def _pronouns(s):
     "The first pronoun of the hero in sentences of a story that have not named anybody before it."
-    at = np.flatnonzero((WORD_TABLES["pronoun_gender"][s.ids] >= 0) & (s.sentences > 0) & (s.document == "story"))
+    at = np.flatnonzero(
+        (WORD_TABLES["pronoun_gender"][s.ids] >= 0) & (s.sentences > 0) & (s.document == "story")
+    )
     at = at[np.unique(s.sentences[at], return_index=True)[1]]
-    return [i for i in at if not (s.roles[first_at(s)[i]:i] >= 0).any()]
+    return [i for i in at if not (s.roles[first_at(s)[i] : i] >= 0).any()]
+
 
 def _of_word(*words, kind=None):
-    return lambda s: np.flatnonzero(has_word(s, *words) & ((s.kinds == SENTENCE_KINDS.index(kind)) if kind else True))
+    return lambda s: np.flatnonzero(
+        has_word(s, *words) & ((s.kinds == SENTENCE_KINDS.index(kind)) if kind else True)
+    )
 
-QUESTIONS = {          # what is asked: where, in words of which family, altered how for the control
-    "topic": (recalls("topic"), "topic_word", exchanged), "month": (recalls("month"), "month_word", exchanged), "mood": (recalls("mood"), "mood_word", exchanged),
+
+QUESTIONS = {  # what is asked: where, in words of which family, altered how for the control
+    "topic": (recalls("topic"), "topic_word", exchanged),
+    "month": (recalls("month"), "month_word", exchanged),
+    "mood": (recalls("mood"), "mood_word", exchanged),
     "weather": (recalls("weather"), "weather_word", exchanged),
-    **{fact: (recalls(fact), f"{fact}_word", exchanged) for fact in ("place", "object", "colour", "number", "relative")},
+    **{
+        fact: (recalls(fact), f"{fact}_word", exchanged)
+        for fact in ("place", "object", "colour", "number", "relative")
+    },
     "he or she": (_pronouns, "pronoun_gender", exchanged),
     "was or were": (_of_word("was", "were", "has", "have", kind="agreement"), "be_verb", shuffled),
-    "closing parenthesis": (_of_word(")"), None, shuffled), "closing quotation mark": (_of_word("”"), None, shuffled)}
+    "closing parenthesis": (_of_word(")"), None, shuffled),
+    "closing quotation mark": (_of_word("”"), None, shuffled),
+}
 
-def ask(model, question: str, n: int = 200, seed: int = 0) -> dict:
+
+def ask(model, question: str, n: int = 200, *, seed: int = 0) -> dict:
     "One of QUESTIONS at n places of unseen stories: [n] scores of the model, and of the same model in the control."
-    if question not in QUESTIONS: raise ValueError(f"ask: no question {question!r}; expected one of {', '.join(QUESTIONS)}")
+    if question not in QUESTIONS:
+        raise ValueError(f"ask: no question {question!r}; expected one of {', '.join(QUESTIONS)}")
     where, family, alter = QUESTIONS[question]
     asked = prompts(n, where, seed, each=2)
-    return dict(score=score(next_probs(model, [p.ids for p in asked]), asked, family), control=score(next_probs(model, alter(asked, seed)), asked, family))
+    return dict(
+        score=score(next_probs(model, [p.ids for p in asked]), asked, family),
+        control=score(next_probs(model, alter(asked, seed)), asked, family),
+    )

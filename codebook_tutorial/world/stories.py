@@ -13,43 +13,79 @@ __all__ = ['NAME_WEIGHTS', 'FACTS', 'ROLES', 'SLOTS', 'LINES', 'PICK_LINE', 'COI
 import bisect
 import functools
 import math
-import numpy as np
 import random
-from .grammar import BOYS, GIRLS, GRAMMAR, ID, LISTS, MOODS, NAMES, PRONOUNS, SENTENCE_KINDS, TOPICS, VOCABULARY, VOWEL, WEATHERS, detokenize
 from dataclasses import dataclass
-from fastcore.basics import patch
 from itertools import accumulate, islice
+
+import numpy as np
+from codebook_tutorial.world.grammar import (
+    BOYS,
+    GIRLS,
+    GRAMMAR,
+    ID,
+    LISTS,
+    MOODS,
+    NAMES,
+    PRONOUNS,
+    SENTENCE_KINDS,
+    TOPICS,
+    VOCABULARY,
+    VOWEL,
+    WEATHERS,
+    detokenize,
+)
+from fastcore.basics import patch
 
 # %% ../../nbs/lib/world_stories.ipynb #world-stories-5
 class Choice:
     "Alternatives with their probabilities and surprises: the i-th (from 0) has weight 1 / (i + 1 + offset), or the weight given."
+
     def __init__(self, n=None, offset=5, weights=None):
         weights = weights or [1 / (i + 1 + offset) for i in range(n)]
         self.cum = [c / sum(weights) for c in accumulate(weights)]
         self.nats = [math.log(sum(weights) / w) if w else math.inf for w in weights]
 
+
 def uniform(n) -> Choice:
     "n alternatives, equally likely."
-    return Choice(weights=[1.] * n)
+    return Choice(weights=[1.0] * n)
 
 # %% ../../nbs/lib/world_stories.ipynb #world-stories-6
 def held_out(a: int, b: int) -> bool:
     "Whether two names (by their number) never stand in one sentence of the training text: one pair in ten."
     return (a + b) % 10 == 0
 
+
 NAME_WEIGHTS = [1 / (i + 31) for names in (GIRLS, BOYS) for i in range(len(names))]
+
 
 @functools.cache
 def _partner(a, pairs):
     "The choice of a second name beside name a, among the pairs met in training or among those held out."
-    return Choice(weights=[w if a != b and held_out(a, b) == (pairs == "held_out") else 0. for b, w in enumerate(NAME_WEIGHTS)])
+    return Choice(
+        weights=[
+            w if a != b and held_out(a, b) == (pairs == "held_out") else 0.0
+            for b, w in enumerate(NAME_WEIGHTS)
+        ]
+    )
 
 # %% ../../nbs/lib/world_stories.ipynb #world-stories-8
-FACTS = {k: Choice(len(LISTS[k])) for k in ("colour", "daypart", "relative", "pet", "place", "object")} | dict(
-    topic=uniform(len(TOPICS)), mood=uniform(len(MOODS)), weather=uniform(len(WEATHERS)), month=uniform(12), number=uniform(8), hero=Choice(weights=NAME_WEIGHTS),
-    thing=Choice(min(map(len, LISTS["topic_noun"].values()))))      # what a story keeps, once told
+FACTS = {
+    k: Choice(len(LISTS[k])) for k in ("colour", "daypart", "relative", "pet", "place", "object")
+} | dict(
+    topic=uniform(len(TOPICS)),
+    mood=uniform(len(MOODS)),
+    weather=uniform(len(WEATHERS)),
+    month=uniform(12),
+    number=uniform(8),
+    hero=Choice(weights=NAME_WEIGHTS),
+    thing=Choice(min(map(len, LISTS["topic_noun"].values()))),
+)  # what a story keeps, once told
 
-def _ids(words): return [ID[w] for w in words]
+
+def _ids(words):
+    return [ID[w] for w in words]
+
 
 def _fresh(words):
     "A slot that draws a word afresh each time."
@@ -59,32 +95,73 @@ def _fresh(words):
 # %% ../../nbs/lib/world_stories.ipynb #world-stories-9
 def _fact_slots():
     "Slots that tell a kept fact, or draw a word from the list that belongs to it."
-    slots = {fact: (lambda t, fact=fact, ids=_ids(LISTS[fact]): ids[t.fact(fact)]) for fact in FACTS if fact in LISTS}
+    slots = {
+        fact: (lambda t, fact=fact, ids=_ids(LISTS[fact]): ids[t.fact(fact)])
+        for fact in FACTS
+        if fact in LISTS
+    }
     for name, words in LISTS.items():
-        if not isinstance(words, dict): continue
-        slots[name] = lambda t, fact=name.split("_")[0], by_value=[_fresh(w) for w in words.values()]: by_value[t.fact(fact)](t)
+        if not isinstance(words, dict):
+            continue
+        slots[name] = (
+            lambda t, fact=name.split("_")[0], by_value=[_fresh(w) for w in words.values()]: (
+                by_value[t.fact(fact)](t)
+            )
+        )
     for slot, words in (("thing", LISTS["topic_noun"]), ("things", LISTS["topic_plural"])):
-        slots[slot] = lambda t, by_value=[_ids(w) for w in words.values()]: by_value[t.fact("topic")][t.fact("thing")]
-    return slots | {short: slots[f"topic_{part}"] for short, part in (("noun", "noun"), ("nouns", "plural"), ("verb", "verb"), ("spot", "place"))}
+        slots[slot] = lambda t, by_value=[_ids(w) for w in words.values()]: by_value[
+            t.fact("topic")
+        ][t.fact("thing")]
+    return slots | {
+        short: slots[f"topic_{part}"]
+        for short, part in (
+            ("noun", "noun"),
+            ("nouns", "plural"),
+            ("verb", "verb"),
+            ("spot", "place"),
+        )
+    }
 
 # %% ../../nbs/lib/world_stories.ipynb #world-stories-10
 def _fresh_slots():
     "Slots that are drawn afresh: everyday words, a mood that is not the story's, a greater number."
-    slots = {name: _fresh(words) for name, words in GRAMMAR["words"].items()} | {f"any_{name}": _fresh(LISTS[name]) for name in ("place", "object", "number")}
-    moods, others, numbers = [_fresh(words) for words in LISTS["mood_adj"].values()], uniform(len(MOODS) - 1), _ids(LISTS["number"])
+    slots = {name: _fresh(words) for name, words in GRAMMAR["words"].items()} | {
+        f"any_{name}": _fresh(LISTS[name]) for name in ("place", "object", "number")
+    }
+    moods, others, numbers = (
+        [_fresh(words) for words in LISTS["mood_adj"].values()],
+        uniform(len(MOODS) - 1),
+        _ids(LISTS["number"]),
+    )
     slots["other_mood"] = lambda t: moods[(t.fact("mood") + 1 + t.pick(others)) % len(moods)](t)
-    slots["greater"] = lambda t: numbers[(n := t.fact("number") + 1) + t.pick(uniform(len(numbers) - n))]
+    slots["greater"] = lambda t: numbers[
+        (n := t.fact("number") + 1) + t.pick(uniform(len(numbers) - n))
+    ]
     return slots
 
 # %% ../../nbs/lib/world_stories.ipynb #world-stories-11
-ROLES = ["hero", "friend", "speaker", "addressee", "giver", "receiver", "giver again", "receiver again"]
+ROLES = [
+    "hero",
+    "friend",
+    "speaker",
+    "addressee",
+    "giver",
+    "receiver",
+    "giver again",
+    "receiver again",
+]
+
 
 def _people_slots():
     "Names by their part in the sentence, and the pronouns of the hero (she) and the friend (she2)."
     slots = {slot: (lambda t, slot=slot: t.name(slot)) for slot in "ABPQXYSI"}
     for who, suffix in (("hero", ""), ("friend", "2")):
-        for slot, pair in PRONOUNS.items(): slots[slot + suffix] = lambda t, who=who, pair=_ids(pair): pair[t.who(who) >= len(GIRLS)]
+        for slot, pair in PRONOUNS.items():
+            slots[slot + suffix] = lambda t, who=who, pair=_ids(pair): pair[
+                t.who(who) >= len(GIRLS)
+            ]
     return slots
+
 
 SLOTS = _fact_slots() | _fresh_slots() | _people_slots()
 
@@ -93,12 +170,24 @@ def _compiled(line):
     "A line as a list of token ids, functions (slots) and names of phrases."
     return [ID[w] if w[0] != "{" else SLOTS.get(w[1:-1], w[1:-1]) for w in line]
 
-LINES = {kind: [_compiled(line) for line in lines] for part in ("sentences", "phrases") for kind, lines in GRAMMAR[part].items()}
+
+LINES = {
+    kind: [_compiled(line) for line in lines]
+    for part in ("sentences", "phrases")
+    for kind, lines in GRAMMAR[part].items()
+}
 
 PICK_LINE, COIN = {kind: uniform(len(lines)) for kind, lines in LINES.items()}, uniform(2)
 
-DOCUMENTS = {name: d | dict(kinds=list(d["middle"]), pick_kind=Choice(weights=list(d["middle"].values())), pick_length=uniform(d["length"][1] - d["length"][0] + 1))
-             for name, d in GRAMMAR["documents"].items()}
+DOCUMENTS = {
+    name: d
+    | dict(
+        kinds=list(d["middle"]),
+        pick_kind=Choice(weights=list(d["middle"].values())),
+        pick_length=uniform(d["length"][1] - d["length"][0] + 1),
+    )
+    for name, d in GRAMMAR["documents"].items()
+}
 
 PICK_DOCUMENT = Choice(weights=[d["share"] for d in DOCUMENTS.values()])
 
@@ -106,26 +195,37 @@ PICK_DOCUMENT = Choice(weights=[d["share"] for d in DOCUMENTS.values()])
 @dataclass
 class Story:
     "One document, what is recorded about it, and the surprise of the choices that made it. `len`, `.words`, `.text`."
-    ids: np.ndarray          # [length] token ids, without BOS
-    nats: np.ndarray         # [length] surprise of the choices made up to each token; the sum is -log of the document's probability
-    roles: np.ndarray        # [length] which part a name plays, index into ROLES; -1: no name
-    kinds: np.ndarray        # [length] the kind of sentence, index into KINDS
-    sentences: np.ndarray    # [length] the number of the sentence, from 0
-    forms: np.ndarray        # [length] in a sentence with an indirect object 0 (ABBA) or 1 (BABA), else -1
-    facts: dict              # topic, month, ... -> index of its value; hero, friend -> index into NAMES
-    first: dict              # fact -> position of the word for which it was drawn
-    document: str            # story, talk or gift
-    def __len__(self): return len(self.ids)
+
+    ids: np.ndarray  # [length] token ids, without BOS
+    nats: np.ndarray  # [length] surprise of the choices made up to each token; the sum is -log of the document's probability
+    roles: np.ndarray  # [length] which part a name plays, index into ROLES; -1: no name
+    kinds: np.ndarray  # [length] the kind of sentence, index into KINDS
+    sentences: np.ndarray  # [length] the number of the sentence, from 0
+    forms: (
+        np.ndarray
+    )  # [length] in a sentence with an indirect object 0 (ABBA) or 1 (BABA), else -1
+    facts: dict  # topic, month, ... -> index of its value; hero, friend -> index into NAMES
+    first: dict  # fact -> position of the word for which it was drawn
+    document: str  # story, talk or gift
+
+    def __len__(self):
+        return len(self.ids)
+
     @property
-    def words(self): return [VOCABULARY[i] for i in self.ids]
+    def words(self):
+        return [VOCABULARY[i] for i in self.ids]
+
     @property
-    def text(self): return detokenize(self.words)
+    def text(self):
+        return detokenize(self.words)
 
 # %% ../../nbs/lib/world_stories.ipynb #world-stories-15
 class Teller:
     "Tells documents without end, and counts the surprise of every choice."
+
     def __init__(self, seed: int = 0, split: str = "train", pairs: str = "train"):
-        if pairs not in ("train", "held_out"): raise ValueError(f"Teller: expected pairs='train' or 'held_out', got {pairs!r}")
+        if pairs not in ("train", "held_out"):
+            raise ValueError(f"Teller: expected pairs='train' or 'held_out', got {pairs!r}")
         self.random, self.pairs = random.Random(f"{split} {pairs} {seed}").random, pairs
 
     def pick(self, choice):
@@ -136,12 +236,14 @@ class Teller:
 
     def fact(self, name):
         "A fact of the story: drawn when it is first told, then kept."
-        if name not in self.facts: self.facts[name], self.first[name] = self.pick(FACTS[name]), len(self.ids)
+        if name not in self.facts:
+            self.facts[name], self.first[name] = self.pick(FACTS[name]), len(self.ids)
         return self.facts[name]
 
     def who(self, role):
         "Index of the hero's or the friend's name."
-        if role == "friend" and role not in self.facts: self.facts[role] = self.pick(_partner(self.fact("hero"), self.pairs))
+        if role == "friend" and role not in self.facts:
+            self.facts[role] = self.pick(_partner(self.fact("hero"), self.pairs))
         return self.facts[role] if role == "friend" else self.fact("hero")
 
     def name(self, slot):
@@ -156,37 +258,57 @@ class Teller:
 @patch
 def sentence(self: Teller, kind):
     "Write one sentence of a kind; a coin says which of the two speaks or gives (where they are known already), another the order ABBA or BABA."
-    begin, self.swap = len(self.ids), bool(self.facts) and kind in ("gift", "talk") and self.pick(COIN)
+    begin, self.swap = (
+        len(self.ids),
+        bool(self.facts) and kind in ("gift", "talk") and self.pick(COIN),
+    )
     self.form = self.pick(COIN) if kind == "gift" else -1
     self.write(LINES[kind][self.pick(PICK_LINE[kind])])
     self.parts.append((SENTENCE_KINDS.index(kind), self.form, len(self.ids) - begin))
+
 
 @patch
 def write(self: Teller, line):
     "Append a line's words: ids as they are, slots called, phrases chosen."
     for item in line:
-        if isinstance(item, str): self.write(LINES[item][self.pick(PICK_LINE[item])]); continue
+        if isinstance(item, str):
+            self.write(LINES[item][self.pick(PICK_LINE[item])])
+            continue
         self.ids.append(item if isinstance(item, int) else item(self))
         self.told.append(self.nats)
+
 
 @patch
 def story(self: Teller) -> Story:
     "The next document."
-    self.ids, self.told, self.roles, self.parts, self.facts, self.first, self.nats = [], [], {}, [], {}, {}, 0.
+    self.ids, self.told, self.roles, self.parts, self.facts, self.first, self.nats = (
+        [],
+        [],
+        {},
+        [],
+        {},
+        {},
+        0.0,
+    )
     document, plan = list(DOCUMENTS.items())[self.pick(PICK_DOCUMENT)]
-    for kind in plan["first"]: self.sentence(kind)
+    for kind in plan["first"]:
+        self.sentence(kind)
     for _ in range(plan["length"][0] + self.pick(plan["pick_length"])):
-        if document == "gift": self.facts.clear()                         # new people in every sentence
+        if document == "gift":
+            self.facts.clear()  # new people in every sentence
         self.sentence(plan["kinds"][self.pick(plan["pick_kind"])])
-    for kind in plan["last"]: self.sentence(kind)
+    for kind in plan["last"]:
+        self.sentence(kind)
     return self.record(document)
 
 # %% ../../nbs/lib/world_stories.ipynb #world-stories-17
 def _an(ids):
     "`a` before a vowel becomes `an`."
     before = np.append(VOWEL[ids[1:]], False)
-    for a, an in (("a", "an"), ("A", "An")): ids[(ids == ID[a]) & before] = ID[an]
+    for a, an in (("a", "an"), ("A", "An")):
+        ids[(ids == ID[a]) & before] = ID[an]
     return ids
+
 
 @patch
 def record(self: Teller, document):
@@ -195,72 +317,140 @@ def record(self: Teller, document):
     roles[list(self.roles)] = list(self.roles.values())
     kinds, forms, lengths = np.array(self.parts).T
     sentences = np.arange(len(lengths)).repeat(lengths)
-    return Story(ids, np.diff(self.told, prepend=0.), roles, kinds.repeat(lengths), sentences, forms.repeat(lengths), self.facts, self.first, document)
+    return Story(
+        ids,
+        np.diff(self.told, prepend=0.0),
+        roles,
+        kinds.repeat(lengths),
+        sentences,
+        forms.repeat(lengths),
+        self.facts,
+        self.first,
+        document,
+    )
+
 
 def stories(seed: int = 0, split: str = "train", pairs: str = "train"):
     "An endless stream of documents, the same for the same arguments; pairs='held_out': pairs that never share a sentence of the training text."
     teller = Teller(seed, split, pairs)
-    while True: yield teller.story()
+    while True:
+        yield teller.story()
 
 # %% ../../nbs/lib/world_stories.ipynb #world-stories-19
 def make_tokenizer():
     "The stories' word-level tokenizer in transformers' layout: splits off n't and 's, turns straight quotes into “ ”, decodes to what was written."
     from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
+
     tok = Tokenizer(models.WordLevel(ID, unk_token="<unk>"))
-    tok.normalizer = normalizers.Sequence([normalizers.Replace("’", "'"), normalizers.Replace(Regex(r'(?<![^\s(“])"'), "“"), normalizers.Replace('"', "”")])
+    tok.normalizer = normalizers.Sequence(
+        [
+            normalizers.Replace("’", "'"),
+            normalizers.Replace(Regex(r'(?<![^\s(“])"'), "“"),
+            normalizers.Replace('"', "”"),
+        ]
+    )
     words = pre_tokenizers.Split(Regex(r"n't\b|'\w+|\w+?(?=n't\b)|\w+(-\w+)*|[^\w\s]"), "isolated")
     tok.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.WhitespaceSplit(), words])
     space = decoders.Replace(Regex(r"^(?=[\w“(])(?!n't$)"), " ")
-    tok.decoder = decoders.Sequence([space, decoders.Fuse(), decoders.Replace("“ ", "“"), decoders.Replace("( ", "("), decoders.Strip(" ", 1, 0)])
-    return PreTrainedTokenizerFast(tokenizer_object=tok, bos_token="<bos>", eos_token="<bos>", pad_token="<pad>", unk_token="<unk>", model_max_length=256)
+    tok.decoder = decoders.Sequence(
+        [
+            space,
+            decoders.Fuse(),
+            decoders.Replace("“ ", "“"),
+            decoders.Replace("( ", "("),
+            decoders.Strip(" ", 1, 0),
+        ]
+    )
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tok,
+        bos_token="<bos>",
+        eos_token="<bos>",
+        pad_token="<pad>",
+        unk_token="<unk>",
+        model_max_length=256,
+    )
 
 # %% ../../nbs/lib/world_stories.ipynb #world-stories-20
-def fill_rows(docs, length: int, bos: int, pad: int):     # lists of ids -> rows of ids, one after the other
+def fill_rows(
+    docs, length: int, bos: int, *, pad: int
+):  # lists of ids -> rows of ids, one after the other
     "Whole documents, in their order, put into rows while they fit: BOS doc BOS doc BOS pad pad; ValueError for one longer than a row."
     row = [bos]
     for i, doc in enumerate(docs):
         if len(doc) + 2 > length:
-            raise ValueError(f"fill_rows: document {i} has {len(doc)} tokens, a row of {length} has room for {length - 2}; "
-                             f"take length={len(doc) + 2} or more, or whole=False, which cuts documents")
+            raise ValueError(
+                f"fill_rows: document {i} has {len(doc)} tokens, a row of {length} has room for {length - 2}; "
+                f"take length={len(doc) + 2} or more, or whole=False, which cuts documents"
+            )
         if len(row) + len(doc) + 1 > length:
             yield row + [pad] * (length - len(row))
             row = [bos]
         row += [*doc, bos]
-    if len(row) > 1: yield row + [pad] * (length - len(row))
+    if len(row) > 1:
+        yield row + [pad] * (length - len(row))
 
 # %% ../../nbs/lib/world_stories.ipynb #world-stories-21
 @dataclass
 class Prompt:
     "The beginning of a document, cut before position `at`: what the model reads, and what really came."
-    ids: list                # token ids, BOS first
+
+    ids: list  # token ids, BOS first
     story: Story
     at: int
     answer = property(lambda self: int(self.story.ids[self.at]), doc="The token that really came.")
-    begin = property(lambda self: int(np.searchsorted(self.story.sentences, self.story.sentences[self.at])), doc="Where its sentence begins.")
+    begin = property(
+        lambda self: int(np.searchsorted(self.story.sentences, self.story.sentences[self.at])),
+        doc="Where its sentence begins.",
+    )
 
-def prompts(n: int, where, seed: int = 0, pairs: str = "train", alone: bool = False, each: int | None = None) -> list:
+
+def prompts(
+    n: int,
+    where,
+    seed: int = 0,
+    *,
+    pairs: str = "train",
+    alone: bool = False,
+    each: int | None = None,
+) -> list:
     "Documents of the test stream, cut at the positions that where(story) gives (at most `each` of one document), until there are n; alone=True: only the sentence it is in."
     found = []
     for s in islice(stories(seed, "test", pairs), 1000 * n):
         for at in map(int, where(s)[:each]):
             begin = np.searchsorted(s.sentences, s.sentences[at]) if alone else 0
             found.append(Prompt([ID["<bos>"], *s.ids[begin:at].tolist()], s, at))
-            if len(found) == n: return found
-    raise ValueError(f"prompts: only {len(found)} such positions in {1000 * n} documents, asked for {n}")
+            if len(found) == n:
+                return found
+    raise ValueError(
+        f"prompts: only {len(found)} such positions in {1000 * n} documents, asked for {n}"
+    )
+
 
 def gift_prompts(n: int, seed: int = 0, pairs: str = "held_out") -> list:
     "Sentences with an indirect object, by themselves, cut before the receiver's second mention."
-    return prompts(n, lambda s: np.flatnonzero(s.roles == ROLES.index("receiver again")) if s.document == "gift" else [], seed, pairs, alone=True)
+    return prompts(
+        n,
+        lambda s: (
+            np.flatnonzero(s.roles == ROLES.index("receiver again")) if s.document == "gift" else []
+        ),
+        seed,
+        pairs=pairs,
+        alone=True,
+    )
+
 
 def role(prompt: Prompt, name: str) -> int:
     "Token of the first name that plays a part (of ROLES) in the prompt's sentence."
-    there = np.flatnonzero(prompt.story.roles[prompt.begin:] == ROLES.index(name))
+    there = np.flatnonzero(prompt.story.roles[prompt.begin :] == ROLES.index(name))
     return int(prompt.story.ids[prompt.begin + there[0]])
 
 # %% ../../nbs/lib/world_stories.ipynb #world-stories-22
 def needs_stories(tok) -> bool:
     "Whether a tokenizer is the stories' own; where it is not, says why a cell does nothing."
-    if tok.get_vocab() == ID: return True
-    print("skipped: this cell scores facts that only the stories record, and the model in use has another vocabulary")
+    if tok.get_vocab() == ID:
+        return True
+    print(
+        "skipped: this cell scores facts that only the stories record, and the model in use has another vocabulary"
+    )
     return False

@@ -10,26 +10,50 @@ __all__ = ['OPENING', 'TASKS', 'MORE_GIRLS', 'MORE_BOYS', 'Pairs', 'make_pairs',
 
 # %% ../../nbs/lib/world_tasks.ipynb #world-tasks-3
 import random
+from dataclasses import dataclass
+
 import torch
 from ..model.run import next_probs
-from .grammar import BOYS, GIRLS, GRAMMAR, ID, LISTS, NAMES, VOWEL, detokenize, flat
-from dataclasses import dataclass
+from codebook_tutorial.world.grammar import (
+    BOYS,
+    GIRLS,
+    GRAMMAR,
+    ID,
+    LISTS,
+    NAMES,
+    VOWEL,
+    detokenize,
+    flat,
+)
 
 # %% ../../nbs/lib/world_tasks.ipynb #world-tasks-4
 @dataclass(eq=False, repr=False)
 class Pairs:
     "Prompts, and the same with another answer; len(pairs), pairs[:25], pairs.to(device)."
-    base: torch.Tensor             # [n, length] token ids, BOS first, padded behind
-    target: torch.Tensor           # [n, length] the counterfactuals
-    last: torch.Tensor             # [n] position at which a prompt ends
-    base_answers: torch.Tensor     # [n, a] tokens that answer the base and not the target; -1 fills rows up
-    target_answers: torch.Tensor   # [n, b] tokens that answer the target
 
-    def _each(self, fn): return Pairs(*(fn(getattr(self, name)) for name in self.__dataclass_fields__))
-    def __getitem__(self, rows): return self._each(lambda t: t[rows])
-    def to(self, device): "The same on another device."; return self._each(lambda t: t.to(device))
-    def __len__(self): return len(self.base)
-    def __repr__(self): return f"{len(self)} pairs of prompts, {int(self.last.min()) + 1} to {int(self.last.max()) + 1} tokens each"
+    base: torch.Tensor  # [n, length] token ids, BOS first, padded behind
+    target: torch.Tensor  # [n, length] the counterfactuals
+    last: torch.Tensor  # [n] position at which a prompt ends
+    base_answers: (
+        torch.Tensor
+    )  # [n, a] tokens that answer the base and not the target; -1 fills rows up
+    target_answers: torch.Tensor  # [n, b] tokens that answer the target
+
+    def _each(self, fn):
+        return Pairs(*(fn(getattr(self, name)) for name in self.__dataclass_fields__))
+
+    def __getitem__(self, rows):
+        return self._each(lambda t: t[rows])
+
+    def to(self, device):
+        "The same on another device."
+        return self._each(lambda t: t.to(device))
+
+    def __len__(self):
+        return len(self.base)
+
+    def __repr__(self):
+        return f"{len(self)} pairs of prompts, {int(self.last.min()) + 1} to {int(self.last.max()) + 1} tokens each"
 
     @property
     def there(self):
@@ -37,59 +61,113 @@ class Pairs:
         return torch.arange(self.base.shape[1], device=self.base.device) <= self.last[:, None]
 
 # %% ../../nbs/lib/world_tasks.ipynb #world-tasks-5
-def _ids(tok, text): return [tok.bos_token_id, *tok(text, add_special_tokens=False, verbose=False)["input_ids"]]
+def _ids(tok, text):
+    return [tok.bos_token_id, *tok(text, add_special_tokens=False, verbose=False)["input_ids"]]
 
-def _unknown(tok, ids):                       # BOS first; some tokenizers use one token for both
+
+def _unknown(tok, ids):  # BOS first; some tokenizers use one token for both
     "Whether one of the ids stands for words that the tokenizer does not know."
     return tok.unk_token_id is not None and tok.unk_token_id in ids[1:]
+
 
 def _answer(tok, text, word):
     "The one token by which a word follows a text."
     before, after = _ids(tok, text), _ids(tok, f"{text} {word}")
-    if after[:-1] != before: raise ValueError(f"make_pairs: expected answers of one token, got {word!r}, which is {max(len(after) - len(before), 0)} tokens behind {text!r}")
-    if _unknown(tok, after[-2:]): raise ValueError(f"make_pairs: the answer {word!r} is not in the tokenizer's vocabulary")
+    if after[:-1] != before:
+        raise ValueError(
+            f"make_pairs: expected answers of one token, got {word!r}, which is {max(len(after) - len(before), 0)} tokens behind {text!r}"
+        )
+    if _unknown(tok, after[-2:]):
+        raise ValueError(f"make_pairs: the answer {word!r} is not in the tokenizer's vocabulary")
     return after[-1]
 
-def _fill(rows, value): return torch.nn.utils.rnn.pad_sequence([torch.tensor(row) for row in rows], batch_first=True, padding_value=value)
+
+def _fill(rows, value):
+    return torch.nn.utils.rnn.pad_sequence(
+        [torch.tensor(row) for row in rows], batch_first=True, padding_value=value
+    )
 
 # %% ../../nbs/lib/world_tasks.ipynb #world-tasks-6
-def make_pairs(tok,                    # load_lm's tokenizer
-               base: list[str],        # prompts
-               target: list[str],      # their counterfactuals, as many tokens long
-               base_answers: list,     # what follows each prompt: a word, or a list of words
-               target_answers: list) -> Pairs:
+def make_pairs(
+    tok,  # load_lm's tokenizer
+    base: list[str],  # prompts
+    target: list[str],  # their counterfactuals, as many tokens long
+    *,
+    base_answers: list,  # what follows each prompt: a word, or a list of words
+    target_answers: list,
+) -> Pairs:
     "Pairs from texts; ValueError for prompts of unequal length, for answers of several tokens, for words that the tokenizer does not know."
     if not base or len({len(base), len(target), len(base_answers), len(target_answers)}) > 1:
-        raise ValueError(f"make_pairs: expected four lists of equal length, got {len(base)}, {len(target)}, {len(base_answers)} and {len(target_answers)}")
+        raise ValueError(
+            f"make_pairs: expected four lists of equal length, got {len(base)}, {len(target)}, {len(base_answers)} and {len(target_answers)}"
+        )
     rows = []
     for a, b, right, wrong in zip(base, target, base_answers, target_answers):
         x, y = _ids(tok, a), _ids(tok, b)
-        if len(x) != len(y): raise ValueError(f"make_pairs: expected two prompts of equal length, got {len(x)} tokens for {a!r} and {len(y)} for {b!r}; names and words of one token each keep them equal")
-        if x == y: raise ValueError(f"make_pairs: the prompt {a!r} and its counterfactual are the same tokens")
-        if _unknown(tok, x) or _unknown(tok, y): raise ValueError(f"make_pairs: a word of {a!r} or {b!r} is not in the tokenizer's vocabulary")
-        sets = [[_answer(tok, a, w) for w in ([words] if isinstance(words, str) else words)] for words in (right, wrong)]
-        if set(sets[0]) & set(sets[1]): raise ValueError(f"make_pairs: expected answers that tell base and target apart, got {right!r} and {wrong!r}")
+        if len(x) != len(y):
+            raise ValueError(
+                f"make_pairs: expected two prompts of equal length, got {len(x)} tokens for {a!r} and {len(y)} for {b!r}; names and words of one token each keep them equal"
+            )
+        if x == y:
+            raise ValueError(
+                f"make_pairs: the prompt {a!r} and its counterfactual are the same tokens"
+            )
+        if _unknown(tok, x) or _unknown(tok, y):
+            raise ValueError(
+                f"make_pairs: a word of {a!r} or {b!r} is not in the tokenizer's vocabulary"
+            )
+        sets = [
+            [_answer(tok, a, w) for w in ([words] if isinstance(words, str) else words)]
+            for words in (right, wrong)
+        ]
+        if set(sets[0]) & set(sets[1]):
+            raise ValueError(
+                f"make_pairs: expected answers that tell base and target apart, got {right!r} and {wrong!r}"
+            )
         rows.append((x, y, len(x) - 1, *sets))
     x, y, last, right, wrong = zip(*rows)
-    return Pairs(_fill(x, tok.pad_token_id), _fill(y, tok.pad_token_id), torch.tensor(last), _fill(right, -1), _fill(wrong, -1))
+    return Pairs(
+        _fill(x, tok.pad_token_id),
+        _fill(y, tok.pad_token_id),
+        torch.tensor(last),
+        _fill(right, -1),
+        _fill(wrong, -1),
+    )
 
 # %% ../../nbs/lib/world_tasks.ipynb #world-tasks-7
 OPENING = "{A} was {any_number} years old and had a {adj} {pet} . "
 
 # A slot of one letter belongs to the task; the others are drawn from the stories' lists of words.
 TASKS = dict(
-    ioi=[text[:text.index(" {I}")] for text in map(" ".join, GRAMMAR["sentences"]["gift"])],        # who receives? both orders, ABBA and BABA
-    copying=[OPENING + "In the end ,"],                                                             # whose story is it?
-    gender=[OPENING + "One {weather_adj} {daypart} in {month} ,"],                                  # she or he
-    agreement=["The {adj} {N} of the {P}"],                                                         # was or were
-    greater=["There were {M} {things} , and soon there were", "At first she saw {M} {things} , then"])      # any greater number
+    ioi=[
+        text[: text.index(" {I}")] for text in map(" ".join, GRAMMAR["sentences"]["gift"])
+    ],  # who receives? both orders, ABBA and BABA
+    copying=[OPENING + "In the end ,"],  # whose story is it?
+    gender=[OPENING + "One {weather_adj} {daypart} in {month} ,"],  # she or he
+    agreement=["The {adj} {N} of the {P}"],  # was or were
+    greater=[
+        "There were {M} {things} , and soon there were",
+        "At first she saw {M} {things} , then",
+    ],
+)  # any greater number
 
-MORE_GIRLS, MORE_BOYS = "Mary Sue Mia Jane Anne Elizabeth".split(), "John Tom Tim Timmy Ben Max Sam Jack Billy James Paul Mark David Peter Bob".split()      # for tokenizers that know few of the stories' names
+MORE_GIRLS, MORE_BOYS = (
+    "Mary Sue Mia Jane Anne Elizabeth".split(),
+    "John Tom Tim Timmy Ben Max Sam Jack Billy James Paul Mark David Peter Bob".split(),
+)  # for tokenizers that know few of the stories' names
+
 
 def one_token_names(tok, names: list | None = None) -> list:
     "Those of the names (the stories' and some more) that are one token in the middle of a sentence."
-    n, names = len(_ids(tok, "and")), list(dict.fromkeys([*NAMES, *MORE_GIRLS, *MORE_BOYS])) if names is None else names
-    return [name for name in names if len(ids := _ids(tok, f"and {name}")) == n + 1 and not _unknown(tok, ids)]
+    n, names = (
+        len(_ids(tok, "and")),
+        list(dict.fromkeys([*NAMES, *MORE_GIRLS, *MORE_BOYS])) if names is None else names,
+    )
+    return [
+        name
+        for name in names
+        if len(ids := _ids(tok, f"and {name}")) == n + 1 and not _unknown(tok, ids)
+    ]
 
 # %% ../../nbs/lib/world_tasks.ipynb #world-tasks-8
 # each draws two (slots, answers): of the base, of the target
@@ -98,21 +176,41 @@ def _ioi(r, names, receivers):
     giver, order = r.choice([n for n in names if n not in (a, b)]), r.choice((1, -1))
     return [(dict(zip("XYS", [*(one, giver)[::order], giver])), one) for one in (a, b)]
 
-def _copying(r, names, receivers): return [(dict(A=one), one) for one in receivers or r.sample(names, 2)]
+
+def _copying(r, names, receivers):
+    return [(dict(A=one), one) for one in receivers or r.sample(names, 2)]
+
 
 def _gender(r, names, receivers):
-    girls, boys = ([n for n in names if n in some] for some in (GIRLS + MORE_GIRLS, BOYS + MORE_BOYS))
-    if not girls or not boys: raise ValueError(f"task_pairs: 'gender' needs names of girls and of boys, got {', '.join(names)}")
+    girls, boys = (
+        [n for n in names if n in some] for some in (GIRLS + MORE_GIRLS, BOYS + MORE_BOYS)
+    )
+    if not girls or not boys:
+        raise ValueError(
+            f"task_pairs: 'gender' needs names of girls and of boys, got {', '.join(names)}"
+        )
     return r.sample([(dict(A=r.choice(girls)), "she"), (dict(A=r.choice(boys)), "he")], 2)
+
 
 def _agreement(r, names, receivers):
     topic = r.choice(list(LISTS["topic_noun"]))
     i, place = r.randrange(len(LISTS["topic_noun"][topic])), r.choice(LISTS["topic_place"][topic])
-    return r.sample([(dict(N=LISTS["topic_noun"][topic][i], P=place), "was"), (dict(N=LISTS["topic_plural"][topic][i], P=place), "were")], 2)
+    return r.sample(
+        [
+            (dict(N=LISTS["topic_noun"][topic][i], P=place), "was"),
+            (dict(N=LISTS["topic_plural"][topic][i], P=place), "were"),
+        ],
+        2,
+    )
+
 
 def _greater(r, names, receivers):
-    few, many = r.choice((0, 1)), r.choice((6, 7))              # numbers between the two answer the few alone
-    return (dict(M=LISTS["number"][few]), LISTS["number"][few + 1:many + 1]), (dict(M=LISTS["number"][many]), LISTS["number"][many + 1:])
+    few, many = r.choice((0, 1)), r.choice((6, 7))  # numbers between the two answer the few alone
+    return (dict(M=LISTS["number"][few]), LISTS["number"][few + 1 : many + 1]), (
+        dict(M=LISTS["number"][many]),
+        LISTS["number"][many + 1 :],
+    )
+
 
 _DRAW = dict(ioi=_ioi, copying=_copying, gender=_gender, agreement=_agreement, greater=_greater)
 
@@ -120,49 +218,100 @@ _DRAW = dict(ioi=_ioi, copying=_copying, gender=_gender, agreement=_agreement, g
 def _told(text, r, drawn):
     "A template as text, once for each of the slots drawn; the other slots are the same in all."
     lists = {"spot": "topic_place", "things": "topic_plural"}
-    words = [r.choice(flat(LISTS[lists.get(slot, slot.removeprefix("any_"))])) if w[0] == "{" and len(slot := w[1:-1]) > 1 else w for w in text.split()]
+    words = [
+        r.choice(flat(LISTS[lists.get(slot, slot.removeprefix("any_"))]))
+        if w[0] == "{" and len(slot := w[1:-1]) > 1
+        else w
+        for w in text.split()
+    ]
     for slots in drawn:
         out = [slots[w[1:-1]] if w[0] == "{" else w for w in words]
-        yield detokenize(["an" if w == "a" and VOWEL[ID.get(after, 0)] else w for w, after in zip(out, out[1:] + [""])])
+        yield detokenize(
+            [
+                "an" if w == "a" and VOWEL[ID.get(after, 0)] else w
+                for w, after in zip(out, out[1:] + [""])
+            ]
+        )
 
-def task_pairs(tok,                           # load_lm's tokenizer
-               task: str = "ioi",             # "ioi", "copying", "gender", "agreement", "greater"
-               n: int = 50, seed: int = 0,
-               receivers: tuple | None = None,   # two names: of the base and of the target, the same in every pair; None: drawn for each
-               names: list | None = None,     # to draw names from; None: all that are one token
-               pool: int | None = None,       # how many of these, drawn once
-               texts: list | None = None) -> Pairs:      # templates of your own, as those of TASKS
+
+def task_pairs(
+    tok,  # load_lm's tokenizer
+    task: str = "ioi",  # "ioi", "copying", "gender", "agreement", "greater"
+    n: int = 50,
+    *,
+    seed: int = 0,
+    receivers: tuple
+    | None = None,  # two names: of the base and of the target, the same in every pair; None: drawn for each
+    names: list | None = None,  # to draw names from; None: all that are one token
+    pool: int | None = None,  # how many of these, drawn once
+    texts: list | None = None,
+) -> Pairs:  # templates of your own, as those of TASKS
     "Prompts of a task and their counterfactuals, in what a tokenizer can say: texts that come out with unequal lengths or words of several tokens are passed over."
-    if task not in TASKS: raise ValueError(f"task_pairs: {task!r}, expected one of {', '.join(TASKS)}; make_pairs takes texts of your own")
-    if receivers and task not in ("ioi", "copying"): raise ValueError(f"task_pairs: receivers go with 'ioi' and 'copying', not with {task!r}")
+    if task not in TASKS:
+        raise ValueError(
+            f"task_pairs: {task!r}, expected one of {', '.join(TASKS)}; make_pairs takes texts of your own"
+        )
+    if receivers and task not in ("ioi", "copying"):
+        raise ValueError(f"task_pairs: receivers go with 'ioi' and 'copying', not with {task!r}")
     r, found, why = random.Random(seed), [], "none was drawn"
     names = one_token_names(tok, names)
     for name in receivers or ():
-        if name not in one_token_names(tok, [name]): raise ValueError(f"task_pairs: expected names of one token, got {name!r}, which this tokenizer writes as {_ids(tok, f'and {name}')[len(_ids(tok, 'and')):]}")
-    if pool: names = r.sample(names, min(pool, len(names)))
-    if len(names) < 3: raise ValueError(f"task_pairs: expected at least 3 names of one token, got {', '.join(names) or 'none'}")
+        if name not in one_token_names(tok, [name]):
+            raise ValueError(
+                f"task_pairs: expected names of one token, got {name!r}, which this tokenizer writes as {_ids(tok, f'and {name}')[len(_ids(tok, 'and')) :]}"
+            )
+    if pool:
+        names = r.sample(names, min(pool, len(names)))
+    if len(names) < 3:
+        raise ValueError(
+            f"task_pairs: expected at least 3 names of one token, got {', '.join(names) or 'none'}"
+        )
     texts = texts or TASKS[task]
-    if tok.get_vocab() == ID: texts = [text.replace("In the end ,", "In the end") for text in texts]         # as the stories write it
+    if tok.get_vocab() == ID:
+        texts = [
+            text.replace("In the end ,", "In the end") for text in texts
+        ]  # as the stories write it
     for _ in range(40 * n):
         (own, right), (other, wrong) = _DRAW[task](r, names, receivers)
         a, b = _told(r.choice(texts), r, (own, other))
-        try: make_pairs(tok, [a], [b], [right], [wrong])
-        except ValueError as e: why = str(e); continue
+        try:
+            make_pairs(tok, [a], [b], base_answers=[right], target_answers=[wrong])
+        except ValueError as e:
+            why = str(e)
+            continue
         found.append((a, b, right, wrong))
-        if len(found) == n: return make_pairs(tok, *map(list, zip(*found)))
-    raise ValueError(f"task_pairs: this tokenizer can say {len(found)} of the {n} pairs of {task!r}; the last that it cannot: {why}")
+        if len(found) == n:
+            base, target, base_answers, target_answers = map(list, zip(*found))
+            return make_pairs(
+                tok, base, target, base_answers=base_answers, target_answers=target_answers
+            )
+    raise ValueError(
+        f"task_pairs: this tokenizer can say {len(found)} of the {n} pairs of {task!r}; the last that it cannot: {why}"
+    )
 
 # %% ../../nbs/lib/world_tasks.ipynb #world-tasks-10
-def _set_logit(logp, answers):                # [.., n, V], [n, a] -> [.., n] log-probability of a set of tokens
+def _set_logit(logp, answers):  # [.., n, V], [n, a] -> [.., n] log-probability of a set of tokens
     index = answers.clamp(min=0).expand(*logp.shape[:-1], -1)
     return logp.gather(-1, index).masked_fill(answers < 0, -torch.inf).logsumexp(-1)
 
-def logit_difference(logp, pairs: Pairs):     # [.., n, V] -> [.., n]
+
+def logit_difference(logp, pairs: Pairs):  # [.., n, V] -> [.., n]
     "Log odds of the base's answers against the target's."
     return _set_logit(logp, pairs.base_answers) - _set_logit(logp, pairs.target_answers)
 
+
 def task_score(model, pairs: Pairs) -> dict:
     "Can the model do the task at all? Share of the base prompts, and of the counterfactuals, at which the right answer is more likely than the other; chance is one half."
-    def odds(ids): return logit_difference(next_probs(model, [row[:n + 1].tolist() for row, n in zip(ids, pairs.last)]).log(), pairs.to("cpu"))
+
+    def odds(ids):
+        return logit_difference(
+            next_probs(model, [row[: n + 1].tolist() for row, n in zip(ids, pairs.last)]).log(),
+            pairs.to("cpu"),
+        )
+
     a, b = odds(pairs.base) > 0, odds(pairs.target) < 0
-    return dict(base=a.float().mean().item(), target=b.float().mean().item(), both=(a & b).float().mean().item())
+    return dict(
+        base=a.float().mean().item(),
+        target=b.float().mean().item(),
+        both=(a & b).float().mean().item(),
+    )

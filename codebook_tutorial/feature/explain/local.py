@@ -12,65 +12,189 @@ __all__ = ['SHOTS', 'escape_token', 'token_lines', 'explain_messages', 'simulate
 import math
 import os
 import re
+
 import torch
-from .protocol import Explainer, Fragment, check_asks, check_features
+from codebook_tutorial.feature.explain.protocol import (
+    Explainer,
+    Fragment,
+    check_asks,
+    check_features,
+)
 from ...model.hub import load_lm
 from ...model.run import evaluating, next_probs
 from tqdm.auto import tqdm
 
 # %% ../../../nbs/lib/feature_explain_local.ipynb #feature-explain-local-4
-SHOTS = (    # ours: (fragments, their explanation)
-    ([Fragment(["The", " storm", " passed", ",", " so", " we", " left", " the", " house", " in", " light", " snow", "."], [0, 9, 0, 0, 0, 0, 0, 0, 0, 0, 0, 10, 0]),
-      Fragment(["She", " hung", " her", " coat", " up", " and", " asked", " if", " the", " rain", " had", " stopped"], [0, 0, 0, 0, 0, 0, 0, 0, 0, 8, 0, 0])], "words for kinds of weather"),
-    ([Fragment(["It", " was", " very", " cold", ",", " but", " not", " very", " far"], [0, 0, 0, 10, 0, 0, 0, 1, 9]), Fragment(["A", " very", " old", " cat"], [0, 0, 9, 1])], "the word that follows \"very\""))
+SHOTS = (  # ours: (fragments, their explanation)
+    (
+        [
+            Fragment(
+                [
+                    "The",
+                    " storm",
+                    " passed",
+                    ",",
+                    " so",
+                    " we",
+                    " left",
+                    " the",
+                    " house",
+                    " in",
+                    " light",
+                    " snow",
+                    ".",
+                ],
+                [0, 9, 0, 0, 0, 0, 0, 0, 0, 0, 0, 10, 0],
+            ),
+            Fragment(
+                [
+                    "She",
+                    " hung",
+                    " her",
+                    " coat",
+                    " up",
+                    " and",
+                    " asked",
+                    " if",
+                    " the",
+                    " rain",
+                    " had",
+                    " stopped",
+                ],
+                [0, 0, 0, 0, 0, 0, 0, 0, 0, 8, 0, 0],
+            ),
+        ],
+        "words for kinds of weather",
+    ),
+    (
+        [
+            Fragment(
+                ["It", " was", " very", " cold", ",", " but", " not", " very", " far"],
+                [0, 0, 0, 10, 0, 0, 0, 1, 9],
+            ),
+            Fragment(["A", " very", " old", " cat"], [0, 0, 9, 1]),
+        ],
+        'the word that follows "very"',
+    ),
+)
 
 _ABOUT = "A feature of a neural network reacts to some tokens of a text, with a strength from 0 (not at all) to 10 (most). "
 
-_EXPLAIN = _ABOUT + ("Below are texts on which one feature is active: on each line a token, a tab, and the strength. Say what the feature fires on, that is, what the tokens with high numbers, "
-                     "or the words right before them, have in common. Answer with one phrase of at most 20 words, and nothing else.")
+_EXPLAIN = _ABOUT + (
+    "Below are texts on which one feature is active: on each line a token, a tab, and the strength. Say what the feature fires on, that is, what the tokens with high numbers, "
+    "or the words right before them, have in common. Answer with one phrase of at most 20 words, and nothing else."
+)
 
-_SIMULATE = _ABOUT + "You get an explanation of what a feature fires on, and a text. Say how strongly the feature reacts to each token: on each line the token, a tab, and an integer from 0 to 10 (`unknown` where it is not known yet). Most tokens get 0."
+_SIMULATE = (
+    _ABOUT
+    + "You get an explanation of what a feature fires on, and a text. Say how strongly the feature reacts to each token: on each line the token, a tab, and an integer from 0 to 10 (`unknown` where it is not known yet). Most tokens get 0."
+)
 
-_JUDGE = _ABOUT + "You get an explanation of what a feature fires on, and a text, in which tokens may be marked «like this». Does the feature fire in this text, or, where tokens are marked, at these? Answer with one word, yes or no."
+_JUDGE = (
+    _ABOUT
+    + "You get an explanation of what a feature fires on, and a text, in which tokens may be marked «like this». Does the feature fire in this text, or, where tokens are marked, at these? Answer with one word, yes or no."
+)
 
-def escape_token(token):              # -> the same on one line, without tabs
+
+def escape_token(token):  # -> the same on one line, without tabs
     return str(token).translate({92: "\\\\", 9: "\\t", 10: "\\n", 13: "\\r"})
 
-def token_lines(tokens, acts=None):   # -> "token<TAB>integer" lines; without acts "unknown" for each integer
-    return "\n".join(f"{escape_token(t)}\t{a}" for t, a in zip(tokens, ["unknown"] * len(tokens) if acts is None else acts, strict=True))
 
-def _shown(fragments):           # -> what an explainer sees of a feature
+def token_lines(
+    tokens, acts=None
+):  # -> "token<TAB>integer" lines; without acts "unknown" for each integer
+    return "\n".join(
+        f"{escape_token(t)}\t{a}"
+        for t, a in zip(tokens, ["unknown"] * len(tokens) if acts is None else acts, strict=True)
+    )
+
+
+def _shown(fragments):  # -> what an explainer sees of a feature
     text = "\n\n".join(token_lines(f.tokens, map(int, f.acts)) for f in fragments)
     fires = [[(t, int(a)) for t, a in zip(f.tokens, f.acts) if a] for f in fragments]
-    few = sum(map(len, fires)) < .2 * sum(len(f.tokens) for f in fragments)
-    return text + ("\n\nThe same without the zeros:\n" + "\n\n".join(token_lines(*zip(*some)) for some in fires if some) if few else "") + "\n\nThe feature fires on:"
+    few = sum(map(len, fires)) < 0.2 * sum(len(f.tokens) for f in fragments)
+    return (
+        text
+        + (
+            "\n\nThe same without the zeros:\n"
+            + "\n\n".join(token_lines(*zip(*some)) for some in fires if some)
+            if few
+            else ""
+        )
+        + "\n\nThe feature fires on:"
+    )
 
-def _chat(instruction, *turns):  # [(asked, answered or None)] -> [{"role", "content"}]; no system role, which some chat templates refuse
-    flat = [dict(role=role, content=text) for turn in turns for role, text in zip(("user", "assistant"), turn) if text is not None]
+
+def _chat(
+    instruction, *turns
+):  # [(asked, answered or None)] -> [{"role", "content"}]; no system role, which some chat templates refuse
+    flat = [
+        dict(role=role, content=text)
+        for turn in turns
+        for role, text in zip(("user", "assistant"), turn)
+        if text is not None
+    ]
     return [flat[0] | dict(content=f"{instruction}\n\n{flat[0]['content']}"), *flat[1:]]
+
 
 def explain_messages(fragments: list) -> list:
     "Chat messages that ask what a feature fires on, after two examples; where fewer than 20 % of the numbers are above 0, those are shown once more alone."
     return _chat(_EXPLAIN, *((_shown(some), why) for some, why in SHOTS), (_shown(fragments), None))
 
+
 def simulate_messages(explanation: str, tokens: list | None = None) -> list:
     "Chat messages that ask for a number for each token; with tokens=None the answer is left to begin with its first token, and the examples hide their first numbers as `unknown`."
-    def turn(why, f, acts): return f"Explanation: {' '.join(why.split())}" + (f"\n\n{token_lines(f.tokens)}" if tokens else ""), acts and token_lines(f.tokens, acts)
-    return _chat(_SIMULATE, *(turn(why, f, f.acts if tokens else ["unknown"] * 3 + f.acts[3:]) for (f, *_), why in SHOTS), turn(explanation, Fragment(tokens or []), None))
 
-def judge_messages(explanation: str, tokens: list, marked: list | None = None) -> list:      # marked: indices of tokens
+    def turn(why, f, acts):
+        return f"Explanation: {' '.join(why.split())}" + (
+            f"\n\n{token_lines(f.tokens)}" if tokens else ""
+        ), acts and token_lines(f.tokens, acts)
+
+    return _chat(
+        _SIMULATE,
+        *(
+            turn(why, f, f.acts if tokens else ["unknown"] * 3 + f.acts[3:])
+            for (f, *_), why in SHOTS
+        ),
+        turn(explanation, Fragment(tokens or []), None),
+    )
+
+
+def judge_messages(
+    explanation: str, tokens: list, marked: list | None = None
+) -> list:  # marked: indices of tokens
     "Chat messages that ask whether a feature fires in a text, or at its marked tokens: yes or no."
-    def turn(why, tokens, marked, says=None): return f"Explanation: {' '.join(why.split())}\n\nText: " + "".join(f"«{escape_token(t)}»" if marked and i in marked else escape_token(t) for i, t in enumerate(tokens)), says
+
+    def turn(why, tokens, marked, says=None):
+        return f"Explanation: {' '.join(why.split())}\n\nText: " + "".join(
+            f"«{escape_token(t)}»" if marked and i in marked else escape_token(t)
+            for i, t in enumerate(tokens)
+        ), says
+
     ((f, *_), why), (_, other) = SHOTS
     high, low = ([i for i, a in enumerate(f.acts) if (a > 0) == on][:2] for on in (True, False))
-    return _chat(_JUDGE, turn(why, f.tokens, marked and high, "yes"), turn(why if marked else other, f.tokens, marked and low, "no"), turn(explanation, tokens, marked))
+    return _chat(
+        _JUDGE,
+        turn(why, f.tokens, marked and high, "yes"),
+        turn(why if marked else other, f.tokens, marked and low, "no"),
+        turn(explanation, tokens, marked),
+    )
 
-def _answer(text): return re.sub(r"<think>.*$", "", text.rpartition("</think>")[2], flags=re.S)      # without thoughts; some templates open them unasked
 
-def clean_phrase(text):               # a model's answer -> its first line, without quotes around the whole
+def _answer(text):
+    return re.sub(
+        r"<think>.*$", "", text.rpartition("</think>")[2], flags=re.S
+    )  # without thoughts; some templates open them unasked
+
+
+def clean_phrase(text):  # a model's answer -> its first line, without quotes around the whole
     lines = [line.strip() for line in _answer(text).split("\n") if line.strip()]
     line = lines[0] if lines else ""
-    return line[1:-1].strip() if len(line) > 1 and line[0] == line[-1] and line[0] in "\"'`" and line.count(line[0]) == 2 else line
+    return (
+        line[1:-1].strip()
+        if len(line) > 1 and line[0] == line[-1] and line[0] in "\"'`" and line.count(line[0]) == 2
+        else line
+    )
 
 # %% ../../../nbs/lib/feature_explain_local.ipynb #feature-explain-local-5
 class LocalLMExplainer(Explainer):
@@ -79,156 +203,309 @@ class LocalLMExplainer(Explainer):
     Tokenizers with a token "10": one pass. Tokenizers that split it into "1", "0": P("10") = P("1") P("0" | "1"), and the number 1 keeps P("1") (1 - P("0" | "1")). That condition is exact at
     every slot, in the same pass: behind the prompt stands one more "1" for each slot, at the position after it, and a mask lets it see what stands before the slot, and itself, alone.
     A call's longest prompt is tried against plain passes; a model that does not take such masks gets one plain pass a slot (`branching` says which: True, or False: slow, as exact)."""
-    PRESET = "Qwen/Qwen2.5-1.5B-Instruct"                 # 3.1 GB, fits a free Colab GPU; its tokenizer splits digits
+
+    PRESET = (
+        "Qwen/Qwen2.5-1.5B-Instruct"  # 3.1 GB, fits a free Colab GPU; its tokenizer splits digits
+    )
     way = "log-probabilities"
 
-    def __init__(self, model, tok,
-                 batch: int = 4,                          # prompts in one pass
-                 new_tokens: int = 40):                   # of an explanation, at most
-        self.model, self.tok, self.batch, self.new_tokens, self.branching, self.tried = model, tok, batch, new_tokens, None, 0
+    def __init__(
+        self,
+        model,
+        tok,
+        batch: int = 4,  # prompts in one pass
+        *,
+        new_tokens: int = 40,
+    ):  # of an explanation, at most
+        self.model, self.tok, self.batch, self.new_tokens, self.branching, self.tried = (
+            model,
+            tok,
+            batch,
+            new_tokens,
+            None,
+            0,
+        )
         self.common, self.numbers, self.zero = _number_ids(tok)
 
     @classmethod
-    def load(cls, name: str | None = None, batch: int = 4, new_tokens: int = 40, **kwargs):      # kwargs for load_lm: dtype, revision, bos, ...
+    def load(
+        cls, name: str | None = None, batch: int = 4, new_tokens: int = 40, **kwargs
+    ):  # kwargs for load_lm: dtype, revision, bos, ...
         "One from a folder or Hub id, or the preset."
-        return cls(*load_lm(name or cls.PRESET, **({} if name else dict(bos="<|endoftext|>")) | kwargs), batch, new_tokens)
+        return cls(
+            *load_lm(name or cls.PRESET, **({} if name else dict(bos="<|endoftext|>")) | kwargs),
+            batch,
+            new_tokens,
+        )
 
     @torch.no_grad()
-    def explain(self, features: list) -> list:            # for each feature its fragments -> one phrase each
+    def explain(self, features: list) -> list:  # for each feature its fragments -> one phrase each
         "What each feature fires on: greedy, the first line."
         check_features("LocalLMExplainer.explain", features)
-        prompts, found = [self._ids(self._text(explain_messages(fragments))) for fragments in features], {}
+        prompts, found = (
+            [self._ids(self._text(explain_messages(fragments))) for fragments in features],
+            {},
+        )
         self._check_length("explain", prompts, self.new_tokens)
         for some in self._batches(prompts, "explain"):
             ids, there = _pad([prompts[i] for i in some], "left")
-            with evaluating(self.model): out = self.model.generate(input_ids=ids.to(self.model.device), attention_mask=there.to(self.model.device), max_new_tokens=self.new_tokens, pad_token_id=self.tok.pad_token_id or 0,
-                do_sample=False, num_beams=1, repetition_penalty=1., temperature=1., top_p=1., top_k=50)      # whatever the model's own generation_config says
-            found |= zip(some, self.tok.batch_decode(out[:, ids.shape[1]:], skip_special_tokens=True))
+            with evaluating(self.model):
+                out = self.model.generate(
+                    input_ids=ids.to(self.model.device),
+                    attention_mask=there.to(self.model.device),
+                    max_new_tokens=self.new_tokens,
+                    pad_token_id=self.tok.pad_token_id or 0,
+                    do_sample=False,
+                    num_beams=1,
+                    repetition_penalty=1.0,
+                    temperature=1.0,
+                    top_p=1.0,
+                    top_k=50,
+                )  # whatever the model's own generation_config says
+            found |= zip(
+                some, self.tok.batch_decode(out[:, ids.shape[1] :], skip_special_tokens=True)
+            )
         return [clean_phrase(found[i]) for i in range(len(features))]
 
     @torch.no_grad()
-    def simulate(self, asks: list) -> list:               # [(explanation, tokens)] -> [[0..10 for each token]]
+    def simulate(self, asks: list) -> list:  # [(explanation, tokens)] -> [[0..10 for each token]]
         "The expected strength at each token."
         check_asks("LocalLMExplainer.simulate", asks)
         prompts, found = [self._prompt(*ask) for ask in asks], {}
         self._check_length("simulate", [ids for ids, _ in prompts])
         self._try_branches(max(prompts, key=lambda prompt: len(prompt[0]), default=None))
-        for some in self._batches([ids for ids, _ in prompts], "simulate"): found |= zip(some, self._expected([prompts[i] for i in some]))
+        for some in self._batches([ids for ids, _ in prompts], "simulate"):
+            found |= zip(some, self._expected([prompts[i] for i in some]))
         return [found[i] for i in range(len(asks))]
 
     @torch.no_grad()
-    def judge(self, asks: list) -> list:                  # [(explanation, tokens, indices of marked tokens or None)] -> [0..1]
+    def judge(
+        self, asks: list
+    ) -> list:  # [(explanation, tokens, indices of marked tokens or None)] -> [0..1]
         "Probability of yes against no."
         check_asks("LocalLMExplainer.judge", [ask[:2] for ask in asks])
         prompts, found = [self._ids(self._text(judge_messages(*ask))) for ask in asks], {}
         self._check_length("judge", prompts)
         for some in self._batches(prompts, "judge"):
-            yes, no = (next_probs(self.model, [prompts[i] for i in some], batch=self.batch)[:, ids].sum(1) for ids in self._yes_no())
+            yes, no = (
+                next_probs(self.model, [prompts[i] for i in some], batch=self.batch)[:, ids].sum(1)
+                for ids in self._yes_no()
+            )
             found |= zip(some, (yes / (yes + no).clamp(min=1e-30)).tolist())
         return [found[i] for i in range(len(asks))]
 
-    def _yes_no(self):                                    # -> the tokens an answer of yes, and of no, may begin with
-        yes, no = ({ids[0] for word in words for ids in _after(self.tok, "\n", [word]) if ids} for words in ((w, w.title(), " " + w, " " + w.title()) for w in ("yes", "no")))
-        if not yes - no or not no - yes: raise ValueError("LocalLMExplainer.judge: the tokenizer begins yes and no with the same token; expected one that tells them apart")
+    def _yes_no(self):  # -> the tokens an answer of yes, and of no, may begin with
+        yes, no = (
+            {ids[0] for word in words for ids in _after(self.tok, "\n", [word]) if ids}
+            for words in ((w, w.title(), " " + w, " " + w.title()) for w in ("yes", "no"))
+        )
+        if not yes - no or not no - yes:
+            raise ValueError(
+                "LocalLMExplainer.judge: the tokenizer begins yes and no with the same token; expected one that tells them apart"
+            )
         return list(yes - no), list(no - yes)
 
-    def _batches(self, prompts, what):                    # like lengths together
+    def _batches(self, prompts, what):  # like lengths together
         order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
-        return tqdm([order[i:i + self.batch] for i in range(0, len(order), self.batch)], desc=what, delay=5)
+        return tqdm(
+            [order[i : i + self.batch] for i in range(0, len(order), self.batch)],
+            desc=what,
+            delay=5,
+        )
 
     def _check_length(self, what, prompts, more=0):
-        most, longest = getattr(self.model.config, "max_position_embeddings", None) or math.inf, max(map(len, prompts), default=0) + more
-        if longest > most: raise ValueError(f"LocalLMExplainer.{what}: a prompt of {longest} tokens, the model reads {most}; expected fewer or shorter fragments, or a model that reads more")
+        most, longest = (
+            getattr(self.model.config, "max_position_embeddings", None) or math.inf,
+            max(map(len, prompts), default=0) + more,
+        )
+        if longest > most:
+            raise ValueError(
+                f"LocalLMExplainer.{what}: a prompt of {longest} tokens, the model reads {most}; expected fewer or shorter fragments, or a model that reads more"
+            )
 
-    def _plain(self, text):                               # special tokens spelt so that the tokenizer reads them as text
-        for special in {t.content for t in self.tok.added_tokens_decoder.values() if t.special}: text = text.replace(special, f"{special[0]} {special[1:]}")
+    def _plain(self, text):  # special tokens spelt so that the tokenizer reads them as text
+        for special in {t.content for t in self.tok.added_tokens_decoder.values() if t.special}:
+            text = text.replace(special, f"{special[0]} {special[1:]}")
         return text
 
-    def _text(self, messages):                            # -> the prompt, up to where the answer begins
+    def _text(self, messages):  # -> the prompt, up to where the answer begins
         messages = [m | dict(content=self._plain(m["content"])) for m in messages]
-        if self.tok.chat_template: return self.tok.apply_chat_template(messages, tokenize=False, add_generation_prompt=True, enable_thinking=False)
-        return "".join(m["content"] + ("\n\n" if m["role"] == "assistant" else "\n") for m in messages)
+        if self.tok.chat_template:
+            return self.tok.apply_chat_template(
+                messages, tokenize=False, add_generation_prompt=True, enable_thinking=False
+            )
+        return "".join(
+            m["content"] + ("\n\n" if m["role"] == "assistant" else "\n") for m in messages
+        )
 
-    def _ids(self, text):                                 # a chat template writes its own BOS
-        begin = [] if self.tok.chat_template or self.tok.bos_token_id is None else [self.tok.bos_token_id]
+    def _ids(self, text):  # a chat template writes its own BOS
+        begin = (
+            []
+            if self.tok.chat_template or self.tok.bos_token_id is None
+            else [self.tok.bos_token_id]
+        )
         return begin + self.tok(text, add_special_tokens=False, verbose=False)["input_ids"]
 
-    def _prompt(self, explanation, tokens):               # -> ids; slots: the position before each `unknown`
+    def _prompt(self, explanation, tokens):  # -> ids; slots: the position before each `unknown`
         "Piece by piece, for many tokenizers would make one token of the tab and the `un` of `unknown`."
-        ids, slots, (unknown,) = self._ids(self._text(simulate_messages(explanation))), [], _after(self.tok, "\t", ["unknown"])
+        ids, slots, (unknown,) = (
+            self._ids(self._text(simulate_messages(explanation))),
+            [],
+            _after(self.tok, "\t", ["unknown"]),
+        )
         starts = [self._plain(escape_token(t)) + "\t" for t in tokens]
-        for start in _after(self.tok, "\n", starts[:1]) + _after(self.tok, "unknown", ["\n" + s for s in starts[1:]]):
+        for start in _after(self.tok, "\n", starts[:1]) + _after(
+            self.tok, "unknown", ["\n" + s for s in starts[1:]]
+        ):
             ids = ids + start + self.common
             slots.append(len(ids) - 1)
-            ids = ids + unknown[len(self.common) * (unknown[:len(self.common)] == self.common):]
+            ids = ids + unknown[len(self.common) * (unknown[: len(self.common)] == self.common) :]
         return ids, slots
 
-    def _expected(self, prompts):                         # [(ids, slots)] -> [[0..10 for each slot]]
-        logits, ones = self._branched(prompts) if self.branching else (self._unbranched(prompts), None)
+    def _expected(self, prompts):  # [(ids, slots)] -> [[0..10 for each slot]]
+        logits, ones = (
+            self._branched(prompts) if self.branching else (self._unbranched(prompts), None)
+        )
         out = []
         for b, (ids, slots) in enumerate(prompts):
-            p = logits[b][:, self.numbers].softmax(-1)                                                 # [slots, 11], or [slots, 10] of digits
+            p = logits[b][:, self.numbers].softmax(-1)  # [slots, 11], or [slots, 10] of digits
             if self.zero is not None:
-                ten = p[:, 1] * (ones[b].softmax(-1) if self.branching else self._plain_ones(ids, slots))[:, self.zero]
+                ten = (
+                    p[:, 1]
+                    * (ones[b].softmax(-1) if self.branching else self._plain_ones(ids, slots))[
+                        :, self.zero
+                    ]
+                )
                 p = torch.cat([p[:, :1], (p[:, 1] - ten)[:, None], p[:, 2:], ten[:, None]], 1)
-            out.append((p @ torch.arange(11.)).tolist())
+            out.append((p @ torch.arange(11.0)).tolist())
         return out
 
-    def _unbranched(self, prompts):                       # -> for each prompt [slots, vocabulary]
+    def _unbranched(self, prompts):  # -> for each prompt [slots, vocabulary]
         ids, there = _pad([ids for ids, _ in prompts])
         return self._forward(ids, [slots for _, slots in prompts], attention_mask=there)
 
-    def _branched(self, prompts):                         # -> the same; and after one more "1"
+    def _branched(self, prompts):  # -> the same; and after one more "1"
         width = max(len(ids) for ids, _ in prompts)
-        ids, mask, positions = _branches(prompts, width, self.numbers[1], self.model.dtype)
-        logits = self._forward(ids, [slots + list(range(width, width + len(slots))) for _, slots in prompts], attention_mask=mask, position_ids=positions)
+        ids, mask, positions = _branches(prompts, width, self.numbers[1], dtype=self.model.dtype)
+        logits = self._forward(
+            ids,
+            [slots + list(range(width, width + len(slots))) for _, slots in prompts],
+            attention_mask=mask,
+            position_ids=positions,
+        )
         return zip(*(x.chunk(2) for x in logits))
 
-    def _plain_ones(self, ids, slots):                    # -> probabilities after one more "1" [slots, vocabulary], a pass for each
-        return next_probs(self.model, [ids[:s + 1] + [self.numbers[1]] for s in slots], batch=self.batch)
+    def _plain_ones(
+        self, ids, slots
+    ):  # -> probabilities after one more "1" [slots, vocabulary], a pass for each
+        return next_probs(
+            self.model, [ids[: s + 1] + [self.numbers[1]] for s in slots], batch=self.batch
+        )
 
-    def _forward(self, ids, at, **inputs):                # at: positions wanted of each row -> [float logits of them]
-        keep = torch.tensor(sorted({p for row in at for p in row}))                                   # logits are dear: only where some row needs them
+    def _forward(
+        self, ids, at, **inputs
+    ):  # at: positions wanted of each row -> [float logits of them]
+        keep = torch.tensor(
+            sorted({p for row in at for p in row})
+        )  # logits are dear: only where some row needs them
         where = lambda t: t.to(self.model.device)
-        with evaluating(self.model): logits = self.model(input_ids=where(ids), use_cache=False, logits_to_keep=where(keep), **{k: where(v) for k, v in inputs.items()}).logits
-        return [logits[b, where(torch.searchsorted(keep, torch.tensor(row)))].float().cpu() for b, row in enumerate(at)]
+        with evaluating(self.model):
+            logits = self.model(
+                input_ids=where(ids),
+                use_cache=False,
+                logits_to_keep=where(keep),
+                **{k: where(v) for k, v in inputs.items()},
+            ).logits
+        return [
+            logits[b, where(torch.searchsorted(keep, torch.tensor(row)))].float().cpu()
+            for b, row in enumerate(at)
+        ]
 
     def _try_branches(self, prompt):
         "Whether a masked pass says the same as plain ones after the first and last slot: at most 0.001 of the probability elsewhere, 0.1 in half precision."
-        if prompt is None or self.zero is None or self.branching is False or len(prompt[0]) <= self.tried: return
+        if (
+            prompt is None
+            or self.zero is None
+            or self.branching is False
+            or len(prompt[0]) <= self.tried
+        ):
+            return
         (ids, slots), self.branching, self.tried = prompt, False, len(prompt[0])
-        try: _, (ones,) = self._branched([prompt])
-        except torch.OutOfMemoryError: raise
-        except (RuntimeError, ValueError, TypeError, IndexError): return
-        elsewhere = (ones[[0, -1]].softmax(-1) - self._plain_ones(ids, [slots[0], slots[-1]])).abs().sum(-1) / 2
-        self.branching = bool((elsewhere < (1e-3 if self.model.dtype == torch.float32 else .1)).all())
+        try:
+            _, (ones,) = self._branched([prompt])
+        except torch.OutOfMemoryError:
+            raise
+        except (RuntimeError, ValueError, TypeError, IndexError):
+            return
+        elsewhere = (
+            ones[[0, -1]].softmax(-1) - self._plain_ones(ids, [slots[0], slots[-1]])
+        ).abs().sum(-1) / 2
+        self.branching = bool(
+            (elsewhere < (1e-3 if self.model.dtype == torch.float32 else 0.1)).all()
+        )
 
 # %% ../../../nbs/lib/feature_explain_local.ipynb #feature-explain-local-6
-def _after(tok, before, texts):  # -> the ids of each text as it goes on after `before`, where that keeps its own ids; else as it stands alone
-    if not texts: return []
-    (head, *whole), alone = (tok(some, add_special_tokens=False, verbose=False)["input_ids"] for some in ([before] + [before + t for t in texts], list(texts)))
-    return [ids[len(head):] if ids[:len(head)] == head else other for ids, other in zip(whole, alone)]
+def _after(
+    tok, before, texts
+):  # -> the ids of each text as it goes on after `before`, where that keeps its own ids; else as it stands alone
+    if not texts:
+        return []
+    (head, *whole), alone = (
+        tok(some, add_special_tokens=False, verbose=False)["input_ids"]
+        for some in ([before] + [before + t for t in texts], list(texts))
+    )
+    return [
+        ids[len(head) :] if ids[: len(head)] == head else other for ids, other in zip(whole, alone)
+    ]
 
-def _number_ids(tok):            # -> ids in front of every number; the id of each of 0..10 (or 0..9); the id that makes "10" of "1", or None
+
+def _number_ids(
+    tok,
+):  # -> ids in front of every number; the id of each of 0..10 (or 0..9); the id that makes "10" of "1", or None
     all_ids = _after(tok, "\t", [str(n) for n in range(11)])
     common = os.path.commonprefix(all_ids)
-    ids = [ids[len(common):] for ids in all_ids]
+    ids = [ids[len(common) :] for ids in all_ids]
     zero = ids.pop()[1] if len(ids[10]) == 2 and ids[10][:1] == ids[1] else None
-    if any(len(i) != 1 for i in ids) or len({*map(tuple, ids)}) < len(ids) or tok.unk_token_id is not None and [tok.unk_token_id] in ids:
-        raise ValueError(f"LocalLMExplainer: the tokenizer writes 0..10 as {[tok.convert_ids_to_tokens(i) for i in all_ids]}; expected one token of its own for each of 0..9, and \"10\" or \"1\", \"0\" for 10")
+    if (
+        any(len(i) != 1 for i in ids)
+        or len({*map(tuple, ids)}) < len(ids)
+        or tok.unk_token_id is not None
+        and [tok.unk_token_id] in ids
+    ):
+        raise ValueError(
+            f'LocalLMExplainer: the tokenizer writes 0..10 as {[tok.convert_ids_to_tokens(i) for i in all_ids]}; expected one token of its own for each of 0..9, and "10" or "1", "0" for 10'
+        )
     return common, [i for (i,) in ids], zero
 
-def _pad(rows, side="right"):    # -> ids [n, longest], attention mask [n, longest]
-    fill = lambda some: torch.nn.utils.rnn.pad_sequence([torch.tensor(row) for row in some], batch_first=True, padding_side=side)
+
+def _pad(rows, side="right"):  # -> ids [n, longest], attention mask [n, longest]
+    fill = lambda some: torch.nn.utils.rnn.pad_sequence(
+        [torch.tensor(row) for row in some], batch_first=True, padding_side=side
+    )
     return fill(rows), fill([[1] * len(row) for row in rows])
 
-def _branches(prompts, width, one, dtype):      # [(ids, slots)] -> ids [n, w], mask [n, 1, w, w] to add to the attention scores, positions [n, w]; w = width + most slots
-    "Behind each prompt a \"1\" for each of its slots, which stands right after the slot and sees the prompt up to there, and itself."
+
+def _branches(
+    prompts, width, one, *, dtype
+):  # [(ids, slots)] -> ids [n, w], mask [n, 1, w, w] to add to the attention scores, positions [n, w]; w = width + most slots
+    'Behind each prompt a "1" for each of its slots, which stands right after the slot and sees the prompt up to there, and itself.'
     w = width + max(len(slots) for _, slots in prompts)
-    ids, positions, sees = torch.zeros(len(prompts), w, dtype=torch.long), torch.arange(w).clamp(max=width - 1).repeat(len(prompts), 1), torch.eye(w, dtype=torch.bool).repeat(len(prompts), 1, 1)
+    ids, positions, sees = (
+        torch.zeros(len(prompts), w, dtype=torch.long),
+        torch.arange(w).clamp(max=width - 1).repeat(len(prompts), 1),
+        torch.eye(w, dtype=torch.bool).repeat(len(prompts), 1, 1),
+    )
     sees[:, :width, :width] |= torch.ones(width, width, dtype=torch.bool).tril()
     for b, (row, slots) in enumerate(prompts):
         new = slice(width, width + len(slots))
-        ids[b, :len(row)], ids[b, new], positions[b, new] = torch.tensor(row), one, torch.tensor(slots) + 1
+        ids[b, : len(row)], ids[b, new], positions[b, new] = (
+            torch.tensor(row),
+            one,
+            torch.tensor(slots) + 1,
+        )
         sees[b, new, :width] = torch.arange(width) <= torch.tensor(slots)[:, None]
-    return ids, torch.zeros(sees.shape, dtype=dtype).masked_fill(~sees, torch.finfo(dtype).min)[:, None], positions
+    return (
+        ids,
+        torch.zeros(sees.shape, dtype=dtype).masked_fill(~sees, torch.finfo(dtype).min)[:, None],
+        positions,
+    )

@@ -9,38 +9,81 @@ __all__ = ['SHAPES', 'PREDICATES', 'story_words', 'inside', 'word_places', 'Pred
 
 # %% ../../../nbs/lib/feature_explain_rules.ipynb #feature-explain-rules-3
 import json
-import numpy as np
 import re
-from .protocol import Explainer, Unreadable, check_asks, check_features, greedy_rules
+
+import numpy as np
+from codebook_tutorial.feature.explain.protocol import (
+    Explainer,
+    Unreadable,
+    check_asks,
+    check_features,
+    greedy_rules,
+)
 from ...world.concepts import CLASSES
 from ...world.grammar import LISTS, TOPICS
 from fastcore.basics import patch
 from tqdm.auto import tqdm
 
 # %% ../../../nbs/lib/feature_explain_rules.ipynb #feature-explain-rules-4
-SHAPES = {"capitalised word": r"[A-Z][^\W\d_]+", "single letter": r"[^\W\d_]", "number": r"\d[\d.,]*", "mark": r"[^\w\s]+", "word in -ing": r"\w{2,}ing", "word in -ed": r"\w{2,}ed", "word in -ly": r"\w{2,}ly", "word in -s": r"\w{2,}s"}      # word classes by spelling, for any English text
+SHAPES = {
+    "capitalised word": r"[A-Z][^\W\d_]+",
+    "single letter": r"[^\W\d_]",
+    "number": r"\d[\d.,]*",
+    "mark": r"[^\w\s]+",
+    "word in -ing": r"\w{2,}ing",
+    "word in -ed": r"\w{2,}ed",
+    "word in -ly": r"\w{2,}ly",
+    "word in -s": r"\w{2,}s",
+}  # word classes by spelling, for any English text
 
-PREDICATES = {            # what the explainer can say of a token: kind -> example
-    "any": "any word", "word": '"gave"', "previous word": 'after "gave"', "bigram": '"of" after "out"', "class": "any month", "previous class": "after any month", "topic": "any word about dragon", "previous topic": "after any word about dragon",
-    "position": "word 1 of a sentence, word 1 of the text (to word 3)", "inside": "inside quotation marks, inside parentheses"}
+PREDICATES = {  # what the explainer can say of a token: kind -> example
+    "any": "any word",
+    "word": '"gave"',
+    "previous word": 'after "gave"',
+    "bigram": '"of" after "out"',
+    "class": "any month",
+    "previous class": "after any month",
+    "topic": "any word about dragon",
+    "previous topic": "after any word about dragon",
+    "position": "word 1 of a sentence, word 1 of the text (to word 3)",
+    "inside": "inside quotation marks, inside parentheses",
+}
+
 
 def story_words() -> dict:
     "The stories' word classes and topic words: PredicateExplainer(**story_words())."
-    return dict(classes=CLASSES, topics={t: sum((LISTS[f"topic_{part}"][t] for part in ("noun", "plural", "verb", "adj", "place")), []) for t in TOPICS})
+    return dict(
+        classes=CLASSES,
+        topics={
+            t: sum(
+                (LISTS[f"topic_{part}"][t] for part in ("noun", "plural", "verb", "adj", "place")),
+                [],
+            )
+            for t in TOPICS
+        },
+    )
 
-def _quoted(word): return json.dumps(word, ensure_ascii=False)
 
-def inside(words, opening, closing):                 # -> [n] bool: between the marks, neither counts
+def _quoted(word):
+    return json.dumps(word, ensure_ascii=False)
+
+
+def inside(words, opening, closing):  # -> [n] bool: between the marks, neither counts
     "Where the text begins behind an opening mark is told by the first mark."
     first = next((w for w in words if w in (opening, closing)), opening)
     out, now = [], first == closing
     for w in words:
-        if w == closing: now = False
+        if w == closing:
+            now = False
         out.append(now)
-        if w == opening: now = True
+        if w == opening:
+            now = True
     return out
 
-def word_places(words):                                   # -> [n] number of the word in its sentence, from 1; 0 where its beginning is not in the text
+
+def word_places(
+    words,
+):  # -> [n] number of the word in its sentence, from 1; 0 where its beginning is not in the text
     out, at = [], 0
     for w in words:
         out.append(at)
@@ -51,46 +94,95 @@ def word_places(words):                                   # -> [n] number of the
 class PredicateExplainer(Explainer):
     """Explains by rule: a few of the PREDICATES, each with the strength that it adds, as in `"gave" (9); after any name (3)`; fitted on the explaining fragments alone. It is no language model: it cannot say anything else.
     Deterministic, offline, some milliseconds a feature. Words are compared without the spaces around them."""
+
     way = "predicates"
 
-    def __init__(self, classes: dict | None = None,   # name -> its words, or a regular expression; None: SHAPES
-                 topics: dict | None = None,          # name -> its words
-                 without: tuple = (),                 # kinds of PREDICATES that are not used
-                 n: int = 4):                         # predicates in an explanation, at most (beside `any word`)
-        if wrong := set(without) - PREDICATES.keys() | {"any"} & set(without): raise ValueError(f"PredicateExplainer: without={sorted(wrong)}, expected some of {', '.join(list(PREDICATES)[1:])}")
+    def __init__(
+        self,
+        classes: dict | None = None,  # name -> its words, or a regular expression; None: SHAPES
+        topics: dict | None = None,  # name -> its words
+        without: tuple = (),  # kinds of PREDICATES that are not used
+        *,
+        n: int = 4,
+    ):  # predicates in an explanation, at most (beside `any word`)
+        if wrong := set(without) - PREDICATES.keys() | {"any"} & set(without):
+            raise ValueError(
+                f"PredicateExplainer: without={sorted(wrong)}, expected some of {', '.join(list(PREDICATES)[1:])}"
+            )
         classes = SHAPES if classes is None else classes
-        if wrong := [name for name in (*classes, *(topics or ())) if not re.fullmatch(r"[\w -]+", name)]: raise ValueError(f"PredicateExplainer: names of classes and topics hold letters, digits, - and spaces alone, got {wrong}")
+        if wrong := [
+            name for name in (*classes, *(topics or ())) if not re.fullmatch(r"[\w -]+", name)
+        ]:
+            raise ValueError(
+                f"PredicateExplainer: names of classes and topics hold letters, digits, - and spaces alone, got {wrong}"
+            )
         self.patterns = {name: re.compile(c) for name, c in classes.items() if isinstance(c, str)}
-        self.lists = {f"any {name}": set(c) for name, c in classes.items() if not isinstance(c, str)}
+        self.lists = {
+            f"any {name}": set(c) for name, c in classes.items() if not isinstance(c, str)
+        }
         self.topics = {f"any word about {name}": set(c) for name, c in (topics or {}).items()}
         self.without, self.n, self.names, self.seen = set(without), n, {}, {}
-        known = [re.escape(f"any {name}") for name in classes] + [re.escape(name) for name in self.topics]
+        known = [re.escape(f"any {name}") for name in classes] + [
+            re.escape(name) for name in self.topics
+        ]
         word = r'"(?:[^"\\]|\\.)*"'
-        self.phrase = re.compile(rf'any word|{word}(?: after {word})?|after {word}|(?:after )?(?:{"|".join(known) or word})|word [123] of (?:a sentence|the text)|inside (?:quotation marks|parentheses)')
+        self.phrase = re.compile(
+            rf"any word|{word}(?: after {word})?|after {word}|(?:after )?(?:{'|'.join(known) or word})|word [123] of (?:a sentence|the text)|inside (?:quotation marks|parentheses)"
+        )
 
-    def _sorts(self, word):                           # -> the classes of a word, its topics
+    def _sorts(self, word):  # -> the classes of a word, its topics
         if word not in self.names:
-            self.names[word] = [n for n, some in self.lists.items() if word in some] + [f"any {n}" for n, p in self.patterns.items() if p.fullmatch(word)], [n for n, some in self.topics.items() if word in some]
+            self.names[word] = (
+                [n for n, some in self.lists.items() if word in some]
+                + [f"any {n}" for n, p in self.patterns.items() if p.fullmatch(word)],
+                [n for n, some in self.topics.items() if word in some],
+            )
         return self.names[word]
 
-    def holds(self, tokens) -> list:                  # -> [n] sets of phrases
+    def holds(self, tokens) -> list:  # -> [n] sets of phrases
         "The predicates that hold at each token."
         key = tuple(tokens)
         if key not in self.seen:
-            if len(self.seen) > 20_000: self.seen.clear()
+            if len(self.seen) > 20_000:
+                self.seen.clear()
             self.seen[key] = self._holds([t.strip() or t for t in key])
         return self.seen[key]
 
     def _holds(self, words):
-        quotes, brackets, places, out = inside(words, "“", "”"), inside(words, "(", ")"), word_places(words), []
+        quotes, brackets, places, out = (
+            inside(words, "“", "”"),
+            inside(words, "(", ")"),
+            word_places(words),
+            [],
+        )
         for i, w in enumerate(words):
             classes, topics = self._sorts(w)
-            found = {"any": ["any word"], "word": [_quoted(w)], "class": classes, "topic": topics, "inside": ["inside quotation marks"] * quotes[i] + ["inside parentheses"] * brackets[i],
-                     "position": [f"word {places[i]} of a sentence"] * (0 < places[i] < 4) + [f"word {i + 1} of the text"] * (i < 3)}
+            found = {
+                "any": ["any word"],
+                "word": [_quoted(w)],
+                "class": classes,
+                "topic": topics,
+                "inside": ["inside quotation marks"] * quotes[i]
+                + ["inside parentheses"] * brackets[i],
+                "position": [f"word {places[i]} of a sentence"] * (0 < places[i] < 4)
+                + [f"word {i + 1} of the text"] * (i < 3),
+            }
             if i:
                 before, (classes, topics) = _quoted(words[i - 1]), self._sorts(words[i - 1])
-                found |= {"previous word": [f"after {before}"], "bigram": [f"{_quoted(w)} after {before}"], "previous class": [f"after {c}" for c in classes], "previous topic": [f"after {c}" for c in topics]}
-            out.append(frozenset(p for kind, phrases in found.items() if kind not in self.without for p in phrases))
+                found |= {
+                    "previous word": [f"after {before}"],
+                    "bigram": [f"{_quoted(w)} after {before}"],
+                    "previous class": [f"after {c}" for c in classes],
+                    "previous topic": [f"after {c}" for c in topics],
+                }
+            out.append(
+                frozenset(
+                    p
+                    for kind, phrases in found.items()
+                    if kind not in self.without
+                    for p in phrases
+                )
+            )
         return out
 
 # %% ../../../nbs/lib/feature_explain_rules.ipynb #feature-explain-rules-6
@@ -100,41 +192,76 @@ def explain(self: PredicateExplainer, features: list) -> list:
     check_features("PredicateExplainer.explain", features)
     return [self._explain(fragments) for fragments in tqdm(features, desc="explain", delay=5)]
 
+
 @patch
 def _explain(self: PredicateExplainer, fragments):
-    part, y = np.repeat(range(len(fragments)), [len(f.tokens) for f in fragments]), np.concatenate([f.acts for f in fragments]).astype(float)
+    part, y = (
+        np.repeat(range(len(fragments)), [len(f.tokens) for f in fragments]),
+        np.concatenate([f.acts for f in fragments]).astype(float),
+    )
     where = {}
     for i, phrases in enumerate(p for f in fragments for p in self.holds(f.tokens)):
-        for phrase in phrases: where.setdefault(phrase, []).append(i)
-    names = ["any word"] + sorted(p for p, at in where.items() if p != "any word" and y[at].any() and (len(fragments) == 1 or len(set(part[at])) > 1))      # what one fragment alone shows is no rule
+        for phrase in phrases:
+            where.setdefault(phrase, []).append(i)
+    names = ["any word"] + sorted(
+        p
+        for p, at in where.items()
+        if p != "any word" and y[at].any() and (len(fragments) == 1 or len(set(part[at])) > 1)
+    )  # what one fragment alone shows is no rule
     M = np.zeros((len(y), len(names)))
-    for j, name in enumerate(names): M[where[name], j] = 1
-    error = sum(_errors(M, y, part == left, self.n) for left in range(len(fragments))) if len(fragments) > 1 else np.arange(self.n + 1)[::-1]
+    for j, name in enumerate(names):
+        M[where[name], j] = 1
+    error = (
+        sum(_errors(M, y, part == left, n=self.n) for left in range(len(fragments)))
+        if len(fragments) > 1
+        else np.arange(self.n + 1)[::-1]
+    )
     chosen, weights = greedy_rules(M, y, int(error.argmin()))[-1]
-    said = sorted(((round(w), names[j]) for j, w in zip(chosen, weights) if round(w) > 0), key=lambda pair: (-pair[0], pair[1]))
+    said = sorted(
+        ((round(w), names[j]) for j, w in zip(chosen, weights) if round(w) > 0),
+        key=lambda pair: (-pair[0], pair[1]),
+    )
     return "; ".join(f"{name} ({min(w, 10)})" for w, name in said) or "any word (0)"
 
-def _errors(M, y, left, n):                           # left: [tokens] bool, one fragment -> [n + 1] squared error there, fitted on the others
+
+def _errors(
+    M, y, left, *, n
+):  # left: [tokens] bool, one fragment -> [n + 1] squared error there, fitted on the others
     path = greedy_rules(M[~left], y[~left], n)
     path += path[-1:] * (n + 1 - len(path))
-    return np.array([((y[left] - M[left][:, chosen] @ weights)**2).sum() for chosen, weights in path])
+    return np.array(
+        [((y[left] - M[left][:, chosen] @ weights) ** 2).sum() for chosen, weights in path]
+    )
 
 # %% ../../../nbs/lib/feature_explain_rules.ipynb #feature-explain-rules-7
 _PART = re.compile(r'((?:[^"();]|"(?:[^"\\]|\\.)*")+) \((\d+)\)(?:; |$)')
+
 
 @patch
 def read(self: PredicateExplainer, explanation: str) -> dict:
     "An explanation in the language of predicates -> {phrase: strength}; Unreadable (a ValueError) for any other."
     found, at = {}, 0
-    while at < len(explanation) and (m := _PART.match(explanation, at)) and self.phrase.fullmatch(m[1]): found[m[1]], at = int(m[2]), m.end()
-    if not found or at < len(explanation): raise Unreadable(f"PredicateExplainer: cannot read {explanation[at:at + 80]!r}; expected predicates with their strengths, as in '\"gave\" (9); after any name (3)'")
+    while (
+        at < len(explanation)
+        and (m := _PART.match(explanation, at))
+        and self.phrase.fullmatch(m[1])
+    ):
+        found[m[1]], at = int(m[2]), m.end()
+    if not found or at < len(explanation):
+        raise Unreadable(
+            f"PredicateExplainer: cannot read {explanation[at : at + 80]!r}; expected predicates with their strengths, as in '\"gave\" (9); after any name (3)'"
+        )
     return found
+
 
 @patch
 def reads(self: PredicateExplainer, explanation: str) -> bool:
     "Whether an explanation is in the language of predicates."
-    try: return bool(self.read(explanation))
-    except Unreadable: return False
+    try:
+        return bool(self.read(explanation))
+    except Unreadable:
+        return False
+
 
 @patch
 def simulate(self: PredicateExplainer, asks: list) -> list:
@@ -143,5 +270,10 @@ def simulate(self: PredicateExplainer, asks: list) -> list:
     rules, out = {why: self.read(why) for why in {why for why, _ in asks}}, []
     for why, tokens in asks:
         rule = rules[why]
-        out.append([float(min(10, sum(rule[p] for p in rule.keys() & phrases))) for phrases in self.holds(tokens)])
+        out.append(
+            [
+                float(min(10, sum(rule[p] for p in rule.keys() & phrases)))
+                for phrases in self.holds(tokens)
+            ]
+        )
     return out
