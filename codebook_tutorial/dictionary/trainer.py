@@ -9,16 +9,17 @@ __all__ = ['STATE', 'CHECKSUMS', 'CodebookTrainer', 'token_nats', 'code_usage', 
 
 # %% ../../nbs/05_finetune.ipynb #c05-3
 import json
+from collections import defaultdict
+from itertools import islice
+from pathlib import Path
+
 import torch
 import torch.nn.functional as F
 from ..core import seeded
 from .bottleneck import CodebookModel
 from ..files import checksum
 from ..model.sites import capture
-from collections import defaultdict
 from fastcore.basics import patch
-from itertools import islice
-from pathlib import Path
 from safetensors.torch import load_file, save_file
 from tqdm.auto import tqdm
 from transformers import Trainer, TrainerCallback, TrainingArguments

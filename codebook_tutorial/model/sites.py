@@ -9,11 +9,12 @@ __all__ = ['FAMILIES', 'SITE_KINDS', 'TRANSFORMER_LENS', 'Family', 'structure', 
            'capture', 'site_dims', 'to_transformer_lens', 'from_transformer_lens']
 
 # %% ../../nbs/00_sites.ipynb #c00-8
-import torch
 from contextlib import contextmanager
 from fnmatch import fnmatchcase
 from functools import partial
 from typing import NamedTuple
+
+import torch
 
 # %% ../../nbs/00_sites.ipynb #c00-37
 class Family(NamedTuple):

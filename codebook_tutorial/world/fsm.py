@@ -10,6 +10,7 @@ __all__ = ['TokFSM', 'bayes', 'fsm_model', 'init_weights', 'train_fsm', 'state_l
 
 # %% ../../nbs/01_fsm.ipynb #c01-6
 import math
+
 import numpy as np
 import torch
 import torch.nn.functional as F
