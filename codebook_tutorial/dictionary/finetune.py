@@ -190,7 +190,7 @@ def model_card(cb_model, losses: dict | None = None) -> str:  # {name: nats a to
 At the sites below, every hidden state is replaced by a sum of a few discrete codes (*Codebook Features*, arXiv 2310.17230).
 
 ```python
-from codebook_tutorial.codebook import CodebookModel
+from codebook_tutorial.dictionary.bottleneck import CodebookModel
 cb_model = CodebookModel.from_pretrained("this repository or folder")
 ```
 
