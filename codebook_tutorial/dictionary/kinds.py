@@ -112,6 +112,11 @@ class Gated(SAE):
         magnitude = shared * beside_rows(self.r_mag).exp() + beside_rows(self.b_mag)
         return shared + beside_rows(self.b_enc), magnitude.relu()
 
+    def excess(self, x, f):
+        "A hair more than the gate's: a rounding error opens a gate that is at 0."
+        norms = self.W_enc.detach().float().norm(dim=1)
+        return self.pre(x).float() + 1e-5 * x.float().norm(dim=-1, keepdim=True) * norms
+
     def encode(self, x):
         gate, magnitude = self.paths(x)
         return magnitude * (gate > 0)

@@ -60,6 +60,7 @@ class SAE(Dictionary):
         self.register_buffer("silent", silent, persistent=False)
 
     directions = property(lambda self: self.W_dec)
+    reads = property(lambda self: self.W_enc)
 
     def encode(self, x):
         return self.pre(x).relu_()
@@ -80,6 +81,9 @@ class SAE(Dictionary):
     def pre(self, x):
         "What the ReLU gets: W_enc (x - b_dec) + b_enc."
         return self.linear(x, self.b_enc)
+
+    def excess(self, x, f):
+        return self.pre(x)
 
     def linear(self, x, bias):
         "W_enc (x - b_dec) + bias."
