@@ -31,7 +31,7 @@ from codebook_tutorial.dictionary.codebook import Codebook
 from codebook_tutorial.dictionary.finetune import finetune
 from codebook_tutorial.dictionary.formats import FILES, export_sae, load_sae, save_sae
 from codebook_tutorial.dictionary.kmeans import kmeans
-from codebook_tutorial.dictionary.sae import KINDS
+from codebook_tutorial.dictionary.kinds import KINDS
 from codebook_tutorial.dictionary.store import open_activations
 from codebook_tutorial.dictionary.train import train_sae
 from codebook_tutorial.feature.explain.protocol import (

@@ -24,7 +24,7 @@ from codebook_tutorial.dictionary.formats import (
     load_sae,
     save_sae,
 )
-from codebook_tutorial.dictionary.sae import KINDS
+from codebook_tutorial.dictionary.kinds import KINDS
 
 D, N, K = 16, 40, 5
 X = torch.randn(64, D, generator=seeded(9)) * 1.5
@@ -861,7 +861,7 @@ def test_the_converted_weight_gives_the_same_loss_but_for_a_factor():
         torch.testing.assert_close(paper * D, sae.loss(X, alpha))
         small = random_sae("untied")
         small.load_state_dict(sae.state_dict())
-        small.in_units_of(torch.zeros(D), 1 / 4)  # the same autoencoder for X / 4
+        small.fold_normalisation(torch.zeros(D), 1 / 4)  # the same autoencoder for X / 4
         torch.testing.assert_close(
             small.loss(X / 4, alpha) * 16, sae.loss(X, convert_alpha(alpha, D, scale=4.0))
         )

@@ -16,8 +16,9 @@ from pathlib import Path
 
 import torch
 from ..core import seeded
+from .kinds import KINDS
 from .kmeans import finite
-from .sae import KINDS, TopK
+from .sae import KeepK
 from ..files import checksum
 from ..model.hub import WAYS_OUT, error_names, reach
 from codebook_tutorial.model.sites import (
@@ -239,7 +240,7 @@ def _for_dictionary_learning(sae, cls, site, model_name):
         submodule_name=site,
         layer=int(site.split(".")[1]) if site else None,
     )
-    more = {"k": torch.tensor(sae.k, dtype=torch.int)} if isinstance(sae, TopK) else {}
+    more = {"k": torch.tensor(sae.k, dtype=torch.int)} if isinstance(sae, KeepK) else {}
     if cls == "AutoEncoderTopK":
         more["threshold"] = torch.tensor(
             -1.0
@@ -444,7 +445,7 @@ def _build(
         n, d = _lies(rows, _shaped(at, tensors, rows).shape)
     for what, got in (
         dict(d_model=d, n_feats=n)
-        | ({"k": settings.get("k")} if issubclass(KINDS[kind], TopK) else {})
+        | ({"k": settings.get("k")} if issubclass(KINDS[kind], KeepK) else {})
     ).items():
         if type(got) is not int or not 0 < got <= (n if what == "k" else got):
             raise ValueError(
