@@ -13,8 +13,8 @@ from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
-from ..model.run import check_length, evaluating
-from ..model.sites import capture, intervene
+from ..model.run import model_device, passes
+from ..model.sites import intervene
 from ..model.text import Text
 from torch import nn
 
@@ -153,8 +153,8 @@ class Lens:
 
     def numbers(self, features):  # one id, or several
         "Ids as a tensor [n] on the model's device; ValueError for one that the dictionary lacks."
-        device = next(self.model.parameters()).device
-        ids = torch.as_tensor(features, dtype=torch.long, device=device).reshape(-1)
+        ids = torch.as_tensor(features, dtype=torch.long, device=model_device(self.model))
+        ids = ids.reshape(-1)
         n = len(self.dictionary.directions)
         if len(ids) and not 0 <= ids.min() <= ids.max() < n:
             got = f"{int(ids.min())} to {int(ids.max())}"
@@ -176,16 +176,6 @@ class Lens:
         ids, values = self.dictionary.encode_sparse(x.to(self.dictionary.directions.dtype))
         return ids, values.float()
 
-    def passes(self, text: Text, *, batch: int = 32):
-        "Run the model over a text: yields (rows, states at the site), batch by batch."
-        check_length(self.model, text.ids.shape[1], "Lens")
-        device = next(self.model.parameters()).device
-        model = getattr(self.model, "base_model", self.model)
-        with evaluating(self.model), capture(self.model, self.site) as acts:
-            for i in range(0, len(text), batch):
-                model(input_ids=text.ids[i : i + batch].to(device), use_cache=False)
-                yield slice(i, i + batch), acts[self.site]
-
     @torch.no_grad()
     def read(
         self,
@@ -196,7 +186,9 @@ class Lens:
     ):
         "What features do along a text [rows, length, n], on the CPU; 0 at BOS and padding."
         some = None if features is None else self.numbers(features)
-        found = [self.acts(x, some).cpu() for _, x in self.passes(text, batch=batch)]
+        found = []
+        for _, _, acts in passes(self.model, text, [self.site], batch=batch, call="read"):
+            found.append(self.acts(acts[self.site], some).cpu())
         return torch.cat(found) * text.mask[..., None]
 
     @torch.no_grad()
