@@ -624,7 +624,7 @@ def test_puzzles(told):
 def test_features_of_the_autoencoder_are_explained_better_than_random_directions(told):
     import tempfile
 
-    from codebook_tutorial.dictionary.store import harvest
+    from codebook_tutorial.dictionary.harvest import harvest
 
     model, text, words = told
     with tempfile.TemporaryDirectory() as folder:

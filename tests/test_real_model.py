@@ -329,7 +329,7 @@ def test_the_scale_chapter_runs_on_the_real_model(tmp_path):
 def test_features_of_the_real_model_have_explanations_and_pages(tmp_path):
     "Words of real text: an autoencoder's features are explained better than random directions. As an explainer the model itself is too short-sighted, and is told so."
     from codebook_tutorial.dictionary.base import random_directions
-    from codebook_tutorial.dictionary.store import harvest
+    from codebook_tutorial.dictionary.harvest import harvest
     from codebook_tutorial.dictionary.train import train_sae
     from codebook_tutorial.feature.explain.local import LocalLMExplainer
     from codebook_tutorial.feature.explain.protocol import (

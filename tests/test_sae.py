@@ -22,7 +22,7 @@ from codebook_tutorial.dictionary.sae import (
     Tied,
     TopK,
 )
-from codebook_tutorial.dictionary.store import harvest
+from codebook_tutorial.dictionary.harvest import harvest
 from codebook_tutorial.dictionary.train import refit, resample, train_sae, tune_decoder, unstack
 from codebook_tutorial.model.hub import load_lm
 from codebook_tutorial.model.run import lm_loss

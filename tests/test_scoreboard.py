@@ -11,7 +11,7 @@ from codebook_tutorial.dictionary.baselines import Affine
 from codebook_tutorial.dictionary.bottleneck import CodebookModel, add_codebooks
 from codebook_tutorial.dictionary.codebook import Codebook
 from codebook_tutorial.dictionary.formats import load_sae
-from codebook_tutorial.dictionary.store import harvest
+from codebook_tutorial.dictionary.harvest import harvest
 from codebook_tutorial.model.hub import load_lm
 from codebook_tutorial.model.text import load_text
 from codebook_tutorial.score.benches import known_answers, states_of
