@@ -18,7 +18,7 @@ import torch
 from safetensors.torch import load_file
 
 from codebook_tutorial.core import seeded
-from codebook_tutorial.dictionary import harvest as activations
+from codebook_tutorial.dictionary.harvest import harvest as activations
 from codebook_tutorial.dictionary import store as stores
 from codebook_tutorial.dictionary.bottleneck import add_codebooks
 from codebook_tutorial.dictionary.harvest import harvest

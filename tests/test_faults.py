@@ -29,7 +29,8 @@ from codebook_tutorial.dictionary.baselines import NMF
 from codebook_tutorial.dictionary.bottleneck import CodebookModel
 from codebook_tutorial.dictionary.codebook import Codebook
 from codebook_tutorial.dictionary.finetune import finetune
-from codebook_tutorial.dictionary.formats import FILES, export_sae, load_sae, save_sae
+from codebook_tutorial.dictionary.layouts import FILES
+from codebook_tutorial.dictionary.formats import export_sae, load_sae, save_sae
 from codebook_tutorial.dictionary.kmeans import kmeans
 from codebook_tutorial.dictionary.sae import KINDS
 from codebook_tutorial.dictionary.store import open_activations

@@ -1,4 +1,4 @@
-"""Activations on disk.
+"""Activations on disk, opened.
 
 Docs: https://codebook-tutorial.github.io/codebook_tutorial/lib/dictionary_store.html.md"""
 
