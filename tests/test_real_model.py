@@ -184,7 +184,7 @@ def test_the_finetuning_chapter_runs_on_the_real_model(tmp_path):
 def test_names_after_named_have_codes_on_the_real_model(tmp_path):
     "Finetune, index, search, browse: the best code for what follows 'named', chosen on one half, is far more precise on the other than always firing."
     from codebook_tutorial.dictionary.finetune import finetune as train_codes
-    from codebook_tutorial.feature.index import build_index
+    from codebook_tutorial.feature.indexing import build_index
     from codebook_tutorial.feature.search import nearest_features
     from codebook_tutorial.model.hub import load_lm
     from codebook_tutorial.model.run import lm_loss
