@@ -21,8 +21,8 @@ from codebook_tutorial.core import jsd, seeded
 from codebook_tutorial.dictionary.base import Directions, fvu
 from codebook_tutorial.dictionary.baselines import overlap, pca, pursue
 from codebook_tutorial.dictionary.codebook import Codebook
-from codebook_tutorial.dictionary.kmeans import kmeans, nearest
 from codebook_tutorial.dictionary.kinds import KINDS
+from codebook_tutorial.dictionary.kmeans import kmeans, nearest
 from codebook_tutorial.dictionary.sae import KeepK
 from codebook_tutorial.feature.detect import concept_scores
 from codebook_tutorial.feature.explain.protocol import (

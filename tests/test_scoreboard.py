@@ -8,14 +8,14 @@ from test_sites import hooks
 from codebook_tutorial.core import data_path, seeded
 from codebook_tutorial.dictionary.base import Dictionary, Directions, random_directions
 from codebook_tutorial.dictionary.baselines import Affine
-from codebook_tutorial.dictionary.bottleneck import CodebookModel, add_codebooks
+from codebook_tutorial.dictionary.bottleneck import add_codebooks
 from codebook_tutorial.dictionary.codebook import Codebook
 from codebook_tutorial.dictionary.formats import load_sae
-from codebook_tutorial.dictionary.store import harvest
+from codebook_tutorial.dictionary.harvest import harvest
 from codebook_tutorial.model.hub import load_lm
+from codebook_tutorial.model.run import states_of
 from codebook_tutorial.model.text import load_text
 from codebook_tutorial.score.benches import known_answers
-from codebook_tutorial.model.run import states_of
 from codebook_tutorial.score.scoreboard import (
     METHODS,
     Halves,

@@ -13,10 +13,16 @@ from codebook_tutorial.dictionary.base import random_directions
 from codebook_tutorial.dictionary.bottleneck import CodebookModel, add_codebooks
 from codebook_tutorial.dictionary.codebook import Codebook
 from codebook_tutorial.dictionary.formats import load_sae
-from codebook_tutorial.feature.effects import Effect, best_within, count_words, distinct, effect_and_price, recognise, topic_words
-from codebook_tutorial.model.generate import generate, text_nats
+from codebook_tutorial.feature.effects import (
+    Effect,
+    best_within,
+    count_words,
+    distinct,
+    effect_and_price,
+    recognise,
+    topic_words,
+)
 from codebook_tutorial.feature.steer import (
-    Choices,
     CodeSwitch,
     FeatureSwitch,
     add_vector,
@@ -31,6 +37,7 @@ from codebook_tutorial.feature.steer import (
     topic_features,
     write_codes,
 )
+from codebook_tutorial.model.generate import generate, text_nats
 from codebook_tutorial.model.hub import load_lm
 from codebook_tutorial.model.run import token_losses
 from codebook_tutorial.model.sites import capture, intervene

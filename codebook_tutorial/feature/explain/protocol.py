@@ -17,7 +17,7 @@ import torch
 from ...core import seeded
 from ...dictionary.kmeans import finite
 from ..detect import best_f1
-from ..index import Surface
+from ..surface import Surface
 from ...model.text import Text
 
 # %% ../../../nbs/lib/feature_explain_protocol.ipynb #feature-explain-protocol-5
