@@ -21,8 +21,9 @@ from codebook_tutorial.dictionary.base import random_directions
 from codebook_tutorial.dictionary.bottleneck import add_codebooks
 from codebook_tutorial.feature.index import build_index, open_index
 from codebook_tutorial.model.text import Text, pack
-from codebook_tutorial.show.browser import browse, export_browser, script_json
+from codebook_tutorial.show.browser import browse, export_browser
 from codebook_tutorial.show.html import escape
+from codebook_tutorial.show.pages import script_json
 
 EVIL = "the <script>window.hacked=1</script> dog & <img src=x onerror=window.hacked=1> </script><!-- \u2028 naïve 日本 👍 end"
 DOCS = [

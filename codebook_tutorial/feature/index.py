@@ -487,3 +487,7 @@ def _read(folder, verify):
             f"open_index: {file} in {folder} is damaged or missing ({type(e).__name__}: {e}); build_index(..., overwrite=True) makes it anew"
         ) from e
     return info, arrays
+
+# %% ../../nbs/lib/feature_index.ipynb #feature-index-23
+# gives an Index its methods: search, mark, contexts, ...
+from . import search  # noqa: E402, F401
