@@ -33,6 +33,22 @@ def _controls(prompts, ways):  # names of either -> widgets
     )
 
 
+def _offer(name, number, choices):  # choices: names, or how many features there are
+    named = not isinstance(choices, int)
+    name.layout.display, number.layout.display = ("", "none") if named else ("none", "")
+    if named:
+        name.options = list(choices)
+        name.value = name.options[0]
+    else:
+        number.max = choices - 1
+
+
+def _chosen(name, number, choices):  # -> number of the choice, what it is called
+    if isinstance(choices, int):
+        return number.value, number.value
+    return list(choices).index(name.value), name.value
+
+
 def steering_panel(
     tok,
     prompts: dict,  # {name: list of token ids}
@@ -45,29 +61,18 @@ def steering_panel(
     import ipywidgets as w
 
     at = _controls(prompts, ways)
-    way, name, number, strength, go = (at[k] for k in ("way", "name", "number", "strength", "go"))
     out = w.HTML()
-
-    def switch(_=None):
-        choices = ways[way.value][1]
-        named = not isinstance(choices, int)
-        name.layout.display, number.layout.display = ("", "none") if named else ("none", "")
-        if named:
-            name.options = list(choices)
-            name.value = name.options[0]
-        else:
-            number.max = choices - 1
+    way, name, number, strength, go = (at[k] for k in ("way", "name", "number", "strength", "go"))
 
     def sample(model, steer=None):
-        ids = [prompts[at["prompt"].value]]
         more = dict(n_tokens=n_tokens, steer=steer, seed=at["seed"].value, progress=False)
-        return tok.decode(generate(model, tok, ids, **more)[0], skip_special_tokens=True)
+        ids = generate(model, tok, [prompts[at["prompt"].value]], **more)[0]
+        return tok.decode(ids, skip_special_tokens=True)
 
     def write(_=None):
         model, choices, context = ways[way.value]
-        named = not isinstance(choices, int)
-        choice = list(choices).index(name.value) if named else number.value
-        title = f"{way.value}, {name.value if named else choice} x {strength.value:g}"
+        choice, called = _chosen(name, number, choices)
+        title = f"{way.value}, {called} x {strength.value:g}"
         go.disabled = True
         try:
             steered = sample(model, lambda rows: context(choice, strength.value))
@@ -77,9 +82,9 @@ def steering_panel(
         finally:
             go.disabled = False
 
-    way.observe(switch, "value")
+    way.observe(lambda _: _offer(name, number, ways[way.value][1]), "value")
+    _offer(name, number, ways[way.value][1])
     go.on_click(write)
-    switch()
     write()
     return w.VBox([at["prompt"], way, name, number, w.HBox([strength, at["seed"], go]), out])
 
