@@ -448,8 +448,9 @@ def test_values_are_shown_strongest_first_in_light_and_dark(built, browser, tmp_
 
 def test_the_page_of_explained_features_opens_without_scripts_or_network(page, browser, tmp_path):
     "Tokens and explanations full of markup are text; a feature opens by a click; light and dark."
-    from codebook_tutorial.feature.explain.protocol import interpret, make_cases
+    from codebook_tutorial.feature.explain.protocol import make_cases
     from codebook_tutorial.feature.explain.rules import PredicateExplainer
+    from codebook_tutorial.feature.explain.scores import interpret
     from codebook_tutorial.show.features import export_features
 
     words = [
