@@ -16,25 +16,27 @@ from codebook_tutorial.feature.explain.protocol import (
     Explainer,
     Fragment,
     concept_fit,
-    correlation,
-    detection,
-    difference,
     feature_concepts,
     fragments,
-    fuzzing,
     integers,
-    interpret,
     make_cases,
-    moments,
     pieces,
     some_features,
-    summary,
 )
 from codebook_tutorial.feature.explain.puzzles import PUZZLES, Puzzle, puzzle_cases, solve
 from codebook_tutorial.feature.explain.rules import (
     PREDICATES,
     PredicateExplainer,
     story_words,
+)
+from codebook_tutorial.feature.explain.scores import (
+    correlation,
+    detection,
+    difference,
+    fuzzing,
+    interpret,
+    moments,
+    summary,
 )
 from codebook_tutorial.model.hub import load_lm
 from codebook_tutorial.model.text import Text, load_text

@@ -35,16 +35,9 @@ from codebook_tutorial.dictionary.kmeans import kmeans
 from codebook_tutorial.dictionary.layouts import FILES
 from codebook_tutorial.dictionary.store import open_activations
 from codebook_tutorial.dictionary.train import train_sae
-from codebook_tutorial.feature.explain.protocol import (
-    Case,
-    Fragment,
-    detection,
-    fragments,
-    fuzzing,
-    interpret,
-    make_cases,
-)
+from codebook_tutorial.feature.explain.protocol import Case, Fragment, fragments, make_cases
 from codebook_tutorial.feature.explain.rules import PredicateExplainer
+from codebook_tutorial.feature.explain.scores import detection, fuzzing, interpret
 from codebook_tutorial.feature.index import open_index
 from codebook_tutorial.feature.indexing import build_index
 from codebook_tutorial.feature.steer import find_choices, find_switches

@@ -29,14 +29,16 @@ from codebook_tutorial.feature.explain.protocol import (
     Case,
     Explainer,
     Fragment,
+    feature_concepts,
+    integers,
+    make_cases,
+)
+from codebook_tutorial.feature.explain.scores import (
     correlation,
     detection,
     difference,
-    feature_concepts,
     fuzzing,
-    integers,
     interpret,
-    make_cases,
     moments,
     summary,
 )

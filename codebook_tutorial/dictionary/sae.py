@@ -8,6 +8,8 @@ Docs: https://codebook-tutorial.github.io/codebook_tutorial/sae.html.md"""
 __all__ = ['squared_error', 'beside_rows', 'SAE', 'Tied', 'KeepK', 'TopK']
 
 # %% ../../nbs/07_sae.ipynb #c07-8
+import torch
+import torch.nn.functional as F
 from .base import Dictionary
 from torch import nn
 

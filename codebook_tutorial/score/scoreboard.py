@@ -23,8 +23,9 @@ from ..dictionary.sae import SAE
 from ..dictionary.train import refit, train_sae
 from ..feature.detect import concept_scores
 from ..feature.effects import best_within, effect_and_price
-from ..feature.explain.protocol import interpret, make_cases, some_features
+from ..feature.explain.protocol import make_cases, some_features
 from ..feature.explain.rules import PredicateExplainer, story_words
+from ..feature.explain.scores import interpret
 from ..feature.patch import patch_curve
 from ..feature.steer import find_switches, steer
 from ..model.run import evaluating
