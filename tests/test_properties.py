@@ -40,7 +40,8 @@ from codebook_tutorial.feature.explain.protocol import (
     summary,
 )
 from codebook_tutorial.score.metrics import measure
-from codebook_tutorial.score.scoreboard import sparse_probes, stability
+from codebook_tutorial.score.concepts import sparse_probes
+from codebook_tutorial.score.scoreboard import stability
 from codebook_tutorial.world.fsm import (
     TokFSM,
     bayes,
