@@ -42,8 +42,9 @@ from codebook_tutorial.feature.explain.scores import (
     moments,
     summary,
 )
+from codebook_tutorial.score.concepts import sparse_probes
 from codebook_tutorial.score.metrics import measure
-from codebook_tutorial.score.scoreboard import sparse_probes, stability
+from codebook_tutorial.score.scoreboard import stability
 from codebook_tutorial.world.fsm import (
     TokFSM,
     bayes,
