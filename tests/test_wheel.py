@@ -5,7 +5,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
-import course  # noqa: E402
+from workshop import env as course_env  # noqa: E402
 
 def pythons():
     "This Python, and the newest other one at hand that answers (a pyenv shim without its version does not)."
@@ -52,7 +52,7 @@ def fresh(folder, python, env, *what):
     inside = folder / "bin" / "python"
     got = run(sys.executable, "-m", "uv", "venv", "-q", "--seed", "--python", python, folder, env=env)
     assert got.returncode == 0, got.stderr
-    got = run(sys.executable, "-m", "uv", "pip", "install", "-q", "--python", inside, *course.pip_find_links(), "-c", ROOT / "constraints.txt", *what, "ipykernel", "nbclient", env=env)
+    got = run(sys.executable, "-m", "uv", "pip", "install", "-q", "--python", inside, *course_env.pip_find_links(), "-c", ROOT / "constraints.txt", *what, "ipykernel", "nbclient", env=env)
     if got.returncode and re.search(r"dns error|error sending request|failed to connect|connection refused", got.stderr, re.I): pytest.skip("no package registry can be reached")
     assert got.returncode == 0, got.stderr[-2000:]
     return inside

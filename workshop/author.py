@@ -141,8 +141,8 @@ def author(args):
         to_text(sum(chosen(args.only), []))
         return 0
     from_text()
+    books, failed = chosen(args.only)[0], []
     export()  # first, so that chapters import what they are about to show
-    failed = []
 
     def done(path, outcome):
         if not outcome.failure:
@@ -153,7 +153,7 @@ def author(args):
         print(f"{path.stem}: FAILED {outcome.failure}", flush=True)
         print("(the notebook is left as it was; the failed run is in out/nbs)", flush=True)
 
-    for path in chosen(args.only)[0]:
+    for path in books:
         asyncio.run(execute_all([path], 1, done))
     clean()
     export()
