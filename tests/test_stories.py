@@ -40,21 +40,10 @@ from codebook_tutorial.world.grammar import (
     plural,
 )
 from codebook_tutorial.world.questions import QUESTIONS, ask, exchanged, recalls, score, shuffled
-from codebook_tutorial.world.stories import (
-    FACTS,
-    ROLES,
-    Choice,
-    Teller,
-    fill_rows,
-    gift_prompts,
-    held_out,
-    make_tokenizer,
-    needs_stories,
-    prompts,
-    role,
-    stories,
-    uniform,
-)
+from codebook_tutorial.world.slots import FACTS, Choice, held_out, uniform
+from codebook_tutorial.world.stories import ROLES, Teller, make_tokenizer, stories
+from codebook_tutorial.model.text import fill_rows
+from codebook_tutorial.world.prompts import gift_prompts, needs_stories, prompts, role
 
 SOME = list(islice(stories(seed=11), 1500))
 

@@ -10,7 +10,6 @@ __all__ = ['FILES', 'TENSORS', 'WRITES', 'ALPHA_UNITS', 'save_sae', 'export_sae'
 # %% ../../nbs/lib/dictionary_formats.ipynb #dictionary-formats-3
 import json
 import re
-from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 
@@ -19,7 +18,7 @@ from ..core import seeded
 from .kmeans import finite
 from .sae import KINDS, TopK
 from ..files import checksum
-from ..model.hub import WAYS_OUT, error_names, reach
+from ..model.hub import Ask, explain_error, reach
 from codebook_tutorial.model.sites import (
     TRANSFORMER_LENS,
     from_transformer_lens,
@@ -306,7 +305,16 @@ def _fetch(name, path, revision):  # -> folder on this machine, layout, path
         raise ValueError(
             f"load_sae: no folder {name!r}; expected one with an autoencoder, or owner/name on the Hub"
         )
-    with _asking(name, revision):
+    ask = Ask(
+        "load_sae",
+        name,
+        name,
+        revision,
+        keeps=f"load_sae({name!r}, ...)",
+        offline="a folder",
+        unread="expected files of an autoencoder",
+    )
+    with explain_error(ask):
         info, cached = reach(name, "model", revision)
         if cached:
             return _local(Path(cached), path, name)
@@ -348,34 +356,6 @@ def _find(files, path, name):  # the paths of all files there -> folder, layout
     raise ValueError(
         f"load_sae: no autoencoder in {place}; expected {', or '.join(' and '.join(needs) for needs in FILES.values())}; of these there are {listed or 'none'}"
     )
-
-
-@contextmanager
-def _asking(id, revision):
-    "Turn what the Hub's library raises into an error that says the way out; our own pass as they are."
-    try:
-        yield
-    except Exception as e:
-        if str(e).startswith("load_sae: "):
-            raise
-        kind, says = next(
-            (kind, says) for raised, kind, says in WAYS_OUT if raised & error_names(e)
-        )
-        raise kind(
-            "load_sae: "
-            + says.format(
-                name=id,
-                id=id,
-                revision=revision,
-                known="autoencoders have none",
-                near="",
-                once=f"load_sae({id!r}, ...) or ",
-                options=f" --revision {revision}" if revision else "",
-                offline="a folder",
-                detail=f"{type(e).__name__}: {' '.join(str(e).split())[:200]}",
-                last="expected files of an autoencoder",
-            )
-        ) from e
 
 
 def _config(folder, layout, at):

@@ -20,7 +20,7 @@ from ..model.text import Text, load_text
 from .metrics import replaced_loss
 from ..world.concepts import atoms, story_text
 from ..world.grammar import ID
-from ..world.stories import prompts
+from ..world.prompts import prompts
 from ..world.tasks import one_token_names, task_pairs, task_score
 
 # %% ../../nbs/lib/score_benches.ipynb #score-benches-4

@@ -15,7 +15,7 @@ from itertools import islice
 
 import numpy as np
 import torch
-from ..model.text import Text
+from ..model.text import Text, fill_rows
 from codebook_tutorial.world.grammar import (
     BOYS,
     GIRLS,
@@ -32,7 +32,8 @@ from codebook_tutorial.world.grammar import (
     flat,
     plural,
 )
-from .stories import DOCUMENTS, ROLES, Story, fill_rows, stories
+from .slots import DOCUMENTS
+from .stories import ROLES, Story, stories
 
 # %% ../../nbs/lib/world_concepts.ipynb #world-concepts-4
 @dataclass

@@ -13,7 +13,7 @@ import torch
 from ..model.run import next_probs
 from .concepts import WORD_TABLES, first_at, has_word
 from .grammar import SENTENCE_KINDS
-from .stories import prompts
+from .prompts import prompts
 
 # %% ../../nbs/lib/world_questions.ipynb #world-questions-5
 def score(
