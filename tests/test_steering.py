@@ -35,7 +35,7 @@ from codebook_tutorial.model.hub import load_lm
 from codebook_tutorial.model.run import token_losses
 from codebook_tutorial.model.sites import capture, intervene
 from codebook_tutorial.model.text import Text, load_text
-from codebook_tutorial.world.concepts import WORD_TABLES
+from codebook_tutorial.world.words import WORD_TABLES
 from codebook_tutorial.world.grammar import ID, LISTS, TOPICS
 
 BOS, PAD = 1, 0

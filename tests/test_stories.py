@@ -15,14 +15,8 @@ from stories_truth import truth
 from codebook_tutorial.core import data_path
 from codebook_tutorial.model.run import next_probs
 from codebook_tutorial.model.text import Text, load_text
-from codebook_tutorial.world.concepts import (
-    ATOMS,
-    CONCEPTS,
-    WORD_TABLES,
-    atoms,
-    concept_table,
-    story_text,
-)
+from codebook_tutorial.world.concepts import ATOMS, CONCEPTS, atoms, concept_table, story_text
+from codebook_tutorial.world.words import WORD_TABLES
 from codebook_tutorial.world.grammar import (
     BOYS,
     GIRLS,

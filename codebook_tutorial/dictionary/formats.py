@@ -18,7 +18,7 @@ from ..core import seeded
 from .kmeans import finite
 from .sae import KINDS, TopK
 from ..files import checksum
-from ..model.hub import Ask, explain_error, reach
+from ..model.remote import Ask, explain_error, reach
 from codebook_tutorial.model.sites import (
     TRANSFORMER_LENS,
     from_transformer_lens,

@@ -11,7 +11,8 @@ __all__ = ['QUESTIONS', 'score', 'shuffled', 'exchanged', 'recalls', 'ask']
 import numpy as np
 import torch
 from ..model.run import next_probs
-from .concepts import WORD_TABLES, first_at, has_word
+from .words import WORD_TABLES
+from .context import first_at, has_word
 from .grammar import SENTENCE_KINDS
 from .prompts import prompts
 
