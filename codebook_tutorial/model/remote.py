@@ -124,7 +124,7 @@ def reach(
     hub: dict | None = None,  # token and cache_dir
     **files,  # allow_patterns and ignore_patterns of snapshot_download
 ):
-    "What the Hub says of a repository, and None; without a network None and its folder in the cache."
+    "What the Hub says of a repository, and None; without a network None and its cached folder."
     from huggingface_hub import HfApi, snapshot_download
 
     hub = hub or {}

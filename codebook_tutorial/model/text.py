@@ -72,7 +72,7 @@ class Text:
 
     @property
     def labels(self):
-        "[rows, length]: the id of a token to be predicted, as in transformers' `labels=`, else -100."
+        "[rows, length]: ids of tokens to be predicted, as transformers' `labels=`, else -100."
         ends = (self.ids == self.bos) & self.mask.roll(1, 1)  # the BOS that ends a document
         counts = self.mask | ends
         counts[:, 0] = False  # nothing comes before the first

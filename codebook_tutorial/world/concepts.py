@@ -129,7 +129,7 @@ def story_text(
     split: str = "train",
     keep=None,  # Story -> whether it is taken; None: all are
 ):
-    "Stories as load_text gives them, and what holds at every token: [rows, length, families] int16."
+    "Stories as a Text, and what holds at every token: [rows, length, families] int16, -1 none."
     told = []
 
     def docs():

@@ -73,7 +73,7 @@ def _entropy(p):
 
 
 def bayes(fsm: TokFSM, length: int = 128) -> tuple[float, float]:
-    "Best possible (nats per token, next-token accuracy): an exact sum, nothing sampled."
+    "Best possible (nats per token, next-token accuracy): exact, nothing sampled."
     if length < 2:
         raise ValueError(f"bayes: expected length of at least 2, got {length}")
     n = fsm.n_states
@@ -96,7 +96,7 @@ def bayes(fsm: TokFSM, length: int = 128) -> tuple[float, float]:
 
 # %% ../../nbs/01_fsm.ipynb #c01-22
 def _rotary(factor):
-    "Rotary settings, kept by save_pretrained: frequency of pair i is base**(-i/pairs) / factor[i]."
+    "Rotary settings: the frequency of pair i is base**(-i/pairs) / factor[i]."
     return dict(
         rope_type="longrope",
         rope_theta=10_000.0,
@@ -138,7 +138,7 @@ def fsm_model(
 
 
 def init_weights(model):
-    "N(0, 0.7 / sqrt(inputs)); output projections / sqrt(2 layers); embedding 0.25, head 0.02."
+    "N(0, 0.7 / sqrt(inputs)); output projections less; embedding 0.25, head 0.02."
     for name, weight in model.named_parameters():
         if weight.dim() < 2:
             continue
@@ -190,7 +190,7 @@ def train_fsm(
 
 # %% ../../nbs/01_fsm.ipynb #c01-33
 def state_labels(ids):
-    "[n, length] -> [n, length]: at second digits the state they complete, elsewhere -1."
+    "[n, length] -> [n, length]: the state at its second digit, elsewhere -1."
     labels = torch.full_like(ids, -1)
     labels[:, 2::2] = 10 * ids[:, 1:-1:2] + ids[:, 2::2]
     return labels
@@ -216,7 +216,7 @@ def legal_steps(
     ids,  # [n, length]
     fsm: TokFSM,
 ):
-    "[n, steps]: 1 where a step between complete states follows an edge; 0 at a later BOS."
+    "[n, steps]: 1 where a step follows an edge; 0 elsewhere, and at a later BOS."
     ids = ids.cpu()
     states = state_labels(ids)[:, 2::2]
     fine = (ids[:, 1:-1:2] < 10) & (ids[:, 2::2] < 10) & (states < fsm.n_states)
@@ -242,7 +242,7 @@ def state_accuracy(
 
 # %% ../../nbs/01_fsm.ipynb #c01-36
 def _branches(length):
-    "Layout of a pass with ten branches after each complete state: ends, digits, positions, mask."
+    "A pass with ten branches after each state: ends, digits, positions, mask."
     ends = torch.arange(2, length, 2)  # positions where a state is complete
     at = ends.repeat_interleave(10)  # each branch hangs on such a position
     position = torch.cat([torch.arange(length), at + 1])
@@ -294,7 +294,8 @@ def _unit_f1(unit, labels, total):
     known = labels[order] >= 0  # only at a state's own positions can its F1 be highest
     # a threshold at a value: so many fire (none cuts between equal values)
     fire = torch.searchsorted(-values, -values, right=True)[known]
-    state, values = labels[order][known], values[known]
+    state = labels[order][known]
+    values = values[known]
     by_state = state.argsort(stable=True)
     hits = torch.empty_like(state)  # the state's first, second, ...
     hits[by_state] = (
@@ -313,7 +314,7 @@ def best_f1(
     labels,  # [N], -1 for none
     n_states: int = 100,
 ):
-    "Best F1 of `unit >= threshold` as a detector of a state, and thresholds: two [n, n_states]."
+    "Best F1 of `unit >= threshold` for every state, and thresholds: two [n, n_states]."
     if not acts.isfinite().all():
         raise ValueError(
             "best_f1: the activations hold NaN or infinity; expected finite numbers"

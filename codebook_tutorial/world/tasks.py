@@ -128,7 +128,7 @@ def make_pairs(
     base_answers: list,  # what follows each prompt: a word, or a list of words
     target_answers: list,
 ) -> Pairs:
-    "Pairs from texts; ValueError where lengths differ, an answer is several tokens, a word unknown."
+    "Pairs from texts; prompts of equal length, answers of one token, words that it knows."
     given = base, target, base_answers, target_answers
     n = [len(texts) for texts in given]
     if not base or len(set(n)) > 1:

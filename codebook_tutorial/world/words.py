@@ -43,7 +43,7 @@ class Concept:
 
 KINDS = dict(token={}, context={}, future={})  # kind -> {name: Concept}
 
-WORD_TABLES = {}  # of those that the word alone decides: name -> [vocabulary] index of the value, -1
+WORD_TABLES = {}  # of those that the word decides: name -> [vocabulary] index of the value, -1
 
 
 def add_concept(
