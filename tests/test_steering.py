@@ -38,8 +38,8 @@ from codebook_tutorial.score.effects import (
     recognise,
     topic_words,
 )
-from codebook_tutorial.world.concepts import WORD_TABLES
 from codebook_tutorial.world.grammar import ID, LISTS, TOPICS
+from codebook_tutorial.world.words import WORD_TABLES
 
 BOS, PAD = 1, 0
 

@@ -19,7 +19,7 @@ from codebook_tutorial.feature.explain.protocol import (
     check_features,
     greedy_rules,
 )
-from ...world.concepts import CLASSES
+from ...world.words import CLASSES
 from ...world.grammar import LISTS, TOPICS
 from fastcore.basics import patch
 from tqdm.auto import tqdm
