@@ -24,6 +24,7 @@ from codebook_tutorial.dictionary.codebook import Codebook
 from codebook_tutorial.dictionary.kmeans import kmeans, nearest
 from codebook_tutorial.dictionary.sae import KINDS, TopK
 from codebook_tutorial.feature.detect import concept_scores
+from codebook_tutorial.feature.explain.concepts import feature_concepts
 from codebook_tutorial.feature.explain.protocol import (
     Case,
     Explainer,
@@ -31,7 +32,6 @@ from codebook_tutorial.feature.explain.protocol import (
     correlation,
     detection,
     difference,
-    feature_concepts,
     fuzzing,
     integers,
     interpret,
@@ -39,8 +39,9 @@ from codebook_tutorial.feature.explain.protocol import (
     moments,
     summary,
 )
+from codebook_tutorial.score.concepts import sparse_probes
 from codebook_tutorial.score.metrics import measure
-from codebook_tutorial.score.scoreboard import sparse_probes, stability
+from codebook_tutorial.score.scoreboard import stability
 from codebook_tutorial.world.fsm import (
     TokFSM,
     bayes,

@@ -15,19 +15,16 @@ from codebook_tutorial.dictionary.store import harvest
 from codebook_tutorial.model.hub import load_lm
 from codebook_tutorial.model.text import load_text
 from codebook_tutorial.score.benches import known_answers, states_of
+from codebook_tutorial.score.concepts import absorbed, concept_board, families, sparse_probes
 from codebook_tutorial.score.scoreboard import (
     METHODS,
     Halves,
-    absorbed,
-    concept_board,
     explained,
-    families,
     fsm_states,
     kept,
     make_dictionary,
     patched,
     scoreboard,
-    sparse_probes,
     stability,
     steered,
     sums_of,

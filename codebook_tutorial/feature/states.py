@@ -11,21 +11,18 @@ __all__ = ['record', 'feature_numbers', 'code_table', 'owners', 'code_scores', '
 # %% ../../nbs/03_states.ipynb #c03-6
 import torch
 import torch.nn.functional as F
-from ..core import jsd
-from codebook_tutorial.world.fsm import (
-    TokFSM,
-    detector_scores,
-    legal_mass,
-    state_accuracy,
-    state_labels,
-)
+from ..core import jsd, seeded
+from .detect import Best, scores_of
+from ..world.fsm import TokFSM, legal_mass, state_accuracy, state_labels
 
 # %% ../../nbs/03_states.ipynb #c03-16
 @torch.no_grad()
 def record(
-    cb_model, ids, rows: int = 64
-) -> dict:  # ids [n, length] -> {site: [n, length, groups, k]}
-    "The codes of every book on some sequences."
+    cb_model,
+    ids,  # [n, length]
+    rows: int = 64,  # at a time
+) -> dict:
+    "The codes of every codebook on some sequences: {site: [n, length, groups, k]}."
     kept = {site: [] for site in cb_model.codebooks}
     for some in ids.split(rows):
         cb_model(input_ids=some)
@@ -34,110 +31,112 @@ def record(
     return {site: torch.cat(found) for site, found in kept.items()}
 
 
-def feature_numbers(cb_model, codes: dict, site: str):  # -> [n * length, groups * k]
-    "A site's recorded codes as feature numbers, group * n_codes + id: the same id in two heads is two codes."
+def feature_numbers(cb_model, codes: dict, site: str):
+    """A site's recorded codes as feature numbers, [n * length, groups * k].
+
+    They are group * n_codes + id, since the same id in two heads is two codes."""
     groups, n_codes, _ = cb_model.codebooks[site].weight.shape
-    return (
-        (
-            codes[site]
-            + n_codes * torch.arange(groups, device=codes[site].device)[:, None]
-        )
-        .flatten(0, 1)
-        .flatten(1)
-    )
+    first = n_codes * torch.arange(groups, device=codes[site].device)
+    return (codes[site] + first[:, None]).flatten(0, 1).flatten(1)
 
 
 def code_table(
-    codes, labels, n_codes: int, *, n_labels: int = 100
-):  # [N] or [N, k], [N] with -1 for none -> [n_codes, n_labels + 1]
-    "How often each code stood at each label; the last column counts where there is none."
+    codes,  # [N] or [N, k]
+    labels,  # [N], -1 for none
+    n_codes: int,
+    *,
+    n_labels: int = 100,
+):
+    """How often each code was active at each label, [n_codes, n_labels + 1].
+
+    The last column counts where there is no label."""
     column = torch.where(labels < 0, n_labels, labels)
-    pairs = codes.view(len(labels), -1) * (n_labels + 1) + column[:, None]
-    return torch.bincount(pairs.flatten(), minlength=n_codes * (n_labels + 1)).view(
-        n_codes, n_labels + 1
-    )
+    size = n_labels + 1
+    pairs = codes.view(len(labels), -1) * size + column[:, None]
+    return torch.bincount(pairs.flatten(), minlength=n_codes * size).view(-1, size)
 
 # %% ../../nbs/03_states.ipynb #c03-22
-def owners(table):  # [n_codes, n_labels + 1] -> [n_codes]
-    "Each code's majority label; n_labels for a code that stands mostly where there is none, or was never used."
+def owners(table):  # [n_codes, n_labels + 1]
+    "Each code's majority label [n_codes]; n_labels: none, or never used."
     return torch.where(table.sum(1) > 0, table.argmax(1), table.shape[1] - 1)
 
 
 def code_scores(
-    codes, labels, n_codes: int, *, n_labels: int = 100
-) -> dict:  # [N] or [N, k], [N]
-    "Held-out scores per label, chosen on the first half: its most frequent own code (precision, recall) and the set of its codes (set_f1)."
+    codes,  # [N] or [N, k]
+    labels,  # [N], -1 for none
+    n_codes: int,
+    *,
+    n_labels: int = 100,
+) -> dict:
+    """Held-out scores of codes as detectors of each label, chosen on the first half.
+
+    precision, recall: of the label's most frequent own code. set_f1: of all its
+    codes."""
     half, codes = len(labels) // 2, codes.view(len(labels), -1)
-    chosen = code_table(codes[:half], labels[:half], n_codes, n_labels=n_labels)
-    mine = owners(chosen)[:, None] == torch.arange(n_labels)  # [n_codes, n_labels]
-    best, none = (
-        torch.where(mine, chosen[:, :-1], -1).argmax(0),
-        ~mine.any(0),
-    )  # a label without a code never fires, and scores 0
-    later = codes[half:]
-    precision, recall, _ = detector_scores(
-        (later[..., None] == best).any(1) & ~none, labels[half:], n_labels
-    )
-    set_f1 = detector_scores(mine[later].any(1), labels[half:], n_labels)[
-        2
-    ]  # fires where any of the label's codes stands
+    seen = code_table(codes[:half], labels[:half], n_codes, n_labels=n_labels)
+    each = torch.arange(n_labels)
+    mine = owners(seen)[:, None] == each  # [n_codes, n_labels]
+    best = torch.where(mine, seen[:, :-1], -1).argmax(0)
+    later, truth = codes[half:], labels[half:, None] == each
+    # a label without a code never fires, and scores 0
+    one = scores_of((later[..., None] == best).any(1) & mine.any(0), truth)
+    every = scores_of(
+        mine[later].any(1), truth
+    )  # fires where any of its codes is active
     return dict(
-        precision=precision,
-        recall=recall,
-        set_f1=set_f1,
+        precision=one["precision"],
+        recall=one["recall"],
+        set_f1=every["f1"],
         codes_per_label=mine.sum(0),
         best=best,
     )
 
 # %% ../../nbs/03_states.ipynb #c03-25
 def neuron_precision(
-    acts, labels, recall, *, n_labels: int = 100
-):  # [N, n], [N] with -1 for none, [n_labels] -> [n_labels]
-    "Held-out precision of each label's best unit (either sign) at a given recall; unit and threshold are chosen on the first half."
-    half, each, signed = (
-        len(labels) // 2,
-        torch.arange(n_labels),
-        torch.cat([acts, -acts], 1),
-    )
-    before, total = (
-        (counts := torch.bincount(labels[:half] + 1, minlength=n_labels + 1)).cumsum(0)[
-            :-1
-        ],
-        counts[1:],
-    )  # visits of other labels (or none) before a label's, its own
+    acts,  # [N, n]
+    labels,  # [N], -1 for none
+    recall,  # [n_labels]
+    *,
+    n_labels: int = 100,
+):
+    """Held-out precision of each label's best unit at a given recall, [n_labels].
+
+    Unit (either sign) and threshold are chosen on the first half."""
+    half, each = len(labels) // 2, torch.arange(n_labels)
+    signed, first = torch.cat([acts, -acts], 1), labels[: len(labels) // 2]
+    counts = torch.bincount(first + 1, minlength=n_labels + 1)
+    # visits of other labels (or none) before a label's, and its own
+    before, total = counts.cumsum(0)[:-1], counts[1:]
     target = (recall * total).ceil().long().clamp(min=1)  # visits to find
-    best = torch.full((3, n_labels), -1.0)  # precision, threshold, unit (signed)
+    nth = (before + target - 1).clamp(max=half - 1)
+    best = Best()
     for j, unit in enumerate(signed[:half].T):
         values, order = unit.sort(descending=True)
-        visits = (
-            (labels[:half][order] * half + torch.arange(half)).sort().values
-        )  # label by label, the ranks at which it stands
-        rank = torch.where(
-            target > total,
-            half - 1,
-            visits[(before + target - 1).clamp(max=half - 1)] % half,
-        )
-        rank = (
-            torch.searchsorted(-values, -values[rank], right=True) - 1
-        )  # all that are tied fire together
+        # label by label, the ranks of its visits
+        visits = (first[order] * half + torch.arange(half)).sort().values
+        rank = torch.where(target > total, half - 1, visits[nth] % half)
+        # all that are tied fire together
+        rank = torch.searchsorted(-values, -values[rank], right=True) - 1
         hits = torch.searchsorted(visits, each * half + rank, right=True) - before
-        found = torch.stack(
-            [hits / (rank + 1), values[rank], torch.full((n_labels,), float(j))]
-        )
-        best = torch.where(found[0] > best[0], found, best)
-    fires = signed[half:, best[2].long()] >= best[1]
-    hits = (fires & (labels[half:, None] == each)).sum(0)
-    return hits / fires.sum(0).clamp(min=1)
+        best.offer(hits / (rank + 1), threshold=values[rank], unit=j)
+    fires = signed[half:, best["unit"]] >= best["threshold"]
+    return scores_of(fires, labels[half:, None] == each)["precision"]
 
 # %% ../../nbs/03_states.ipynb #c03-29
-def situation_labels(ids):  # [n, length] -> [n, length]
-    "What a position has read: s (0-99) where state s is complete; 100 + 10 s + digit at the first digit after s; -1 before the first state."
+def situation_labels(ids):  # [n, length]
+    """What each position has read, [n, length].
+
+    s (0-99) where fsm state s is complete; 100 + 10 s + digit at the first digit after
+    s; -1 before the first."""
     complete = state_labels(ids)
     before = F.pad(complete, (1, 0), value=-1)[:, :-1]
     return torch.where(before >= 0, 100 + 10 * before + ids, complete)
 
 
-def purity(table, at_least: int = 10) -> float:  # [n_codes, n_labels + 1]
+def purity(
+    table,  # [n_codes, n_labels + 1]
+    at_least: int = 10,
+) -> float:
     "Share of the codes used at least so often that occur at one label only."
     often = table[table.sum(1) >= at_least]
     return ((often > 0).sum(1) == 1).double().mean().item()
@@ -145,27 +144,24 @@ def purity(table, at_least: int = 10) -> float:  # [n_codes, n_labels + 1]
 # %% ../../nbs/03_states.ipynb #c03-32
 @torch.no_grad()
 def measure_codes(
-    cb_model, fsm: TokFSM, site: str
-) -> dict:  # site: whose codes to score
-    "What a codebook model still knows (state_accuracy, legal_mass), its dead_share, and how its codes detect states (held out)."
-    where, draw = (
-        cb_model.device,
-        lambda n, seed: fsm.sample(n, 128, torch.Generator().manual_seed(seed)),
-    )
+    cb_model,
+    fsm: TokFSM,
+    site: str,  # whose codes to score
+) -> dict:
+    "What a codebook model still knows, and how its codes detect fsm states."
+    device = cb_model.device
     cb_model.reset_counts()
-    for some in draw(782, 7).to(where).split(64):
+    for some in fsm.sample(782, 128, seeded(7)).to(device).split(64):
         cb_model(input_ids=some)  # 100,096 fresh tokens
-    dead, ids = cb_model.dead_share(), draw(400, 11).to(where)
-    codes, labels = (
-        feature_numbers(cb_model, record(cb_model, ids), site).cpu(),
-        state_labels(ids).flatten().cpu(),
-    )
-    scores = code_scores(
-        codes, labels, cb_model.codebooks[site].weight.shape[:2].numel()
-    )
+    dead, ids = cb_model.dead_share(), fsm.sample(400, 128, seeded(11)).to(device)
+    codes = feature_numbers(cb_model, record(cb_model, ids), site).cpu()
+    n_codes = cb_model.codebooks[site].weight.shape[:2].numel()
+    scores = code_scores(codes, state_labels(ids).flatten().cpu(), n_codes)
     return dict(
         state_accuracy=state_accuracy(cb_model, fsm),
-        legal_mass=legal_mass(cb_model, fsm, draw(64, 99).to(where)),
+        legal_mass=legal_mass(
+            cb_model, fsm, fsm.sample(64, 128, seeded(99)).to(device)
+        ),
         dead_share=dead,
         code_precision=scores["precision"].mean().item(),
         code_recall=scores["recall"].mean().item(),
@@ -173,28 +169,32 @@ def measure_codes(
     )
 
 # %% ../../nbs/03_states.ipynb #c03-47
-def modal_codes(cb_model, ids) -> dict:  # {site: [1100, groups, k]}
-    "For every book the most frequent code in each situation (see situation_labels): a table of what to write."
-    n = lambda site: cb_model.codebooks[site].config["n_codes"]
+def modal_codes(cb_model, ids) -> dict:  # ids [n, length]
+    """Every codebook's most frequent code in each situation: {site: [1100, groups, k]}.
+
+    A table of what to write; see situation_labels."""
     labels, table = situation_labels(ids).flatten().cpu(), {}
     for site, codes in record(cb_model, ids).items():
-        slots = codes.flatten(0, 1).flatten(1).cpu().T  # [groups * k, N]
-        modes = [
-            code_table(slot, labels, n(site), n_labels=1100)[:, :1100].argmax(0)
-            for slot in slots
-        ]
+        n_codes = cb_model.codebooks[site].config["n_codes"]
+        modes = []
+        for slot in codes.flatten(0, 1).flatten(1).cpu().T:  # [groups * k, N]
+            counts = code_table(slot, labels, n_codes, n_labels=1100)
+            modes.append(counts[:, :1100].argmax(0))
         table[site] = torch.stack(modes, -1).view(1100, *codes.shape[2:]).to(ids.device)
     return table
 
 
 def write_state(
-    table, target, both: bool = True
-):  # [1100, groups, k], [n] states -> edit of ids [n * 10, seq, groups, k]
-    "An edit for `belief`: the target's codes at the boundary (second last position), and with `both` those of (target, digit) at the last."
-    state, digit = (
-        target.repeat_interleave(10),
-        torch.arange(10, device=target.device).repeat(len(target)),
-    )
+    table,  # [1100, groups, k], of modal_codes
+    target,  # [n] fsm states
+    both: bool = True,
+):
+    """An edit of ids [n * 10, seq, groups, k] for `belief`.
+
+    It writes the target's codes at the boundary (second last position), and with `both`
+    those of (target, digit) at the last."""
+    state = target.repeat_interleave(10)
+    digit = torch.arange(10, device=target.device).repeat(len(target))
 
     def fn(ids):
         ids[:, -2] = table[state]
@@ -206,104 +206,98 @@ def write_state(
 
 # %% ../../nbs/03_states.ipynb #c03-48
 @torch.no_grad()
-def belief(model, prefixes):  # [n, seq] ending in a complete state -> [n, 100]
-    "Probability of every next state, given that two digits follow; each prefix is run with each of the ten digits behind it, [n * 10, seq + 1]."
-    digits = torch.arange(10, device=prefixes.device).repeat(len(prefixes))[:, None]
-    p = (
-        model(input_ids=torch.cat([prefixes.repeat_interleave(10, 0), digits], 1))
-        .logits[:, -2:]
-        .softmax(-1)[..., :10]
-    )
-    p = p.view(len(prefixes), 10, 2, 10)
+def belief(
+    model,
+    prefixes,  # [n, seq] ending in a complete fsm state
+):
+    """Probability of every next fsm state, given that two digits follow: [n, 100].
+
+    Each prefix is run with each of the ten digits after it, [n * 10, seq + 1]."""
+    n = len(prefixes)
+    digits = torch.arange(10, device=prefixes.device).repeat(n)[:, None]
+    ids = torch.cat([prefixes.repeat_interleave(10, 0), digits], 1)
+    p = model(input_ids=ids).logits[:, -2:].softmax(-1)[..., :10].view(n, 10, 2, 10)
     joint = (p[:, 0, 0, :, None] * p[:, :, 1]).flatten(1)
     return joint / joint.sum(-1, keepdim=True)
 
 
 def walks_to(
-    fsm: TokFSM, states, steps: int = 4, *, seed: int = 0
-):  # [n] -> ids [n, 1 + 2 * steps]
-    "A random legal walk that ends in each of the given states."
-    pool = fsm.walk(400 * fsm.n_states, steps, torch.Generator().manual_seed(seed))
+    fsm: TokFSM,
+    states,  # [n] fsm states
+    steps: int = 4,
+    *,
+    seed: int = 0,
+):
+    "A random legal walk to each of the given fsm states: ids [n, 1 + 2 * steps]."
+    pool = fsm.walk(400 * fsm.n_states, steps, seeded(seed))
     last, asked = pool[:, -1].contiguous().sort(), states.cpu().contiguous()
-    start, count = (
-        torch.searchsorted(last.values, asked),
-        torch.bincount(last.values, minlength=fsm.n_states)[asked],
-    )
+    start = torch.searchsorted(last.values, asked)
+    count = torch.bincount(last.values, minlength=fsm.n_states)[asked]
     if not count.all():
-        raise ValueError(
-            f"walks_to: no walk of {steps} states ends in {asked[count == 0].unique().tolist()}"
-        )
-    turn = (
-        torch.tensor([(asked[:i] == s).sum() for i, s in enumerate(asked)]) % count
-    )  # the first such walk, then the second, ...
+        missing = asked[count == 0].unique().tolist()
+        raise ValueError(f"walks_to: no walk of {steps} states ends in {missing}")
+    # the first such walk, then the second, ...
+    turn = torch.tensor([(asked[:i] == s).sum() for i, s in enumerate(asked)]) % count
     return fsm.tokens(pool[last.indices[start + turn]]).to(states.device)
 
 # %% ../../nbs/03_states.ipynb #c03-53
 def random_codes(n_codes: int, both: bool = True, seed: int = 0):
     "The null edit for `belief`: random codes at the positions that write_state writes."
-    generator = torch.Generator().manual_seed(seed)
+    generator = seeded(seed)
 
     def fn(ids):
         for i in (-2, -1)[: 1 + both]:
-            ids[:, i] = torch.randint(n_codes, ids[:, i].shape, generator=generator).to(
-                ids.device
-            )
+            drawn = torch.randint(n_codes, ids[:, i].shape, generator=generator)
+            ids[:, i] = drawn.to(ids.device)
         return ids
 
     return fn
 
 
-def measure_beliefs(
-    cb_model, fsm: TokFSM, sets: dict, *, n: int = 200, seed: int = 5
-) -> dict:  # sets: {name: sites}
-    "Normalised JSD to b's true next states, [boundary alone, boundary and next], after writing b's codes at each set of sites; and the controls."
-    g, where, books = (
-        torch.Generator().manual_seed(seed),
-        cb_model.device,
-        list(cb_model.codebooks),
-    )
+def _pairs(fsm, n, seed):  # [n] fsm states a, and two others of each [n, 2]
+    g = seeded(seed)
     a = torch.randint(fsm.n_states, (n,), generator=g)
-    far = (
-        torch.rand(n, fsm.n_states, generator=g)
-        .scatter(1, a[:, None], -1.0)
-        .topk(2)
-        .indices.to(where)
-    )  # two other states
-    b, c, true = far[:, 0], far[:, 1], (fsm.legal / fsm.n_edges).to(where)
-    starts, goals = (
-        walks_to(fsm, a, seed=3).to(where),
-        walks_to(fsm, b.cpu(), seed=4).to(where),
-    )
-    table = modal_codes(
-        cb_model, fsm.sample(400, 128, torch.Generator().manual_seed(11)).to(where)
-    )
-    untouched = jsd(belief(cb_model, starts), true[b]).mean().item()
+    far = torch.rand(n, fsm.n_states, generator=g).scatter(1, a[:, None], -1.0)
+    return a, far.topk(2).indices
 
-    def after(edits):
+
+def measure_beliefs(
+    cb_model,
+    fsm: TokFSM,
+    sets: dict,  # {name: sites}
+    *,
+    n: int = 200,
+    seed: int = 5,
+) -> dict:
+    "Normalised JSD to b's true next fsm states after writing b's codes: [boundary, both]."
+    device, books = cb_model.device, list(cb_model.codebooks)
+    a, others = _pairs(fsm, n, seed)
+    b, c = others.to(device).unbind(1)
+    true = (fsm.legal / fsm.n_edges).to(device)[b]
+    starts = walks_to(fsm, a, seed=3).to(device)
+    goals = walks_to(fsm, b.cpu(), seed=4).to(device)
+    table = modal_codes(cb_model, fsm.sample(400, 128, seeded(11)).to(device))
+
+    def distance(ids):
+        return jsd(belief(cb_model, ids), true).mean().item()
+
+    untouched = distance(starts)
+
+    def run(edits):
         with cb_model.edit_codes(edits):
-            return jsd(belief(cb_model, starts), true[b]).mean().item() / untouched
+            return distance(starts) / untouched
 
-    out = {
-        name: [
-            after({s: write_state(table[s], b, both) for s in sites})
-            for both in (False, True)
-        ]
-        for name, sites in sets.items()
-    }
-    out["a third state's codes"] = [
-        after({s: write_state(table[s], c, both) for s in books})
-        for both in (False, True)
-    ]
-    out["random codes"] = [
-        after(
-            {
-                s: random_codes(cb_model.codebooks[s].config["n_codes"], both)
-                for s in books
-            }
-        )
-        for both in (False, True)
-    ]
-    out["floor: really in b"] = [
-        jsd(belief(cb_model, goals), true[b]).mean().item() / untouched
-    ] * 2
+    def after(edit, sites):
+        return [run({s: edit(s, both) for s in sites}) for both in (False, True)]
+
+    def write(target):
+        return lambda s, both: write_state(table[s], target, both)
+
+    def blind(s, both):
+        return random_codes(cb_model.codebooks[s].config["n_codes"], both)
+
+    out = {name: after(write(b), sites) for name, sites in sets.items()}
+    out["a third state's codes"] = after(write(c), books)
+    out["random codes"] = after(blind, books)
+    out["floor: really in b"] = [distance(goals) / untouched] * 2
     return out | {"untouched (bits)": [untouched] * 2}

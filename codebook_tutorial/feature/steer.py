@@ -18,6 +18,7 @@ import torch
 import torch.nn.functional as F
 from ..dictionary.base import Dictionary
 from ..dictionary.codebook import Codebook
+from .detect import Best, count, scores
 from .read import code_ids
 from ..model.run import check_length, evaluating
 from ..model.sites import capture, intervene
@@ -162,35 +163,24 @@ SHARES = (0.0, 0.1, 0.25, 0.4, 0.6)  # thresholds that are tried, as shares of a
 
 
 def precision_coverage(
-    places,
-    features,
-    values,  # [e] thrice: what is active where
+    places,  # [e] what is active: where,
+    features,  # [e] which,
+    values,  # [e] how much
     *,
     marks,  # [N, m] bool: places to be told from all others
     n_feats: int,
 ) -> dict:
-    "For every feature and mark, at the threshold where their product is best: precision (marked among the places where it fires), coverage (the share of the marked where it fires), threshold; each [F, m]."
-    top = torch.zeros(n_feats).scatter_reduce_(0, features, values, "amax")
-    out = {
-        key: torch.zeros(n_feats, marks.shape[1]) for key in ("precision", "coverage", "threshold")
-    }
+    """For every feature and mark at its best threshold: precision, coverage, threshold; each [F, m].
+
+    Coverage is recall: the share of the marked where it fires. The best has the largest product."""
+    top, best = torch.zeros(n_feats).scatter_reduce_(0, features, values, "amax"), Best()
     for share in SHARES:
         on = values > share * top[features]
-        hits = torch.zeros(n_feats, marks.shape[1]).index_add_(
-            0, features[on], marks[places[on]].float()
-        )
-        p, c = (
-            hits / features[on].bincount(minlength=n_feats).clamp(min=1)[:, None],
-            hits / marks.sum(0).clamp(min=1),
-        )
-        better = p * c > out["precision"] * out["coverage"]
-        for key, value in (
-            ("precision", p),
-            ("coverage", c),
-            ("threshold", (share * top)[:, None].expand_as(p)),
-        ):
-            out[key] = torch.where(better, value, out[key])
-    return out
+        hits, active = count(places[on], features[on], marks, n_feats=n_feats)
+        s = scores(hits, active[:, None], marks.sum(0))
+        p, c = s["precision"], s["recall"]
+        best.offer(p * c, precision=p, coverage=c, threshold=(share * top)[:, None].expand_as(p))
+    return {key: best[key] for key in ("precision", "coverage", "threshold")}
 
 
 def topic_features(model, dictionaries: dict, text: Text, *, choices: Choices, n: int = 8) -> dict:

@@ -12,8 +12,8 @@ import json
 from pathlib import Path
 
 import numpy as np
+from ..feature.contexts import decoded
 from ..feature.index import Index
-from ..feature.search import decoded
 from .html import escape, table
 
 # %% ../../nbs/lib/show_browser.ipynb #show-browser-5
