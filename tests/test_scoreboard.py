@@ -13,8 +13,9 @@ from codebook_tutorial.dictionary.codebook import Codebook
 from codebook_tutorial.dictionary.formats import load_sae
 from codebook_tutorial.dictionary.store import harvest
 from codebook_tutorial.model.hub import load_lm
+from codebook_tutorial.model.run import states_of
 from codebook_tutorial.model.text import load_text
-from codebook_tutorial.score.benches import known_answers, states_of
+from codebook_tutorial.score.benches import known_answers
 from codebook_tutorial.score.concepts import absorbed, concept_board, families, sparse_probes
 from codebook_tutorial.score.scoreboard import (
     METHODS,

@@ -13,17 +13,8 @@ from codebook_tutorial.dictionary.base import random_directions
 from codebook_tutorial.dictionary.bottleneck import CodebookModel, add_codebooks
 from codebook_tutorial.dictionary.codebook import Codebook
 from codebook_tutorial.dictionary.formats import load_sae
-from codebook_tutorial.feature.effects import (
-    Effect,
-    best_within,
-    count_words,
-    distinct,
-    effect_and_price,
-    generate,
-    recognise,
-    text_nats,
-    topic_words,
-)
+from codebook_tutorial.feature.effects import Effect, best_within, count_words, distinct, effect_and_price, recognise, topic_words
+from codebook_tutorial.model.generate import generate, text_nats
 from codebook_tutorial.feature.steer import (
     Choices,
     CodeSwitch,

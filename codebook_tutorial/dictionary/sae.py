@@ -64,6 +64,7 @@ class SAE(Dictionary):
         )  # rows since a feature last fired
 
     directions = property(lambda self: self.W_dec)
+    reads = property(lambda self: self.W_enc)
 
     def linear(self, x, bias):  # [N, d], [F] -> [N, F]
         "W_enc (x - b_dec) + bias; in training by W_enc x + (bias - W_enc b_dec), so that no gradient has to go back to x."
@@ -79,6 +80,9 @@ class SAE(Dictionary):
 
     def pre(self, x):
         return self.linear(x, self.b_enc)
+
+    def excess(self, x, f):
+        return self.pre(x)
 
     def encode(self, x):
         return self.pre(x).relu_()
@@ -271,6 +275,13 @@ class Gated(SAE):
         return shared + _row(self.b_enc), (
             shared * _row(self.r_mag).exp() + _row(self.b_mag)
         ).relu()
+
+    def excess(self, x, f):
+        "A hair more than the gate's: a rounding error opens a gate that is at 0."
+        scale = x.float().norm(dim=-1, keepdim=True) * self.W_enc.detach().float().norm(
+            dim=1
+        )
+        return self.pre(x).float() + 1e-5 * scale
 
     def encode(self, x):
         gate, size = self.paths(x)

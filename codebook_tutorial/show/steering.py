@@ -10,7 +10,7 @@ __all__ = ['steering_panel', 'export_steering']
 # %% ../../nbs/lib/show_steering.ipynb #show-steering-3
 from pathlib import Path
 
-from ..feature.effects import generate
+from ..model.generate import generate
 from .browser import script_json
 from .html import beside, escape, marked
 
