@@ -18,7 +18,7 @@ from codebook_tutorial.feature.detect import (
     scores_of,
     sparse_truth,
 )
-from .protocol import correlation
+from .scores import correlation
 
 # %% ../../../nbs/lib/feature_explain_concepts.ipynb #feature-explain-concepts-4
 def _always(n, of):  # F1 of always firing, where n of so many tokens are true
