@@ -30,7 +30,6 @@ from codebook_tutorial.feature.explain.protocol import (
     Case,
     Explainer,
     Fragment,
-    feature_concepts,
     integers,
     make_cases,
 )

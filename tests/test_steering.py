@@ -4,7 +4,6 @@ import json
 
 import pytest
 import torch
-from codebook_tutorial.feature.tmp_pc import precision_coverage
 from test_browser import browser, jupyter, run_all  # noqa: F401
 from test_sites import CONFIGS, D, V, hooks
 from transformers import AutoModelForCausalLM
@@ -15,6 +14,7 @@ from codebook_tutorial.dictionary.bottleneck import CodebookModel, add_codebooks
 from codebook_tutorial.dictionary.codebook import Codebook
 from codebook_tutorial.dictionary.formats import load_sae
 from codebook_tutorial.feature.choices import find_choices, split_words
+from codebook_tutorial.feature.detect import precision_coverage
 from codebook_tutorial.feature.force import force_codes, token_codes, write_codes
 from codebook_tutorial.feature.steer import (
     Switch,

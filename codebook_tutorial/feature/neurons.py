@@ -36,7 +36,7 @@ def neuron_acts(
     *,
     batch: int = 16,
 ):
-    "[text.n_tokens, units]: activations at ordinary tokens (4 bytes each: take some 50,000 tokens)."
+    "Activations at ordinary tokens, [text.n_tokens, units] (4 bytes each: take 50,000 tokens)."
     kept = []
     found = match_sites(model, names)
     call = "neuron_acts"

@@ -269,7 +269,7 @@ def measure_beliefs(
     n: int = 200,
     seed: int = 5,
 ) -> dict:
-    "Normalised JSD to b's true next fsm states after writing b's codes: [boundary, both]."
+    "JSD to b's true next fsm states after writing b's codes, normalised: [boundary, both]."
     device, books = cb_model.device, list(cb_model.codebooks)
     a, others = _pairs(fsm, n, seed)
     b, c = others.to(device).unbind(1)
