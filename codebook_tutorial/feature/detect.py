@@ -266,7 +266,7 @@ def precision_coverage(
     marks,  # [N, m] bool: places to be told from all others
     n_feats: int,
 ) -> dict:
-    """Of features at their best threshold for each mark: precision, coverage, threshold; each [F, m].
+    """Features at their best threshold for each mark: precision, coverage, threshold, each [F, m].
 
     Coverage is recall: the share of the marked where it fires. The best has the largest product."""
     top, best = torch.zeros(n_feats).scatter_reduce_(0, features, values, "amax"), Best()
