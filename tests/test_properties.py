@@ -25,11 +25,11 @@ from codebook_tutorial.dictionary.kinds import KINDS
 from codebook_tutorial.dictionary.kmeans import kmeans, nearest
 from codebook_tutorial.dictionary.sae import KeepK
 from codebook_tutorial.feature.detect import concept_scores
+from codebook_tutorial.feature.explain.concepts import feature_concepts
 from codebook_tutorial.feature.explain.protocol import (
     Case,
     Explainer,
     Fragment,
-    feature_concepts,
     integers,
     make_cases,
 )

@@ -19,6 +19,7 @@ from .. import show
 from ..core import seeded
 from ..dictionary.base import Dictionary
 from ..dictionary.codebook import Codebook, feature_ids
+from .detect import count, scores
 from ..model.run import check_length, evaluating
 from ..model.sites import capture
 from ..model.text import Text
@@ -140,28 +141,21 @@ def best_features(
     most = torch.zeros(n_feats).scatter_reduce(0, j[begin], value[begin], "amax")
     strong = torch.ones_like(begin) if isinstance(dictionary, Codebook) else value >= low * most[j]
 
-    def scores(truth, half):
-        true, here = (truth & there).flatten(), strong & (begin if half == 0 else ~begin)
-        count = lambda some: torch.bincount(j[some], minlength=n_feats)
-        return (
-            2
-            * count(here & true[at])
-            / (
-                count(here)
-                + (true[: n * there.shape[1]] if half == 0 else true[n * there.shape[1] :]).sum()
-            ).clamp(min=1)
-        )
+    marks = torch.stack([(truth & there).flatten() for truth in truths.values()], 1)
 
-    out = {}
-    for name, truth in truths.items():
-        one, two = scores(truth, 0), scores(truth, 1)
-        best = int(one.argmax())
-        acts = (
-            torch.zeros(there.numel())
-            .index_put((at[j == best],), value[j == best])
-            .view_as(there * 1.0)
-        )
-        out[name] = Found(best, one[best].item(), two[best].item(), acts)
+    def f1(half, rows):  # [e] bool, the half's positions -> [n_feats, truths]
+        on = strong & half
+        hits, active = count(at[on], j[on], marks, n_feats=n_feats)
+        return scores(hits, active[:, None], marks[rows].sum(0))["f1"]
+
+    middle, out = n * there.shape[1], {}
+    first, later = f1(begin, slice(middle)), f1(~begin, slice(middle, None))
+    for i, name in enumerate(truths):
+        best = int(first[:, i].argmax())
+        acts = torch.zeros(there.numel())
+        acts[at[j == best]] = value[j == best]
+        own = acts.view_as(there)
+        out[name] = Found(best, first[best, i].item(), later[best, i].item(), own)
     return out
 
 # %% ../../nbs/lib/feature_read.ipynb #feature-read-6
