@@ -44,6 +44,8 @@ def test_the_wheel_holds_library_data_and_claims_and_no_more(wheel):
     names = zipfile.ZipFile(wheel).namelist()
     assert {"codebook_tutorial/sites.py", "codebook_tutorial/checks/fsm.py", "codebook_tutorial/data/stories/model.safetensors", "codebook_tutorial/claims/13.full.json"} <= set(names)
     assert {n.split("/")[0] for n in names} == {"codebook_tutorial", next(n for n in names if ".dist-info" in n).split("/")[0]} and not any(n.endswith((".ipynb", ".bin", ".pkl", ".pt")) for n in names)
+    scripts = [n for n in names if re.match(r"codebook_tutorial/(data|claims)/.*\.py$", n)]
+    assert sorted(n.split("/")[1:] for n in scripts) == [["claims", "__init__.py"], ["data", "__init__.py"]]      # what made them stays in the repository
     assert wheel.stat().st_size < 40e6
 
 
