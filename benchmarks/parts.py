@@ -182,7 +182,7 @@ def neurons_speed(tokens=60_000, repeats=3):
     text, facts = story_text(tokens)
     acts, truth = neuron_acts(model, text), atoms(facts)
     true = truth[text.mask].numpy()
-    prior, half = np.full(true.shape[1], 0.3), len(true) // 2
+    prior, half = np.full((1, true.shape[1]), 0.3), len(true) // 2
     cb = CodebookModel.from_pretrained(data_path("codes/top8"))
     with tempfile.TemporaryDirectory() as folder:
         index = build_index(cb, tok, text, Path(folder) / "index")
@@ -251,8 +251,8 @@ PARTS = dict(
     harvest=(harvest_speed, dict(tokens=5000, repeats=1)),
     patching=(patching_speed, dict(n_prompts=4, n_feats=4, repeats=1)),
     steering=(steering_speed, dict(n_prompts=10, tokens=4, repeats=1)),
-    index=(index_speed, dict(tokens=5000, repeats=1)),
-    neurons=(neurons_speed, dict(tokens=5000, repeats=1)),
+    index=(index_speed, dict(tokens=30_000, repeats=1)),
+    neurons=(neurons_speed, dict(tokens=30_000, repeats=1)),
     autointerp=(autointerp_speed, dict(n_fragments=300, n_feats=10, repeats=1)),
 )
 if __name__ == "__main__":

@@ -1,5 +1,4 @@
-"""The long runs' grid: killed it resumes, parts share the work, trials go elsewhere; and the committed
-claims are written the same again."""
+"""The long runs' grid: it resumes when killed, shares its jobs, and writes the committed claims."""
 
 import importlib.util
 import json

@@ -1,4 +1,4 @@
-"""How the wheel is built: of data/ and claims/ what readers load travels, the scripts beside it do not."""
+"""How the wheel is built: without the scripts in data/ and claims/, with what readers load."""
 
 from setuptools.command.build_py import build_py
 
