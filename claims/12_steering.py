@@ -82,15 +82,17 @@ def setting(seed, settings):
     return Setting(seed, Settings(**json.loads(settings)))
 
 
+def _other(feature, g):
+    "A code of the same group, drawn at random."
+    return feature._replace(id=int(g.integers(1024)) + feature.id // 1024 * 1024)
+
+
 def table_3(its, data="codes/top8"):
     "The paper's: 4 prompts x 10 samples; no code forced, one, eight, eight random ones."
     cb, found = CodebookModel.from_pretrained(data_path(data)).to(its.model.device), []
     ranked, g = its.rank(cb), np.random.default_rng(100 + its.seed)
     starts = [its.prompts[i] for _ in TOPICS for i in range(4) for _ in range(10)]
-    drawn = {
-        name: [r | dict(feature=int(g.integers(1024)) + r["feature"] // 1024 * 1024) for r in some]
-        for name, some in ranked.items()
-    }
+    drawn = {name: [r | dict(feature=_other(r["feature"], g)) for r in ranked[name]] for name in ranked}
     ways = {0: None, "8 random": forced(cb, drawn, 8, target=its.target)}
     ways |= {n: forced(cb, ranked, n, target=its.target) for n in (1, 8)}
     for n in (0, 1, 8, "8 random"):
