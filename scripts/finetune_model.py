@@ -17,10 +17,11 @@ from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 from tqdm.auto import tqdm
 from transformers import AutoModelForCausalLM, PrinterCallback, TrainingArguments, get_cosine_schedule_with_warmup
 from codebook_tutorial.dictionary.codebook import Codebook
-from codebook_tutorial.dictionary.bottleneck import CodebookModel, _like, add_codebooks
+from codebook_tutorial.dictionary.bottleneck import CodebookModel, add_codebooks
+from codebook_tutorial.dictionary.codefiles import to_model
 from codebook_tutorial.core import device, seeded, set_seed
 from codebook_tutorial.dictionary.trainer import CodebookTrainer
-from codebook_tutorial.dictionary.finetune import _same_run, as_dataset, finetune
+from codebook_tutorial.dictionary.finetune import as_dataset, finetune, same_run
 from codebook_tutorial.model.run import check_length
 from codebook_tutorial.model.hub import load_lm
 from codebook_tutorial.model.text import load_text
@@ -57,11 +58,11 @@ def begin(args):
     "Model with codes begun from the text, the same in every process; the tokenizer; the text."
     set_seed(args.seed)
     model, tok = load_lm(args.model)
-    text = load_text(tok, args.text, args.tokens, args.length, args.split)
+    text = load_text(tok, args.text, n_tokens=args.tokens, length=args.length, split=args.split)
     check_length(model, args.length, "finetune_model")
-    cb = add_codebooks(model, args.sites, args.codes, args.k, select=args.select, learn=args.learn, commitment=args.commitment)
+    cb = add_codebooks(model, args.sites, args.codes, k=args.k, select=args.select, learn=args.learn, commitment=args.commitment)
     cb.init_from_data(text.ids[:args.start or -(-20 * args.codes // args.length)].split(8), generator=seeded(args.seed), pad=text.pad)
-    for book in cb.codebooks.values(): book.revive = partial(revive, book)
+    for book in cb.codebooks.values(): book.resample = partial(resample, book)
     if args.gradient_checkpointing: cb.gradient_checkpointing_enable()
     if dist.is_initialized():                              # GPUs add in any order, so k-means may end elsewhere in each process
         for t in cb.state_dict().values(): dist.broadcast(t, 0)
@@ -81,14 +82,14 @@ def shard(cb, args):
     return torch.optim.AdamW([g | dict(params=[parts[n] for n in g["params"]]) for g in groups], betas=(.9, .98))
 
 @torch.no_grad()
-def revive(book, x, nats, optimizer, generator):
-    "Codebook.revive, for inputs in bfloat16 too; where codes are sharded, on the whole of them, of which each process then keeps its part."
+def resample(book, x, nats, optimizer, generator):
+    "Codebook.resample, for inputs in bfloat16 too; where codes are sharded, on the whole of them, of which each process then keeps its part."
     w, x = book.weight, x.to(book.weight.dtype)
-    if not isinstance(w, DTensor): return Codebook.revive(book, x, nats, optimizer=optimizer, generator=generator)
+    if not isinstance(w, DTensor): return Codebook.resample(book, x, nats, optimizer=optimizer, generator=generator)
     whole, part = Codebook(**book.config).to(x), lambda t: distribute_tensor(t, w.device_mesh, w.placements, src_data_rank=None)
     whole.weight.data, whole.counts = w.full_tensor(), book.counts
     before = whole.weight.clone()
-    whole.revive(x, nats, generator=generator)
+    whole.resample(x, nats, generator=generator)
     w.copy_(part(whole.weight.data))
     stays = part((whole.weight == before).all(-1, keepdim=True).expand_as(before).to(before))
     for moment in optimizer.state[w].values(): moment.mul_(stays if moment.shape == w.shape else 1)
@@ -112,7 +113,7 @@ def save(cb, optimizer, trainer, folder, step, rank):
 def resume(cb, optimizer, trainer, text, folder, rank):
     "Load the last whole checkpoint; returns the steps done, 0 if there is none; ValueError if it is of another run."
     last = (checkpoints(folder) or [None])[-1]
-    _same_run(trainer, text, last)
+    same_run(trainer, text, last)
     if last is None: return 0
     found, books = json.loads((last / "run.json").read_text()), {site: b.config for site, b in cb.codebooks.items()}
     if found["books"] != books: raise ValueError(f"--fsdp: {last} has the codebooks {found['books']}, expected {books}; give another folder")
@@ -157,7 +158,7 @@ def whole(cb, rank):
     if rank: return None
     model = AutoModelForCausalLM.from_config(cb.config)
     model.generation_config = cb.model.generation_config
-    found = CodebookModel(model, {site: _like(Codebook(**book.config), model) for site, book in cb.codebooks.items()})
+    found = CodebookModel(model, {site: to_model(Codebook(**book.config), model) for site, book in cb.codebooks.items()})
     found.load_state_dict(full)
     return found
 
@@ -167,7 +168,7 @@ def main(argv=None):
     if rank == 0: print(f"finetune_model: {world} process{'es' * (world > 1)} on {device()}" + ("; in one process --fsdp splits nothing: start it with torchrun --nproc-per-node N" if args.fsdp and world == 1 else ""), file=sys.stderr)
     cb, tok, text = begin(args)
     if args.fsdp: logs = train(cb, text, args, rank, world); cb = whole(cb, rank)
-    else: logs = finetune(cb, text, args.steps, args.lr, args.batch, args.folder, save_every=args.save_every, log_every=args.log_every, seed=args.seed, bf16=args.bf16, gradient_accumulation_steps=args.accumulate,
+    else: logs = finetune(cb, text, args.steps, lr=args.lr, batch=args.batch, folder=args.folder, save_every=args.save_every, log_every=args.log_every, seed=args.seed, bf16=args.bf16, gradient_accumulation_steps=args.accumulate,
                           recon=args.recon, decay=args.decay, codes_lr=args.codes_lr, revive_every=args.revive_every)
     if rank == 0: (args.folder / "logs.json").write_text(json.dumps(logs, indent=1)); cb.save_with_card(args.folder / "result", tok)
     if dist.is_initialized(): dist.barrier(); dist.destroy_process_group()

@@ -32,7 +32,7 @@ KEY = hashlib.sha256(json.dumps([2, SITE, N_FEATS, K, TOKENS, METHODS, LONGER, C
 
 
 def model_of(d, layers, C, k, where, **_):
-    model = blank((d, layers, max(1, d // 64)), vocab=2000, where=where)
+    model = blank((d, layers, max(1, d // 64)), vocab=2000, device=where)
     return add_codebooks(model, ["heads.*", "mlp.*"], C, k=k) if C else model
 
 def cost(case, fitted):
