@@ -13,7 +13,6 @@ from codebook_tutorial.dictionary.codebook import Codebook
 from codebook_tutorial.dictionary.kinds import KINDS
 from codebook_tutorial.dictionary.train import refit, train_sae
 from codebook_tutorial.feature.read import (
-    Contexts,
     best_features,
     draw_histogram,
     feature_acts,

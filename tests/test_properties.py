@@ -22,27 +22,30 @@ from codebook_tutorial.dictionary.base import Directions, fvu
 from codebook_tutorial.dictionary.base import overlap
 from codebook_tutorial.dictionary.baselines import pca, pursue
 from codebook_tutorial.dictionary.codebook import Codebook
-from codebook_tutorial.dictionary.kmeans import kmeans, nearest
 from codebook_tutorial.dictionary.kinds import KINDS
+from codebook_tutorial.dictionary.kmeans import kmeans, nearest
 from codebook_tutorial.dictionary.sae import KeepK
 from codebook_tutorial.feature.detect import concept_scores
 from codebook_tutorial.feature.explain.protocol import (
     Case,
     Explainer,
     Fragment,
+    feature_concepts,
+    integers,
+    make_cases,
+)
+from codebook_tutorial.feature.explain.scores import (
     correlation,
     detection,
     difference,
-    feature_concepts,
     fuzzing,
-    integers,
     interpret,
-    make_cases,
     moments,
     summary,
 )
+from codebook_tutorial.score.concepts import sparse_probes
 from codebook_tutorial.score.metrics import measure
-from codebook_tutorial.score.scoreboard import sparse_probes, stability
+from codebook_tutorial.score.scoreboard import stability
 from codebook_tutorial.world.fsm import (
     TokFSM,
     bayes,

@@ -1,6 +1,5 @@
 "Sparse autoencoders: what each kind computes, its loss, stacks, dead features, refitting, measures."
 
-import math
 import os
 from pathlib import Path
 
@@ -12,10 +11,16 @@ from safetensors.torch import save_file
 
 from codebook_tutorial.core import seeded
 from codebook_tutorial.dictionary.base import random_directions
-from codebook_tutorial.dictionary.kinds import KINDS, BatchTopK, Gated, JumpReLU, Matryoshka
+from codebook_tutorial.dictionary.harvest import harvest
+from codebook_tutorial.dictionary.kinds import KINDS
 from codebook_tutorial.dictionary.sae import SAE, KeepK, Tied
-from codebook_tutorial.dictionary.store import harvest
-from codebook_tutorial.dictionary.train import refit, resample_dead, train_sae, tune_decoder, unstack
+from codebook_tutorial.dictionary.train import (
+    refit,
+    resample_dead,
+    train_sae,
+    tune_decoder,
+    unstack,
+)
 from codebook_tutorial.model.hub import load_lm
 from codebook_tutorial.model.run import lm_loss
 from codebook_tutorial.model.sites import capture
