@@ -92,7 +92,9 @@ def table_3(its, data="codes/top8"):
     cb, found = CodebookModel.from_pretrained(data_path(data)).to(its.model.device), []
     ranked, g = its.rank(cb), np.random.default_rng(100 + its.seed)
     starts = [its.prompts[i] for _ in TOPICS for i in range(4) for _ in range(10)]
-    drawn = {name: [r | dict(feature=_other(r["feature"], g)) for r in ranked[name]] for name in ranked}
+    drawn = {
+        name: [r | dict(feature=_other(r["feature"], g)) for r in ranked[name]] for name in ranked
+    }
     ways = {0: None, "8 random": forced(cb, drawn, 8, target=its.target)}
     ways |= {n: forced(cb, ranked, n, target=its.target) for n in (1, 8)}
     for n in (0, 1, 8, "8 random"):

@@ -26,7 +26,7 @@ from codebook_tutorial.dictionary.finetune import finetune
 from codebook_tutorial.model.run import check_length
 from codebook_tutorial.model.hub import load_lm
 from codebook_tutorial.model.text import load_text
-from sharded import Sharded, revive
+from sharded import Sharded, resample
 
 # name -> default, what it is; the default's type is the option's
 TEXT = {
@@ -106,7 +106,7 @@ def begin(args):
     rows = text.ids[: args.start or -(-20 * args.codes // args.length)].split(8)
     cb.init_from_data(rows, generator=seeded(args.seed), pad=text.pad)
     for book in cb.codebooks.values():
-        book.revive = partial(revive, book)
+        book.resample = partial(resample, book)
     if args.gradient_checkpointing:
         cb.gradient_checkpointing_enable()
     if dist.is_initialized():  # GPUs add in any order, so k-means may end elsewhere in each process

@@ -28,10 +28,11 @@ from transformers import (
 )
 
 from codebook_tutorial.dictionary.codebook import Codebook
-from codebook_tutorial.dictionary.bottleneck import CodebookModel, _like
+from codebook_tutorial.dictionary.bottleneck import CodebookModel
+from codebook_tutorial.dictionary.codefiles import to_model
 from codebook_tutorial.core import seeded
 from codebook_tutorial.dictionary.trainer import CodebookTrainer
-from codebook_tutorial.dictionary.finetune import _same_run, as_dataset
+from codebook_tutorial.dictionary.finetune import same_run, as_dataset
 from codebook_tutorial.model.sites import structure
 
 
@@ -59,11 +60,11 @@ def shard(cb, args):
 
 
 @torch.no_grad()
-def revive(book, x, nats, *, optimizer, generator):
-    "Codebook.revive, for inputs in bfloat16 and for sharded codes too."
+def resample(book, x, nats, *, optimizer, generator):
+    "Codebook.resample, for inputs in bfloat16 and for sharded codes too."
     w, x = book.weight, x.to(book.weight.dtype)
     if not isinstance(w, DTensor):
-        return Codebook.revive(book, x, nats, optimizer=optimizer, generator=generator)
+        return Codebook.resample(book, x, nats, optimizer=optimizer, generator=generator)
 
     def part(t):  # of the whole, what this process keeps
         return distribute_tensor(t, w.device_mesh, w.placements, src_data_rank=None)
@@ -71,7 +72,7 @@ def revive(book, x, nats, *, optimizer, generator):
     whole = Codebook(**book.config).to(x)
     whole.weight.data, whole.counts = w.full_tensor(), book.counts
     before = whole.weight.clone()
-    whole.revive(x, nats, generator=generator)
+    whole.resample(x, nats, generator=generator)
     w.copy_(part(whole.weight.data))
     stays = part((whole.weight == before).all(-1, keepdim=True).expand_as(before).to(before))
     for moment in optimizer.state[w].values():
@@ -150,7 +151,7 @@ class Sharded:
     def resume(self):
         "Load the last whole checkpoint; the steps done; ValueError if it is of another run."
         last, most = (checkpoints(self.args.folder) or [None])[-1], self.args.steps
-        _same_run(self.trainer, self.text, last)
+        same_run(self.trainer, self.text, last)
         if last is None:
             return 0
         found, books = json.loads((last / "run.json").read_text()), self.books()
@@ -226,7 +227,7 @@ class Sharded:
             return None
         model = AutoModelForCausalLM.from_config(self.cb.config)
         model.generation_config = self.cb.model.generation_config
-        books = {site: _like(Codebook(**own), model) for site, own in self.books().items()}
+        books = {site: to_model(Codebook(**own), model) for site, own in self.books().items()}
         found = CodebookModel(model, books)
         found.load_state_dict(full)
         return found

@@ -25,7 +25,7 @@ from test_formats import gemma, random_sae
 
 from codebook_tutorial.core import seeded, set_seed
 from codebook_tutorial.dictionary.base import random_directions
-from codebook_tutorial.dictionary.baselines import NMF
+from codebook_tutorial.dictionary.nmf import NMF
 from codebook_tutorial.dictionary.bottleneck import CodebookModel
 from codebook_tutorial.dictionary.codebook import Codebook
 from codebook_tutorial.dictionary.finetune import finetune

@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from .. import show
 from ..core import seeded
 from ..dictionary.base import Dictionary
-from ..dictionary.baselines import NMF
+from ..dictionary.nmf import NMF
 from ..dictionary.codebook import Codebook
 from ..dictionary.sae import SAE
 from .patch import Tail, site_order
