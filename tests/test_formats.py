@@ -17,8 +17,8 @@ from safetensors.torch import load_file, save_file
 from codebook_tutorial.core import data_path, seeded
 from codebook_tutorial.dictionary.base import random_directions
 from codebook_tutorial.dictionary.formats import export_sae, load_sae, save_sae
+from codebook_tutorial.dictionary.kinds import KINDS
 from codebook_tutorial.dictionary.layouts import ALPHA_UNITS, FILES, WRITES, convert_alpha
-from codebook_tutorial.dictionary.sae import KINDS
 
 D, N, K = 16, 40, 5
 X = torch.randn(64, D, generator=seeded(9)) * 1.5
@@ -855,7 +855,7 @@ def test_the_converted_weight_gives_the_same_loss_but_for_a_factor():
         torch.testing.assert_close(paper * D, sae.loss(X, alpha))
         small = random_sae("untied")
         small.load_state_dict(sae.state_dict())
-        small.in_units_of(torch.zeros(D), 1 / 4)  # the same autoencoder for X / 4
+        small.fold_normalisation(torch.zeros(D), 1 / 4)  # the same autoencoder for X / 4
         torch.testing.assert_close(
             small.loss(X / 4, alpha) * 16, sae.loss(X, convert_alpha(alpha, D, scale=4.0))
         )

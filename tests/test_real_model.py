@@ -333,15 +333,13 @@ def test_features_of_the_real_model_have_explanations_and_pages(tmp_path):
     from codebook_tutorial.dictionary.train import train_sae
     from codebook_tutorial.feature.explain.local import LocalLMExplainer
     from codebook_tutorial.feature.explain.protocol import (
-        difference,
         fragments,
-        interpret,
         make_cases,
         pieces,
         some_features,
-        summary,
     )
     from codebook_tutorial.feature.explain.rules import PredicateExplainer
+    from codebook_tutorial.feature.explain.scores import difference, interpret, summary
     from codebook_tutorial.model.hub import load_lm
     from codebook_tutorial.model.text import load_text
     from codebook_tutorial.show.features import export_features

@@ -13,8 +13,9 @@ from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
-from ..model.run import check_length, evaluating
-from ..model.sites import capture, intervene
+from .switching import VectorSwitching
+from ..model.run import model_device, passes
+from ..model.sites import intervene
 from ..model.text import Text
 from torch import nn
 
@@ -135,7 +136,7 @@ class Difference:
         return (self.c * (g @ self.directions.T)).sum(1)
 
 # %% ../../nbs/lib/dictionary_base.ipynb #dictionary-base-9
-class Lens:
+class Lens(VectorSwitching):
     """A dictionary at a site of a model: read its features, compare, take out, put in.
 
     `Lens(model, site, dictionary)` is of the class that the dictionary names (`lens_class`).
@@ -153,8 +154,8 @@ class Lens:
 
     def numbers(self, features):  # one id, or several
         "Ids as a tensor [n] on the model's device; ValueError for one that the dictionary lacks."
-        device = next(self.model.parameters()).device
-        ids = torch.as_tensor(features, dtype=torch.long, device=device).reshape(-1)
+        ids = torch.as_tensor(features, dtype=torch.long, device=model_device(self.model))
+        ids = ids.reshape(-1)
         n = len(self.dictionary.directions)
         if len(ids) and not 0 <= ids.min() <= ids.max() < n:
             got = f"{int(ids.min())} to {int(ids.max())}"
@@ -176,16 +177,6 @@ class Lens:
         ids, values = self.dictionary.encode_sparse(x.to(self.dictionary.directions.dtype))
         return ids, values.float()
 
-    def passes(self, text: Text, *, batch: int = 32):
-        "Run the model over a text: yields (rows, states at the site), batch by batch."
-        check_length(self.model, text.ids.shape[1], "Lens")
-        device = next(self.model.parameters()).device
-        model = getattr(self.model, "base_model", self.model)
-        with evaluating(self.model), capture(self.model, self.site) as acts:
-            for i in range(0, len(text), batch):
-                model(input_ids=text.ids[i : i + batch].to(device), use_cache=False)
-                yield slice(i, i + batch), acts[self.site]
-
     @torch.no_grad()
     def read(
         self,
@@ -196,7 +187,9 @@ class Lens:
     ):
         "What features do along a text [rows, length, n], on the CPU; 0 at BOS and padding."
         some = None if features is None else self.numbers(features)
-        found = [self.acts(x, some).cpu() for _, x in self.passes(text, batch=batch)]
+        found = []
+        for _, _, acts in passes(self.model, text, [self.site], batch=batch, call="read"):
+            found.append(self.acts(acts[self.site], some).cpu())
         return torch.cat(found) * text.mask[..., None]
 
     @torch.no_grad()
@@ -254,6 +247,11 @@ class Lens:
         amounts = torch.as_tensor(amounts, dtype=torch.float, device=ids.device)
         step = amounts.expand(*amounts.shape[:-1], len(ids)) @ self.moves[ids]
         return lambda x: x + step
+
+    def decoded(self, x):  # states [.., d]
+        "What the features say of states; of a model's own codes, what is there already."
+        f = self.dictionary.encode(x.to(self.dictionary.directions.dtype))
+        return self.dictionary.decode(f).to(x.dtype)
 
     def editing(self, fn):  # fn(x) -> x'; of codes fn(ids) -> ids
         "Context: while the block runs, fn is applied at the site."

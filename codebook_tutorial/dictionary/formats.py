@@ -15,6 +15,7 @@ from pathlib import Path
 import torch
 from ..core import seeded
 from .fetch import fetch_sae
+from .kinds import KINDS
 from .kmeans import finite
 from codebook_tutorial.dictionary.layouts import (
     FILES,
@@ -26,7 +27,7 @@ from codebook_tutorial.dictionary.layouts import (
     shape_as_theirs,
 )
 from .peers import SETTINGS_READERS, SETTINGS_WRITERS, site_of
-from .sae import KINDS, TopK
+from .sae import KeepK
 from ..files import checksum, read_json, sweep, write, write_json
 from ..model.sites import TRANSFORMER_LENS
 
@@ -191,7 +192,7 @@ def _why(e):
 # %% ../../nbs/lib/dictionary_formats.ipynb #dictionary-formats-13
 def _check_sizes(at, *, kind, d, n, settings):
     sizes = dict(d_model=d, n_feats=n)
-    if issubclass(KINDS[kind], TopK):
+    if issubclass(KINDS[kind], KeepK):
         sizes["k"] = settings.get("k")
     for what, got in sizes.items():
         if type(got) is not int or not 0 < got <= (n if what == "k" else got):

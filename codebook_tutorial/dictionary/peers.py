@@ -11,6 +11,7 @@ __all__ = ['SETTINGS_WRITERS', 'SETTINGS_READERS', 'site_of']
 import re
 
 import torch
+from .kinds import KINDS
 from codebook_tutorial.dictionary.layouts import (
     NO_BIAS_FIRST,
     TENSORS,
@@ -18,7 +19,7 @@ from codebook_tutorial.dictionary.layouts import (
     clamp_threshold,
     fold_norms,
 )
-from .sae import KINDS, TopK
+from .sae import KeepK
 from ..model.sites import from_transformer_lens, to_transformer_lens
 
 # %% ../../nbs/lib/dictionary_peers.ipynb #dictionary-peers-5
@@ -50,7 +51,7 @@ def _write_dictionary_learning(sae, cls, site, *, model_name):
         layer=int(site.split(".")[1]) if site else None,
     )
     more = {}
-    if isinstance(sae, TopK):
+    if isinstance(sae, KeepK):
         trainer["k"] = sae.k
         more["k"] = torch.tensor(sae.k, dtype=torch.int)
     if cls == "AutoEncoderTopK":  # theirs, for another way to encode: -1 is "none learnt"

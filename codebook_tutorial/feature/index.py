@@ -120,3 +120,7 @@ def _adds_up(arrays, name, info):
     ends = own["starts"][-1], own["offsets"][-1], len(own["features"]), len(own["positions"])
     active = info["sites"][name]["active"]
     return set(map(int, ends)) == {active} and len(own["starts"]) == np.prod(shape) + 1
+
+# %% ../../nbs/lib/feature_index.ipynb #feature-index-23
+# gives an Index its methods: search, mark, contexts, ...
+from . import search  # noqa: E402, F401
