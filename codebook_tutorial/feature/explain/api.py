@@ -25,7 +25,7 @@ from itertools import accumulate
 from pathlib import Path
 from urllib.parse import urlsplit
 
-from codebook_tutorial.feature.explain.local import (
+from codebook_tutorial.feature.explain.prompts import (
     clean_phrase,
     escape_token,
     explain_messages,
