@@ -40,7 +40,9 @@ def check_split_top(split_top):
     "Exercise 09.2."
     peaks = torch.rand(60, generator=seeded(0))
     order = peaks.argsort(descending=True)
-    together = lambda a, b: torch.cat([a, b])
+
+    def together(a, b):
+        return torch.cat([a, b])
 
     def mine():
         a, b = split_top(peaks)
@@ -70,7 +72,10 @@ def check_pooled_r(pooled_r):
     draw = seeded(1)
     true = [torch.rand(n, generator=draw) * top for n, top in ((5, 10.0), (9, 1.0), (7, 4.0))]
     simulated = [t * 0.5 + torch.rand(len(t), generator=draw) * 3 for t in true]
-    r = lambda a, b: torch.corrcoef(torch.stack([a, b]))[0, 1]
+
+    def r(a, b):
+        return torch.corrcoef(torch.stack([a, b]))[0, 1]
+
     a, b = torch.cat(true), torch.cat(simulated)
     return check(
         lambda: pooled_r(true, simulated),
@@ -95,7 +100,10 @@ def check_expected_strength(expected_strength):
     p, zero = torch.tensor([0.3, 0.2, 0.05, 0.05, 0.02, 0.03, 0.02, 0.02, 0.05, 0.06]), 0.4
     ten = p[1] * zero
     right = torch.cat([p[:1], (p[1] - ten)[None], p[2:], ten[None]])
-    mean = lambda q: (q * torch.arange(len(q))).sum() / q.sum()
+
+    def mean(q):
+        return (q * torch.arange(len(q))).sum() / q.sum()
+
     return check(
         lambda: expected_strength(p.clone(), zero),
         mean(right),
@@ -120,10 +128,17 @@ def check_answer_09_5(answer):
     return check_choice(
         answer,
         "a",
-        "yes: directions that know nothing get explanations as well, and fit their top fragments; only the distance to them is worth anything",
-        {
-            "b": "it might raise the number, of features and of random directions alike: compared with what?",
-            "c": "that makes the number more exact, and as flattering as before: top fragments are where a feature is most like itself",
+        "yes: directions that know nothing get explanations as well, and fit their top "
+        "fragments; only the distance to them is worth anything",
+        why_not={
+            "b": (
+                "it might raise the number, of features and of random "
+                "directions alike: compared with what?"
+            ),
+            "c": (
+                "that makes the number more exact, and as flattering as before: top "
+                "fragments are where a feature is most like itself"
+            ),
         },
     )
 
@@ -151,7 +166,8 @@ def check_after_word(after_word):
             )
         )
 
-    after = lambda tokens, i: i > 0 and tokens[i - 1] == "to"
+    def after(tokens, i):
+        return i > 0 and tokens[i - 1] == "to"
 
     def mine():
         got = after_word(fragments, "to")

@@ -17,22 +17,29 @@ from .core import check, check_choice
 
 def check_principal(principal):
     "Exercise 08.1."
-    x, n = (
+    x = (
         torch.randn(300, 5, generator=seeded(0))
         * torch.tensor([1.0, 5, 2, 0.5, 3])
         @ torch.linalg.qr(torch.randn(5, 5, generator=seeded(1)))[0]
-        + 4,
-        3,
+        + 4
     )
-    V = lambda x: torch.linalg.svd(x, full_matrices=False)[2]
+    n = 3
+
+    def V(x):
+        return torch.linalg.svd(x, full_matrices=False)[2]
+
     own, raw = V(x - x.mean(0)), V(x)
-    like = lambda D: D.T @ D if D.shape[-1] == 5 else D  # the signs do not matter
+
+    def like(D):
+        return D.T @ D if D.shape[-1] == 5 else D  # the signs do not matter
 
     def mine():
         D = principal(x, n)
         return torch.cat([d[:, None] * d for d in D]) if D.shape == (n, 5) else D
 
-    outer = lambda D: torch.cat([d[:, None] * d for d in D])
+    def outer(D):
+        return torch.cat([d[:, None] * d for d in D])
+
     return check(
         mine,
         outer(own[:n]),
@@ -117,10 +124,17 @@ def check_answer_08_5(answer):
     return check_choice(
         answer,
         "b",
-        "yes: the best of 16,000 is compared with the best of 768; only as many directions that know nothing say what the number itself is worth",
-        {
-            "a": "more concepts make the shares more exact, but each still compares the best of 16,000 with the best of 768",
-            "c": "variance says how well states are rebuilt, not whether a feature fits a concept; how many features were there to choose from?",
+        "yes: the best of 16,000 is compared with the best of 768; only as many "
+        "directions that know nothing say what the number itself is worth",
+        why_not={
+            "a": (
+                "more concepts make the shares more exact, but each still "
+                "compares the best of 16,000 with the best of 768"
+            ),
+            "c": (
+                "variance says how well states are rebuilt, not whether a feature fits a "
+                "concept; how many features were there to choose from?"
+            ),
         },
     )
 
@@ -136,7 +150,10 @@ def check_held_out_f1(held_out_f1):
             torch.rand(40, generator=seeded(1)) < torch.sigmoid(2 * v[40:] - 2),
         ]
     )
-    f1 = lambda fires, true: 2 * (fires & true).sum() / (fires.sum() + true.sum())
+
+    def f1(fires, true):
+        return 2 * (fires & true).sum() / (fires.sum() + true.sum())
+
     n = 40
 
     def best(v, truth, at=lambda v, t: v >= t, by=f1):

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 
 from codebook_tutorial.core import seeded
 
-from .core import Verdict, check, check_choice
+from .core import check, check_choice
 
 
 def _data():
@@ -117,7 +117,9 @@ def check_residual_ids(residual_ids):
             left = left - codes[ids[-1]] if subtract else left
         return torch.stack(ids, -1)
 
-    near = lambda left: torch.cdist(left, codes).argmin(-1)
+    def near(left):
+        return torch.cdist(left, codes).argmin(-1)
+
     return check(
         lambda: residual_ids(x, codes, 3),
         run(near),
@@ -142,7 +144,7 @@ def check_answer_02_6(answer):
         answer,
         "a",
         "yes: one is variance at one place, the other the loss after books at four sites in a row",
-        {
+        why_not={
             "b": "0 is perfect and the mean predictor has 1; the held-out values are what they are",
             "c": "that may be so, but nothing in the two tables separates rare from common states",
         },

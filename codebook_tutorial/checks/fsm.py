@@ -40,9 +40,12 @@ def check_share_legal(share_legal):
 def check_first_digit_loss(first_digit_loss):
     "Exercise 01.2."
     fsm, state = TokFSM(), 17
-    entropy = lambda x: (lambda p: -torch.special.xlogy(p, p).sum())(
-        torch.bincount(x, minlength=10) / fsm.n_edges
-    )
+
+    def entropy(x):
+        return (lambda p: -torch.special.xlogy(p, p).sum())(
+            torch.bincount(x, minlength=10) / fsm.n_edges
+        )
+
     tens, ones = fsm.successors[state] // 10, fsm.successors[state] % 10
     return check(
         lambda: first_digit_loss(fsm, state),
@@ -50,9 +53,8 @@ def check_first_digit_loss(first_digit_loss):
         {
             "that is in bits; the course counts nats": entropy(tens) / math.log(2),
             "you took the second digit (% 10); the first is // 10": entropy(ones),
-            "that is the whole step, ln 10; exits with the same first digit belong together": torch.tensor(
-                math.log(10.0)
-            ),
+            "that is the whole step, ln 10; exits with the same "
+            "first digit belong together": torch.tensor(math.log(10.0)),
             "the sign: an entropy is positive": -entropy(tens),
         },
     )
@@ -108,7 +110,7 @@ def check_answer_01_5(answer):
         answer,
         "a",
         "yes: the best of many lucky detectors is only lucky where it was chosen",
-        {
+        why_not={
             "b": "the walks are drawn alike; states occur as often in both halves",
             "c": "the walks are drawn alike, and so are the activations",
         },
@@ -120,7 +122,10 @@ def check_bigram_mass(bigram_mass):
     fsm = TokFSM()
     legal = fsm.legal.view(10, 10, 100)
     step = legal / fsm.n_edges
-    mass = lambda guess: (legal * guess).sum(-1).mean()
+
+    def mass(guess):
+        return (legal * guess).sum(-1).mean()
+
     return check(
         lambda: bigram_mass(fsm),
         mass(step.mean(0)),
@@ -146,9 +151,8 @@ def check_on_and_off(on_and_off):
         torch.stack([on, off]),
         {
             "the two are exchanged: as written first": torch.stack([off, on]),
-            "what is not legal as written need not be legal one digit late: read it so": torch.stack(
-                [on, 1 - on]
-            ),
+            "what is not legal as written need not be legal "
+            "one digit late: read it so": torch.stack([on, 1 - on]),
             "you read both as written": torch.stack([on, on]),
             "you read both one digit late": torch.stack([off, off]),
         },
@@ -161,8 +165,11 @@ def check_answer_01_8(answer):
         answer,
         "a",
         "yes: more things known than coordinates to keep them apart",
-        {
-            "b": "there are more hidden neurons than states: room for all, so that alone shows no lack of room",
+        why_not={
+            "b": (
+                "there are more hidden neurons than states: room for all, "
+                "so that alone shows no lack of room"
+            ),
             "c": "switching off a random direction damages several states as well",
         },
     )

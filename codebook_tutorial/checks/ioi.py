@@ -51,7 +51,10 @@ def check_kl_nats(kl_nats):
     draw = seeded(1)
     a, b = 3 * torch.randn(5, 7, generator=draw), 3 * torch.randn(5, 7, generator=draw)
     p, q = a.log_softmax(-1), b.log_softmax(-1)
-    kl = lambda p, q: (p.exp() * (p - q)).sum(-1)
+
+    def kl(p, q):
+        return (p.exp() * (p - q)).sum(-1)
+
     return check(
         lambda: kl_nats(a, b),
         kl(p, q),
@@ -95,7 +98,9 @@ def check_features_needed(features_needed):
         torch.tensor([8.0, 7, 6, 5]),
         torch.tensor([4.0, 0.3, 0.1]),
     ]
-    number = lambda fn: torch.tensor([float(-1 if (k := fn(kl)) is None else k) for kl in curves])
+
+    def number(fn):
+        return torch.tensor([float(-1 if (k := fn(kl)) is None else k) for kl in curves])
 
     def reached(kl, at):
         return next((k for k, v in enumerate(kl.tolist()) if v <= at + 1e-6), None)
@@ -128,11 +133,9 @@ def check_features_needed(features_needed):
 
 def check_acdc_pass(acdc_pass):
     "Exercise 10.5."
-    worth, features, threshold = (
-        dict(a=3.0, b=0.2, c=-0.5, d=0.3, e=0.25, f=1.0),
-        list("abcdef"),
-        0.5,
-    )
+    worth = dict(a=3.0, b=0.2, c=-0.5, d=0.3, e=0.25, f=1.0)
+    features = list("abcdef")
+    threshold = 0.5
 
     def kl_of(some):  # d and e stand in for one another
         some = set(some)
@@ -152,7 +155,9 @@ def check_acdc_pass(acdc_pass):
                     now = kl_of(left)
         return left
 
-    text = lambda some: " ".join(some) or "nothing"
+    def text(some):
+        return " ".join(some) or "nothing"
+
     return check(
         lambda: text(acdc_pass(kl_of, list(features), threshold)),
         text(passed()),
@@ -180,20 +185,26 @@ def check_answer_10_6(answer):
     return check_choice(
         answer,
         "a",
-        "right: what does the same in another language of features cannot be said to be the model's own (here, ICA does)",
-        {
-            "b": "That is a reason to ask for a control with as many features, not yet an answer: it may help or not. Coordinates and random directions may choose as well, and need more.",
-            "c": "The floor says that something of the answer passes by the dictionary, a little here. It does not say that the features patched do nothing.",
+        "right: what does the same in another language of features cannot "
+        "be said to be the model's own (here, ICA does)",
+        why_not={
+            "b": (
+                "That is a reason to ask for a control with as many features, not "
+                "yet an answer: it may help or not. Coordinates and random "
+                "directions may choose as well, and need more."
+            ),
+            "c": (
+                "The floor says that something of the answer passes by the dictionary, a little "
+                "here. It does not say that the features patched do nothing."
+            ),
         },
     )
 
 
 def check_month_prompts(month_prompts):
     "Exercise 10.7."
-    months, text = (
-        ["May", "June", "July"],
-        "It was {}, and the rain fell all day long. It was still",
-    )
+    months = ["May", "June", "July"]
+    text = "It was {}, and the rain fell all day long. It was still"
 
     def joined(shift=1, answers=0, cut=0, at=0):
         a = months[: len(months) - cut]

@@ -18,7 +18,10 @@ from .core import Verdict, check, check_choice
 def check_added(added):
     "14.1"
     cases = [(512, 1000, 1), (1024, 10_000, 1), (96, 300, 6), (2560, 10_000, 32)]
-    of = lambda fn: torch.tensor([float(fn(*c)) for c in cases], dtype=torch.float64)
+
+    def of(fn):
+        return torch.tensor([float(fn(*c)) for c in cases], dtype=torch.float64)
+
     return check(
         lambda: of(added),
         of(lambda d, C, g: C / (6 * d)),
@@ -42,7 +45,9 @@ def check_fit_prices(fit_prices):
     taken = counts @ [2e-11, 0, 3e-5] * np.exp(g.normal(0, 0.2, 40))
     from scipy.optimize import nnls
 
-    log = lambda p: torch.as_tensor(np.asarray(p, float) * [1e11, 1e11, 1e5])
+    def log(p):
+        return torch.as_tensor(np.asarray(p, float) * [1e11, 1e11, 1e5])
+
     relative = counts / taken[:, None]
     return check(
         lambda: log(fit_prices(counts.copy(), taken.copy())),
@@ -64,7 +69,10 @@ def check_fit_prices(fit_prices):
 def check_training_state(training_state):
     "14.3"
     cases = [(1000, 0, False), (1000, 500, False), (1000, 500, True), (0, 300, True)]
-    of = lambda fn: torch.tensor([float(fn(*c)) for c in cases], dtype=torch.float64)
+
+    def of(fn):
+        return torch.tensor([float(fn(*c)) for c in cases], dtype=torch.float64)
+
     return check(
         lambda: of(training_state),
         of(lambda w, c, ema: 4 * (4 * w + (3 if ema else 4) * c)),
@@ -87,19 +95,26 @@ def check_training_state(training_state):
 def check_precision_change(precision_change):
     "14.4"
     g = seeded(0)
-    some = lambda n, p: torch.rand(n, 5, generator=g) < p
-    on_was, truth_was, on_now, truth_now = (
-        some(40, 0.4),
-        some(40, 0.5),
-        some(60, 0.3),
-        some(60, 0.6),
-    )
+
+    def some(n, p):
+        return torch.rand(n, 5, generator=g) < p
+
+    on_was = some(40, 0.4)
+    truth_was = some(40, 0.5)
+    on_now = some(60, 0.3)
+    truth_now = some(60, 0.6)
     on_was[:, 1] = False
     on_now[:, 3] = False
-    rate = lambda on, truth: (on & truth).sum(0) / on.sum(0)
+
+    def rate(on, truth):
+        return (on & truth).sum(0) / on.sum(0)
+
     was, now = rate(on_was, truth_was), rate(on_now, truth_now)
     both = on_was.any(0) & on_now.any(0)
-    recall = lambda on, truth: (on & truth).sum(0) / truth.sum(0)
+
+    def recall(on, truth):
+        return (on & truth).sum(0) / truth.sum(0)
+
     return check(
         lambda: torch.as_tensor(
             float(
@@ -128,8 +143,9 @@ def check_answer_14_5(answer):
     return check_choice(
         answer,
         "b",
-        "right: two sites a block cost 4 C d, the block 24 d². What a wide model needs in codes is an open question, which costs do not answer",
-        {
+        "right: two sites a block cost 4 C d, the block 24 d². What a wide model needs "
+        "in codes is an open question, which costs do not answer",
+        why_not={
             "a": "More sites, but more blocks as well: the ratio is a matter of one block.",
             "c": "A look-up is added; the block still does all its products.",
         },
@@ -138,11 +154,9 @@ def check_answer_14_5(answer):
 
 def check_renamed(renamed):
     "14.6"
-    girls, boys, ids = (
-        torch.tensor([4, 7, 9, 12]),
-        torch.tensor([5, 6, 15]),
-        torch.randint(0, 20, (6, 30), generator=seeded(0)),
-    )
+    girls = torch.tensor([4, 7, 9, 12])
+    boys = torch.tensor([5, 6, 15])
+    ids = torch.randint(0, 20, (6, 30), generator=seeded(0))
     try:
         new = renamed(ids.clone(), girls.clone(), boys.clone(), 3)
     except Exception as e:
@@ -162,7 +176,8 @@ def check_renamed(renamed):
     if any(a == b for a, b in table.items()):
         return Verdict(
             False,
-            "not yet: a name has stayed itself (a random order leaves some in place; a step round the circle does not)",
+            "not yet: a name has stayed itself (a random order leaves some "
+            "in place; a step round the circle does not)",
         )
     for some, who in ((girls, "girl"), (boys, "boy")):
         if any(table[a] not in some.tolist() for a in some.tolist()):

@@ -20,15 +20,17 @@ def check_set_f1(set_f1):
     "13.1"
     g = seeded(0)
     fires, truth = torch.rand(40, 3, generator=g) < 0.25, torch.rand(40, generator=g) < 0.5
-    f1 = lambda some: 2 * (some & truth).sum() / (some.sum() + truth.sum())
+
+    def f1(some):
+        return 2 * (some & truth).sum() / (some.sum() + truth.sum())
+
     return check(
         lambda: torch.as_tensor(float(set_f1(fires.clone(), truth.clone()))),
         f1(fires.any(1)),
         {
             "that fires only where all of them do": f1(fires.all(1)),
-            "that is the mean of the single features' F1: a set may be better than each of its members": torch.stack(
-                [f1(c) for c in fires.T]
-            ).mean(),
+            "that is the mean of the single features' F1: a set may "
+            "be better than each of its members": torch.stack([f1(c) for c in fires.T]).mean(),
             "that is the precision alone": (fires.any(1) & truth).sum() / fires.any(1).sum(),
             "that is the recall alone": (fires.any(1) & truth).sum() / truth.sum(),
         },
@@ -56,12 +58,10 @@ def check_next_feature(next_feature):
         lambda: torch.as_tensor(float(next_feature(z.clone(), y.clone(), [0]))),
         torch.tensor(3.0),
         {
-            "feature 1 goes with y, but feature 0 has said all of that already: look at what is left over": torch.tensor(
-                1.0
-            ),
-            "feature 2 has the largest positive product; a negative one counts as much": torch.tensor(
-                2.0
-            ),
+            "feature 1 goes with y, but feature 0 has said all of that "
+            "already: look at what is left over": torch.tensor(1.0),
+            "feature 2 has the largest positive product; a "
+            "negative one counts as much": torch.tensor(2.0),
             "that one is chosen already": torch.tensor(0.0),
         },
     )
@@ -84,13 +84,19 @@ def check_is_absorbed(is_absorbed):
         case(6, 3),
         case(2, 10, 0),
     ]  # shares of 6 and of 14
-    of = lambda fn: torch.tensor([float(fn(*c)) for c in cases])
-    share = lambda fires, where: fires[where].float().mean()
+
+    def of(fn):
+        return torch.tensor([float(fn(*c)) for c in cases])
+
+    def share(fires, where):
+        return fires[where].float().mean()
+
     return check(
         lambda: torch.tensor([float(bool(is_absorbed(*case_))) for case_ in cases]),
         of(lambda f, p, c: share(f, c) < share(f, p & ~c) / 2),
         {
-            "you compare with all tokens of the parent; the child's own are among them and hide part of the hole": of(
+            "you compare with all tokens of the parent; the child's own "
+            "are among them and hide part of the hole": of(
                 lambda f, p, c: share(f, c) < share(f, p) / 2
             ),
             "you compare with tokens outside the parent: there the feature should be silent": of(
@@ -109,7 +115,10 @@ def check_is_absorbed(is_absorbed):
 def check_paired_interval(paired_interval):
     "13.4"
     a, b, t = torch.tensor([0.33, 0.29, 0.36]), torch.tensor([0.31, 0.28, 0.33]), 4.303
-    both = lambda mean, half: torch.stack([mean - half, mean + half])
+
+    def both(mean, half):
+        return torch.stack([mean - half, mean + half])
+
     d, apart = a - b, (a.var() / 3 + b.var() / 3) ** 0.5
     return check(
         lambda: torch.stack(
@@ -138,10 +147,14 @@ def check_answer_13_5(answer):
     return check_choice(
         answer,
         "b",
-        "right: with all features allowed, any set of directions that spans the space does as well, and a dictionary that does worse has thrown something away",
-        {
+        "right: with all features allowed, any set of directions that spans the space does as "
+        "well, and a dictionary that does worse has thrown something away",
+        why_not={
             "a": "Random directions would report nearly the same: section 2 shows it.",
-            "c": "A probe on all features sees through every hole; single features may be full of them.",
+            "c": (
+                "A probe on all features sees through every hole; "
+                "single features may be full of them."
+            ),
         },
     )
 

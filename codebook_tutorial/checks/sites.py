@@ -42,7 +42,8 @@ def check_zero_last(zero_last):
     if verdict and not torch.equal(fed, x):
         return Verdict(
             False,
-            "right values, but you wrote into x itself, which the model still needs: work on x.clone()",
+            "right values, but you wrote into x itself, which the "
+            "model still needs: work on x.clone()",
         )
     return verdict
 
@@ -90,7 +91,7 @@ def check_answer_00_4(answer):
         answer,
         "b",
         "yes: a bar that could not have come out otherwise tells nothing about this model",
-        {
+        why_not={
             "a": "an untrained model has the same bar; what could have come out otherwise?",
             "c": "it answers as walk b does, and b differs from pair to pair",
         },
@@ -136,8 +137,13 @@ def check_attention_share(attention_share):
     ids = torch.randint(10, (2, 7), generator=seeded(0))
     with capture(model, "*") as acts, torch.no_grad():
         model(ids)
-    size = lambda site: acts[site].norm(dim=-1)
-    share = lambda a, b: (size(a) / (size(a) + size(b))).mean()
+
+    def size(site):
+        return acts[site].norm(dim=-1)
+
+    def share(a, b):
+        return (size(a) / (size(a) + size(b))).mean()
+
     return check(
         lambda: attention_share(model, ids, 1),
         share("attn.1", "mlp.1"),
