@@ -130,7 +130,7 @@ def full_claims(number: str) -> dict:
     "What a chapter's long run found: claims/NN.full.json, with how it was made."
     from importlib.resources import files
 
-    path = Path(str(files("codebook_tutorial.claims"))) / f"{number}.full.json"
+    path = Path(str(files("codebook_tutorial.recorded"))) / f"{number}.full.json"
     if not path.exists():
         raise ValueError(f"full_claims: no long run of chapter {number} is recorded ({path.name})")
     return json.loads(path.read_text())

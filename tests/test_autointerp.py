@@ -11,7 +11,6 @@ from codebook_tutorial.core import data_path, seeded
 from codebook_tutorial.dictionary.base import random_directions
 from codebook_tutorial.dictionary.baselines import ica, pca
 from codebook_tutorial.dictionary.formats import load_sae
-from codebook_tutorial.feature.explain import protocol as ai
 from codebook_tutorial.feature.explain.protocol import (
     Case,
     Explainer,
@@ -27,7 +26,6 @@ from codebook_tutorial.feature.explain.protocol import (
 from codebook_tutorial.feature.explain.puzzles import PUZZLES, Puzzle, puzzle_cases, solve
 from codebook_tutorial.feature.explain.rules import (
     PREDICATES,
-    SHAPES,
     PredicateExplainer,
     story_words,
 )
@@ -626,7 +624,7 @@ def test_puzzles(told):
 def test_features_of_the_autoencoder_are_explained_better_than_random_directions(told):
     import tempfile
 
-    from codebook_tutorial.dictionary.store import harvest
+    from codebook_tutorial.dictionary.harvest import harvest
 
     model, text, words = told
     with tempfile.TemporaryDirectory() as folder:

@@ -10,7 +10,6 @@ import subprocess
 import sys
 import time
 import urllib.request
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -19,7 +18,7 @@ import torch
 from codebook_tutorial.core import seeded
 from codebook_tutorial.dictionary.base import random_directions
 from codebook_tutorial.dictionary.bottleneck import add_codebooks
-from codebook_tutorial.feature.index import build_index, open_index
+from codebook_tutorial.feature.indexing import build_index
 from codebook_tutorial.model.text import Text, pack
 from codebook_tutorial.show.browser import browse, export_browser
 from codebook_tutorial.show.html import escape

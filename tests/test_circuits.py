@@ -10,10 +10,9 @@ from codebook_tutorial.dictionary.base import basis, random_directions
 from codebook_tutorial.dictionary.baselines import Affine
 from codebook_tutorial.dictionary.bottleneck import add_codebooks
 from codebook_tutorial.dictionary.codebook import Codebook
-from codebook_tutorial.dictionary.sae import KINDS
+from codebook_tutorial.dictionary.kinds import KINDS
 from codebook_tutorial.dictionary.train import refit, train_sae
 from codebook_tutorial.feature.read import (
-    Contexts,
     best_features,
     draw_histogram,
     feature_acts,

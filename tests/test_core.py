@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from codebook_tutorial import claims, core, show
+from codebook_tutorial import show
 from codebook_tutorial.claims import ClaimError, claim, full_claims
 from codebook_tutorial.core import data_path, jsd, seeded, set_seed
 

@@ -12,9 +12,7 @@ from codebook_tutorial.dictionary.bottleneck import CodebookModel, add_codebooks
 from codebook_tutorial.dictionary.codebook import Codebook
 from codebook_tutorial.dictionary.formats import load_sae
 from codebook_tutorial.feature.patch import (
-    ORDERS,
     Patch,
-    PatchCurve,
     Tail,
     acdc_order,
     attribution_order,

@@ -156,6 +156,13 @@ class NMF(Dictionary):
         self.register_buffer("directions", F.normalize(_tensor(parts, x), dim=-1))
         self.steps = steps
 
+    @property
+    def reads(self):
+        raise ValueError(
+            "take_out: the features of an NMF are read all together, so that none goes alone; "
+            "expected a Codebook, an autoencoder, PCA, ICA or fixed directions"
+        )
+
     def _positive(self, x):
         if (x < 0).any():
             raise ValueError(

@@ -373,3 +373,18 @@ def _forget(book, g, rows, *, optimizer):
     for moment in optimizer.state.get(book.weight, {}).values() if optimizer else ():
         if torch.is_tensor(moment) and moment.shape == book.weight.shape:
             moment[g, rows] = 0
+
+# %% ../../nbs/02_codebook.ipynb #c02-170
+@patch(as_prop=True)
+def lens_class(self: Codebook):
+    "The class of `Lens(model, site, codebook)`."
+    from codebook_tutorial.dictionary.codelens import CodeLens
+
+    return CodeLens
+
+
+@patch
+def label(self: Codebook, id: int) -> str:
+    "What a reader calls a code."
+    group, code = divmod(id, self.weight.shape[1])
+    return f"group {group}, code {code}"

@@ -12,28 +12,27 @@ import numpy as np
 import torch
 from .index import Index
 from .search import check_by, scores, search_value
-from ..model.run import evaluating
-from ..model.sites import capture, match_sites
+from ..model.run import passes
+from ..model.sites import match_sites
 from ..model.text import Text
 from fastcore.basics import patch
 from tqdm.auto import tqdm
 
 # %% ../../nbs/lib/feature_neurons.ipynb #feature-neurons-5
-@torch.no_grad()
 def neuron_acts(
-    model, text: Text, names="neurons.*", *, batch: int = 16
-):  # -> [text.n_tokens, units]
-    "Activations at a text's ordinary tokens, all sites side by side (4 bytes each: take some 50,000 tokens)."
-    where, kept = next(model.parameters()).device, []
-    for i in tqdm(range(0, len(text), batch), desc="neuron_acts", delay=5):
-        rows = text[i : i + batch]
-        with evaluating(model), capture(model, names) as acts:
-            model(input_ids=rows.ids.to(where), use_cache=False)
-        kept.append(
-            torch.cat([acts[site] for site in match_sites(model, names)], -1)[rows.mask.to(where)]
-            .float()
-            .cpu()
-        )
+    model,
+    text: Text,
+    names="neurons.*",  # sites or patterns, side by side
+    *,
+    batch: int = 16,
+):
+    "[text.n_tokens, units]: activations at ordinary tokens (4 bytes each: take some 50,000 tokens)."
+    kept = []
+    found = match_sites(model, names)
+    call = "neuron_acts"
+    for _, part, acts in passes(model, text, found, batch=batch, call=call, bar=call):
+        x = torch.cat([acts[site] for site in found], -1)
+        kept.append(x[part.mask.to(x.device)].float().cpu())
     return torch.cat(kept)
 
 # %% ../../nbs/lib/feature_neurons.ipynb #feature-neurons-6

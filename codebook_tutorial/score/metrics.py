@@ -13,8 +13,8 @@ import math
 import torch
 import torch.nn.functional as F
 from ..dictionary.kmeans import finite
-from ..model.run import token_losses
-from ..model.sites import capture, intervene
+from ..model.run import mean_state, model_device, token_losses
+from ..model.sites import intervene
 from ..model.text import Text
 
 # %% ../../nbs/lib/score_metrics.ipynb #score-metrics-4
@@ -49,8 +49,9 @@ def measure(dictionary, x, batch: int = 8192) -> dict:  # any Dictionary; [N, d]
 def replaced_loss(model, text: Text, site: str, *, fn, batch: int = 32) -> float:
     "Nats a token with fn(x) in place of the site's states at ordinary tokens (BOS and padding stay)."
     total = 0.0
-    for part in _parts(text, batch):
-        there = part.mask.to(next(model.parameters()).device)[..., None]
+    for i in range(0, len(text), batch):
+        part = text[i : i + batch]
+        there = part.mask.to(model_device(model))[..., None]
         with intervene(model, {site: lambda x: torch.where(there, fn(x), x)}):
             total += torch.nan_to_num(token_losses(model, part, batch)).sum().item()
     return total / int((text.labels[:, 1:] != -100).sum())
@@ -59,7 +60,7 @@ def replaced_loss(model, text: Text, site: str, *, fn, batch: int = 32) -> float
 @torch.no_grad()
 def loss_recovered(model, text: Text, site: str, *, dictionary, batch: int = 32) -> dict:
     "Nats a token with states as they are, decoded from their features, all zero, all their mean; the shares of the damage of zero and mean that decoding undoes; perplexity decoded / as it is."
-    mean = _mean_state(model, text, site, batch=batch)
+    mean = mean_state(model, text, site, batch=batch)
     ways = dict(
         clean=lambda x: x,
         decoded=lambda x: dictionary.decode(dictionary.encode(x)),
@@ -75,16 +76,3 @@ def loss_recovered(model, text: Text, site: str, *, dictionary, batch: int = 32)
         recovered_mean=undone("mean"),
         perplexity_ratio=math.exp(found["decoded"] - found["clean"]),
     )
-
-
-def _parts(text, rows):
-    return (text[i : i + rows] for i in range(0, len(text), rows))
-
-# %% ../../nbs/lib/score_metrics.ipynb #score-metrics-5
-def _mean_state(model, text, site, *, batch):
-    total = 0.0
-    with capture(model, site) as acts:
-        for part in _parts(text, batch):
-            model(input_ids=part.ids.to(next(model.parameters()).device), use_cache=False)
-            total = total + acts[site][part.mask.to(acts[site].device)].sum(0)
-    return total / text.n_tokens

@@ -16,7 +16,7 @@ import torch
 from ..core import seeded
 from ..feature.detect import concept_scores
 from ..model.text import Text
-from .benches import states_of
+from ..model.run import states_of
 from ..world.concepts import ATOMS, CONCEPTS, atoms, story_text
 from ..world.grammar import ID, MARKS, SPECIAL, TOPICS, VOCABULARY
 

@@ -16,8 +16,8 @@ import torch
 from ...core import seeded
 from ...dictionary.kmeans import finite
 from ..detect import best_f1
+from ..surface import Surface
 from .scores import correlation
-from ..index import Surface
 from ...model.text import Text
 
 # %% ../../../nbs/lib/feature_explain_protocol.ipynb #feature-explain-protocol-5
