@@ -42,9 +42,8 @@ def check_first_digit_loss(first_digit_loss):
     fsm, state = TokFSM(), 17
 
     def entropy(x):
-        return (lambda p: -torch.special.xlogy(p, p).sum())(
-            torch.bincount(x, minlength=10) / fsm.n_edges
-        )
+        p = torch.bincount(x, minlength=10) / fsm.n_edges
+        return -torch.special.xlogy(p, p).sum()
 
     tens, ones = fsm.successors[state] // 10, fsm.successors[state] % 10
     return check(
@@ -80,26 +79,22 @@ def check_f1_score(f1_score):
 
 def check_state_mass(state_mass):
     "Exercise 01.4."
-    first, second = (
-        torch.randn(*shape, generator=seeded(s)).softmax(-1)
-        for s, shape in ((0, (10,)), (1, (10, 10)))
-    )
+    first = torch.randn(10, generator=seeded(0)).softmax(-1)
+    second = torch.randn(10, 10, generator=seeded(1)).softmax(-1)
     legal = TokFSM().legal[17]
     joint = first[:, None] * second
+    exchanged = (joint.T.flatten() * legal).sum()
+    wrong_pairs = ((first[None] * second).flatten() * legal).sum()
     return check(
         lambda: state_mass(first, second, legal),
         (joint.flatten() * legal).sum(),
         {
-            "rows and columns are exchanged: the first digit is the row": (
-                joint.T.flatten() * legal
-            ).sum(),
+            "rows and columns are exchanged: the first digit is the row": exchanged,
             "you left out P(first digit)": (second.flatten() * legal).sum(),
-            "first[None] pairs P(first) with the second digit: first[:, None]": (
-                (first[None] * second).flatten() * legal
-            ).sum(),
+            "first[None] pairs P(first) with the second digit: first[:, None]": wrong_pairs,
             "that is the mean over the 100 states; a mass is a sum": (
-                joint.flatten() * legal
-            ).mean(),
+                (joint.flatten() * legal).mean()
+            ),
         },
     )
 

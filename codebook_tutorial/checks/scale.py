@@ -40,10 +40,11 @@ def check_added(added):
 
 def check_fit_prices(fit_prices):
     "14.2"
+    from scipy.optimize import nnls
+
     g = np.random.default_rng(0)
     counts = np.exp(g.normal(0, 2, (40, 3))) * [1e9, 1e8, 1e3]
     taken = counts @ [2e-11, 0, 3e-5] * np.exp(g.normal(0, 0.2, 40))
-    from scipy.optimize import nnls
 
     def log(p):
         return torch.as_tensor(np.asarray(p, float) * [1e11, 1e11, 1e5])
@@ -73,67 +74,51 @@ def check_training_state(training_state):
     def of(fn):
         return torch.tensor([float(fn(*c)) for c in cases], dtype=torch.float64)
 
+    def numbers(weight, code, ema_code):  # how many numbers are kept of each
+        return of(lambda w, c, ema: weight * w + (ema_code if ema else code) * c)
+
+    right = 4 * numbers(4, 4, 3)
     return check(
         lambda: of(training_state),
-        of(lambda w, c, ema: 4 * (4 * w + (3 if ema else 4) * c)),
+        right,
         {
-            "four bytes a number in float32": of(lambda w, c, ema: 4 * w + (3 if ema else 4) * c),
-            "AdamW keeps two moments a weight": of(lambda w, c, ema: 4 * (3 * w + 3 * c)),
-            "codes that learn by averages have no gradient and no moments, but two buffers": of(
-                lambda w, c, ema: 16 * (w + c)
-            ),
-            "their two buffers count as well": of(
-                lambda w, c, ema: 4 * (4 * w + (1 if ema else 4) * c)
-            ),
-            "the weights themselves are held too": of(
-                lambda w, c, ema: 4 * (3 * w + (2 if ema else 3) * c)
-            ),
+            "four bytes a number in float32": right / 4,
+            "AdamW keeps two moments a weight": 4 * numbers(3, 3, 3),
+            "codes that learn by averages have no gradient and no moments, but two buffers": 4
+            * numbers(4, 4, 4),
+            "their two buffers count as well": 4 * numbers(4, 4, 1),
+            "the weights themselves are held too": 4 * numbers(3, 3, 2),
         },
     )
 
 
-def check_precision_change(precision_change):
-    "14.4"
+def _firing_and_truth():  # of five concepts, then and now
     g = seeded(0)
-
-    def some(n, p):
-        return torch.rand(n, 5, generator=g) < p
-
-    on_was = some(40, 0.4)
-    truth_was = some(40, 0.5)
-    on_now = some(60, 0.3)
-    truth_now = some(60, 0.6)
+    draws = ((40, 0.4), (40, 0.5), (60, 0.3), (60, 0.6))
+    on_was, truth_was, on_now, truth_now = (torch.rand(n, 5, generator=g) < p for n, p in draws)
     on_was[:, 1] = False
     on_now[:, 3] = False
+    return on_was, truth_was, on_now, truth_now
 
-    def rate(on, truth):
-        return (on & truth).sum(0) / on.sum(0)
 
-    was, now = rate(on_was, truth_was), rate(on_now, truth_now)
+def check_precision_change(precision_change):
+    "14.4"
+    on_was, truth_was, on_now, truth_now = data = _firing_and_truth()
+    hits_was, hits_now = (on_was & truth_was).sum(0), (on_now & truth_now).sum(0)
+    was, now = hits_was / on_was.sum(0), hits_now / on_now.sum(0)
     both = on_was.any(0) & on_now.any(0)
-
-    def recall(on, truth):
-        return (on & truth).sum(0) / truth.sum(0)
-
+    recalls = hits_now / truth_now.sum(0) - hits_was / truth_was.sum(0)
+    as_zero = now.nan_to_num() - was.nan_to_num()
     return check(
-        lambda: torch.as_tensor(
-            float(
-                precision_change(
-                    on_was.clone(), truth_was.clone(), on_now.clone(), truth_now.clone()
-                )
-            )
-        ),
+        lambda: torch.as_tensor(float(precision_change(*(t.clone() for t in data)))),
         (now - was)[both].mean(),
         {
-            "the two means are over different concepts: ask the same ones in both": now.nanmean()
-            - was.nanmean(),
-            "a feature that never fires has no precision, not one of 0": (
-                now.nan_to_num() - was.nan_to_num()
-            ).mean(),
+            "the two means are over different concepts: ask the same ones in both": (
+                now.nanmean() - was.nanmean()
+            ),
+            "a feature that never fires has no precision, not one of 0": as_zero.mean(),
             "that is was - now": (was - now)[both].mean(),
-            "that is recall: divide by where the feature fires": (
-                recall(on_now, truth_now) - recall(on_was, truth_was)
-            )[both].mean(),
+            "that is recall: divide by where the feature fires": recalls[both].mean(),
         },
     )
 
@@ -162,10 +147,8 @@ def check_renamed(renamed):
     except Exception as e:
         return Verdict(False, f"your code stopped with {type(e).__name__}: {e}")
     if not torch.is_tensor(new) or new.shape != ids.shape:
-        return Verdict(
-            False,
-            f"expected ids of shape {list(ids.shape)}, got {list(new.shape) if torch.is_tensor(new) else type(new).__name__}",
-        )
+        got = list(new.shape) if torch.is_tensor(new) else type(new).__name__
+        return Verdict(False, f"expected ids of shape {list(ids.shape)}, got {got}")
     names = torch.cat([girls, boys])
     if (new != ids)[~torch.isin(ids, names)].any():
         return Verdict(False, "not yet: a token that is no name has changed")
