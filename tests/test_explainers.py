@@ -19,12 +19,15 @@ from codebook_tutorial.feature.explain import answers, wire
 from codebook_tutorial.feature.explain import local as explainers
 from codebook_tutorial.feature.explain import protocol as autointerp
 from codebook_tutorial.feature.explain.api import APIExplainer
-from codebook_tutorial.feature.explain.local import (
+from codebook_tutorial.feature.explain.local import LocalLMExplainer
+from codebook_tutorial.feature.explain.prompts import (
     SHOTS,
-    LocalLMExplainer,
+    clean_phrase,
+    escape_token,
     explain_messages,
     judge_messages,
     simulate_messages,
+    token_lines,
 )
 from codebook_tutorial.feature.explain.protocol import Fragment
 
@@ -37,14 +40,14 @@ FEATURE = [Fragment(["a", " storm", " came", " in", " the", " night"], [0, 10, 0
 # ---- prompts
 def test_a_line_stays_a_line():
     tokens = ["\t", "\n", "\\t", "\\", "\r\n", " ", "\x0b\u2028", "t"]
-    lines = explainers.token_lines(tokens, range(8)).split("\n")
+    lines = token_lines(tokens, range(8)).split("\n")
     assert (
         len(lines) == 8
         and all(line.count("\t") == 1 for line in lines)
         and len({line.split("\t")[0] for line in lines}) == 8
     )
     with pytest.raises(ValueError):
-        explainers.token_lines(["a", "b"], [1])
+        token_lines(["a", "b"], [1])
 
 
 @pytest.mark.parametrize(
@@ -325,7 +328,7 @@ def test_the_prompt_reads_as_written(kind, chat):
     explainer = LocalLMExplainer(*local(kind, chat=chat))
     tokens = [t for t in TOKENS if kind != "letters" or t.isascii()]
     ids, slots = explainer._prompt("why", tokens)
-    lines = [explainers.escape_token(t) + "\t" for t in tokens]
+    lines = [escape_token(t) + "\t" for t in tokens]
     text = tok.decode(ids)
     assert (
         text.endswith(
@@ -400,8 +403,7 @@ def test_explain_is_greedy_and_takes_the_first_line(chat):
         for _ in range(12):
             ids.append(model(torch.tensor([ids])).logits[0, -1].argmax().item())
         assert (
-            got == explainers.clean_phrase(tok.decode(ids[-12:], skip_special_tokens=True))
-            and "\n" not in got
+            got == clean_phrase(tok.decode(ids[-12:], skip_special_tokens=True)) and "\n" not in got
         )
 
 
@@ -418,7 +420,7 @@ def test_the_first_line_of_an_answer():
         ("Okay, hm\n</think>\n\nmonths", "months"),
         ('"', '"'),
     ]:
-        assert explainers.clean_phrase(text) == phrase
+        assert clean_phrase(text) == phrase
 
 
 def test_a_prompt_too_long_says_so_and_the_mode_is_left_as_it_was():
@@ -626,7 +628,7 @@ def files(tmp_path):
 
 
 def written(tokens):
-    return [float(number(explainers.escape_token(t))) for t in tokens]
+    return [float(number(escape_token(t))) for t in tokens]
 
 
 ASK = [("ten", TOKENS)]
@@ -646,7 +648,7 @@ def test_what_goes_over_the_wire_and_comes_back(tmp_path):
             model="m", messages=explain_messages(feature), max_tokens=100, seed=3
         )
     for (why, tokens), request in zip(MANY, api.asked[6:]):
-        assert request.pop("max_tokens") >= len(explainers.token_lines(tokens))
+        assert request.pop("max_tokens") >= len(token_lines(tokens))
         assert request == dict(
             model="m",
             messages=simulate_messages(why, tokens),

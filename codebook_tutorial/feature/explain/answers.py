@@ -16,7 +16,7 @@ from bisect import bisect_right
 from collections import Counter
 from itertools import accumulate
 
-from .local import clean_phrase, escape_token
+from .prompts import clean_phrase, escape_token
 
 # %% ../../../nbs/lib/feature_explain_answers.ipynb #feature-explain-answers-4
 def key():
