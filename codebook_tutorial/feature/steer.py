@@ -16,9 +16,8 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 import torch.nn.functional as F
-from ..dictionary.base import Dictionary
+from ..dictionary.base import Dictionary, Lens
 from ..dictionary.codebook import Codebook
-from .read import code_ids
 from ..model.run import check_length, evaluating
 from ..model.sites import capture, intervene
 from ..model.text import Text
@@ -140,16 +139,7 @@ def active_features(
             )
             here = look[i : i + batch].to(where)
             for site, d in dictionaries.items():
-                if isinstance(d, Codebook):
-                    ids = code_ids(model, site, d, x=acts[site])[here]
-                    values = torch.ones_like(ids, dtype=torch.float)
-                else:
-                    ids, values = d.encode_sparse(acts[site][here].to(d.directions.dtype))
-                if isinstance(
-                    d, Codebook
-                ):  # under select="residual" a code may be chosen twice: it counts once
-                    ids = ids.sort(-1).values
-                    values[:, 1:][ids[:, 1:] == ids[:, :-1]] = 0.0
+                ids, values = Lens(model, site, d).sparse(acts[site], here)
                 on = values > 0
                 found[site].append(
                     [t.cpu() for t in (on.nonzero()[:, 0] + n, ids[on], values[on].float())]
