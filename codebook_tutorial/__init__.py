@@ -12,7 +12,8 @@ _HOMES = {
     "dictionary.finetune": "finetune",
     "dictionary.train": "train_sae",
     "dictionary.formats": "load_sae save_sae export_sae",
-    "dictionary.store": "harvest open_activations",
+    "dictionary.harvest": "harvest",
+    "dictionary.store": "open_activations",
     "score.metrics": "measure loss_recovered",
     "claims": "claim",
 }

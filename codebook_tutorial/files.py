@@ -128,4 +128,6 @@ def same_settings(
 
 def _short(settings, name):
     text = str(settings.get(name, "not set"))
-    return text if len(text) <= 60 else f"{text[:12]}..."  # a checksum is longer
+    if len(text) > 20 and text.isalnum():  # a checksum
+        return f"{text[:8]}..."
+    return text if len(text) <= 80 else f"{text[:80]}..."

@@ -73,7 +73,7 @@ def control(model, tok, x, y, test):
     shipped = load_sae(data_path("sae/tied"))
     told, mean = json.loads((data_path("sae/tied") / "sae.json").read_text())["meta"], x.mean(0)
     knows_nothing = TopK(x.shape[1], len(shipped.directions), k=round(told["on_validation_text"]["tuned"]["l0"]), generator=seeded(9)).eval()
-    knows_nothing.in_units_of(mean, 1.)
+    knows_nothing.fold_normalisation(mean, 1.)
     text = load_text(tok, n_tokens=1_000_000, length=256, split="train", seed=11)
     steps = int(told["command"].split("--tune ")[1].split()[0])
     tuned = tune_decoder(refit(knows_nothing, x[:200_000]), model, text, "resid.1", steps=steps)

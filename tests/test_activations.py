@@ -6,7 +6,6 @@ import json
 import os
 import resource
 import shutil
-import signal
 import subprocess
 import sys
 import weakref
@@ -18,9 +17,11 @@ import torch
 from safetensors.torch import load_file
 
 from codebook_tutorial.core import seeded
-from codebook_tutorial.dictionary import store as activations
+from codebook_tutorial.dictionary import store as stores
 from codebook_tutorial.dictionary.bottleneck import add_codebooks
-from codebook_tutorial.dictionary.store import harvest, open_activations
+from codebook_tutorial.dictionary.harvest import harvest
+from codebook_tutorial.dictionary.harvest import harvest as activations
+from codebook_tutorial.dictionary.store import open_activations
 from codebook_tutorial.model.hub import load_lm
 from codebook_tutorial.model.sites import capture, intervene
 from codebook_tutorial.model.text import Text, load_text, pack
@@ -352,10 +353,10 @@ def test_shipped_model(tmp_path, capsys):
 def test_no_more_than_one_shard_is_held(tmp_path, monkeypatch):
     seen, save = [], activations._save
 
-    def spy(folder, i, tensors, info):
+    def spy(folder, i, tensors, *, info):
         assert all(ref() is None for ref in seen)
         seen.extend(weakref.ref(x) for x in tensors.values())
-        return save(folder, i, tensors, info)
+        return save(folder, i, tensors, info=info)
 
     monkeypatch.setattr(activations, "_save", spy)
     make(tmp_path / "a")
@@ -369,14 +370,14 @@ sys.path[:0] = {path!r}
 import torch; torch.set_num_threads(1)
 from test_activations import *
 die = lambda: os.kill(os.getpid(), signal.SIGKILL)
-save, write, rows = activations.save_file, activations._write_json, activations._harvest_rows
-def in_a_shard(model, text, first, *a): return rows(model, text, first, *a) if first < 6 else die()
+save, write, rows = activations.save_file, activations.write_json, activations._harvest_rows
+def in_a_shard(model, text, first, **kw): return rows(model, text, first, **kw) if first < 6 else die()
 def in_a_file(tensors, path):
     save(tensors, path)
     if "00002" in path.name: os.truncate(path, path.stat().st_size // 2); Path(path.parent, ".tmpA1b2C3").write_bytes(b"half"); die()
 def before(name): return lambda path, info: die() if path.name == name else write(path, info)
-def at_the_start(path, info): activations._part(path).write_text("half"); die()
-cases = {{"in a shard": ("_harvest_rows", in_a_shard), "in a file": ("save_file", in_a_file), "before the json": ("_write_json", before("shard-00002.json")), "at the start": ("_write_json", at_the_start)}}
+def at_the_start(path, info): path.parent.mkdir(); Path(str(path) + ".part").write_text("half"); die()
+cases = {{"in a shard": ("_harvest_rows", in_a_shard), "in a file": ("save_file", in_a_file), "before the json": ("write_json", before("shard-00002.json")), "at the start": ("write_json", at_the_start)}}
 for case, (name, fn) in cases.items():
     if not (child := os.fork()):
         setattr(activations, name, fn)
@@ -443,7 +444,7 @@ import sys; sys.path[:0] = {[str(Path(__file__).parent)]!r}
 import torch; torch.set_num_threads(1)
 from test_activations import *
 save, rank = activations._save, os.environ["RANK"]
-def spy(folder, i, *a): save(folder, i, *a); print(f"rank {{rank}} made {{i}};", file=open({str(tmp_path)!r} + "/made-" + rank, "a"))
+def spy(folder, i, tensors, *, info): save(folder, i, tensors, info=info); print(f"rank {{rank}} made {{i}};", file=open({str(tmp_path)!r} + "/made-" + rank, "a"))
 activations._save = spy
 Path({str(tmp_path)!r}, "tokens-" + os.environ["RANK"]).write_text(str(make(Path({str(tmp_path / "acts")!r})).n))
 """)
@@ -590,20 +591,22 @@ def test_numbers_that_are_not_finite_are_named(tmp_path, value, dtype, says):
     [
         (
             dict(sites=["resid.1"]),
-            r"sites: \{'resid.1': 32, 'neurons.0': 64\} there, \{'resid.1': 32\} now",
+            r"sites: \{'resid.1': 32, 'neurons.0': 64\} then, \{'resid.1': 32\} now",
         ),
-        (dict(dtype=torch.float32), "dtype: float16 there, float32 now"),
+        (dict(dtype=torch.float32), "dtype: float16 then, float32 now"),
         (dict(text=some_text(seed=1)), "text: "),
-        (dict(text=some_text()[:13]), "rows: 14 there, 13 now"),
-        (dict(shard=100), "rows_a_shard: 3 there, 6 now"),
+        (dict(text=some_text()[:13]), "rows: 14 then, 13 now"),
+        (dict(shard=100), "rows_a_shard: 3 then, 6 now"),
         (dict(model=Plain(1)), "weights: "),
-        (dict(model=Plain(name="another")), "model:  there, another now"),
+        (dict(model=Plain(name="another")), "model:  then, another now"),
     ],
 )
 def test_a_harvest_with_other_settings_is_not_gone_on_with(copy, other, says):
     (copy / "shard-00003.json").unlink()
     kept = contents(copy)
-    with pytest.raises(ValueError, match=f"begun with other settings: .*{says}.*overwrite=True"):
+    with pytest.raises(
+        ValueError, match=f"started with different settings .*{says}.*overwrite=True"
+    ):
         make(copy, **other)
     assert contents(copy) == kept
     again, fresh = make(copy, overwrite=True, **other), make(copy.parent / "fresh", **other)
@@ -622,7 +625,7 @@ def test_a_strangers_folder_stays_untouched(tmp_path, name, overwrite):
     kept = contents(folder) if name else folder.read_text()
     with pytest.raises(
         ValueError,
-        match="damaged, or harvest did not write it"
+        match="activations.json is missing, damaged or cut short .*expected format 1|KeyError"
         if name == "activations.json"
         else "holds no activations",
     ):
@@ -662,7 +665,8 @@ def test_an_altered_byte_is_found_and_mended(copy, whole):
     store = open_activations(copy)
     for check in (store.verify, lambda: open_activations(copy, verify=True)):
         with pytest.raises(
-            ValueError, match="verify: shard-00001.safetensors .* is not what harvest wrote"
+            ValueError,
+            match="verify: .*shard-00001.safetensors is missing, damaged .*its checksum differs",
         ):
             check()
     path.unlink()
@@ -683,7 +687,7 @@ def test_an_altered_byte_is_found_and_mended(copy, whole):
         ("another", "shard-00002.* damaged .*expected"),
         ("n", "shard-00002.* damaged"),
         ("two shards for one", "hold .* tokens, expected"),
-        ("json", "activations.json .* damaged"),
+        ("json", "activations.json is missing, damaged"),
         ("format", "expected format 1"),
         ("keys", "expected format 1"),
     ],
@@ -750,7 +754,7 @@ def numbered(large, monkeypatch):
         read[0] += end - begin
         return torch.arange(first[i] + begin, first[i] + end, dtype=torch.float)[:, None]
 
-    monkeypatch.setattr(activations.Activations, "_read", number)
+    monkeypatch.setattr(stores.Activations, "_read", number)
     return large, read
 
 

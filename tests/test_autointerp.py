@@ -11,32 +11,32 @@ from codebook_tutorial.core import data_path, seeded
 from codebook_tutorial.dictionary.base import random_directions
 from codebook_tutorial.dictionary.baselines import ica, pca
 from codebook_tutorial.dictionary.formats import load_sae
-from codebook_tutorial.feature.explain import protocol as ai
 from codebook_tutorial.feature.explain.protocol import (
     Case,
     Explainer,
     Fragment,
     concept_fit,
-    correlation,
-    detection,
-    difference,
     feature_concepts,
     fragments,
-    fuzzing,
     integers,
-    interpret,
     make_cases,
-    moments,
     pieces,
     some_features,
-    summary,
 )
 from codebook_tutorial.feature.explain.puzzles import PUZZLES, Puzzle, puzzle_cases, solve
 from codebook_tutorial.feature.explain.rules import (
     PREDICATES,
-    SHAPES,
     PredicateExplainer,
     story_words,
+)
+from codebook_tutorial.feature.explain.scores import (
+    correlation,
+    detection,
+    difference,
+    fuzzing,
+    interpret,
+    moments,
+    summary,
 )
 from codebook_tutorial.model.hub import load_lm
 from codebook_tutorial.model.text import Text, load_text
@@ -624,7 +624,7 @@ def test_puzzles(told):
 def test_features_of_the_autoencoder_are_explained_better_than_random_directions(told):
     import tempfile
 
-    from codebook_tutorial.dictionary.store import harvest
+    from codebook_tutorial.dictionary.harvest import harvest
 
     model, text, words = told
     with tempfile.TemporaryDirectory() as folder:

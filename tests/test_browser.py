@@ -10,7 +10,6 @@ import subprocess
 import sys
 import time
 import urllib.request
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -19,10 +18,11 @@ import torch
 from codebook_tutorial.core import seeded
 from codebook_tutorial.dictionary.base import random_directions
 from codebook_tutorial.dictionary.bottleneck import add_codebooks
-from codebook_tutorial.feature.index import build_index, open_index
+from codebook_tutorial.feature.indexing import build_index
 from codebook_tutorial.model.text import Text, pack
-from codebook_tutorial.show.browser import browse, export_browser, script_json
+from codebook_tutorial.show.browser import browse, export_browser
 from codebook_tutorial.show.html import escape
+from codebook_tutorial.show.pages import script_json
 
 EVIL = "the <script>window.hacked=1</script> dog & <img src=x onerror=window.hacked=1> </script><!-- \u2028 naïve 日本 👍 end"
 DOCS = [
@@ -447,8 +447,9 @@ def test_values_are_shown_strongest_first_in_light_and_dark(built, browser, tmp_
 
 def test_the_page_of_explained_features_opens_without_scripts_or_network(page, browser, tmp_path):
     "Tokens and explanations full of markup are text; a feature opens by a click; light and dark."
-    from codebook_tutorial.feature.explain.protocol import interpret, make_cases
+    from codebook_tutorial.feature.explain.protocol import make_cases
     from codebook_tutorial.feature.explain.rules import PredicateExplainer
+    from codebook_tutorial.feature.explain.scores import interpret
     from codebook_tutorial.show.features import export_features
 
     words = [

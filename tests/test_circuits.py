@@ -10,7 +10,7 @@ from codebook_tutorial.dictionary.base import Lens, basis, random_directions
 from codebook_tutorial.dictionary.baselines import Affine
 from codebook_tutorial.dictionary.bottleneck import add_codebooks
 from codebook_tutorial.dictionary.codebook import Codebook
-from codebook_tutorial.dictionary.sae import KINDS
+from codebook_tutorial.dictionary.kinds import KINDS
 from codebook_tutorial.dictionary.train import refit, train_sae
 from codebook_tutorial.feature.ablate import (
     ablate_nodes,

@@ -17,14 +17,16 @@ import numpy as np
 import pytest
 import torch
 
-import codebook_tutorial.feature.index as index_module
+import codebook_tutorial.feature.indexing as index_module
 from codebook_tutorial.core import seeded
 from codebook_tutorial.dictionary.base import Directions, random_directions
 from codebook_tutorial.dictionary.bottleneck import add_codebooks
-from codebook_tutorial.feature.index import Surface, build_index, open_index
+from codebook_tutorial.feature.index import open_index
+from codebook_tutorial.feature.indexing import build_index
 from codebook_tutorial.feature.neurons import against_neurons, neuron_acts, unit_scores
 from codebook_tutorial.feature.search import nearest_features, scores, shared
 from codebook_tutorial.feature.states import neuron_precision
+from codebook_tutorial.feature.surface import Surface
 from codebook_tutorial.model.hub import load_lm
 from codebook_tutorial.model.sites import capture
 from codebook_tutorial.model.text import Text, pack
@@ -289,8 +291,11 @@ def test_memory_does_not_grow_with_the_text(stories, tmp_path, monkeypatch):
     monkeypatch.setattr(
         index_module,
         "_features",
-        lambda model, ids, dictionaries: {
-            "resid.0": ((f := torch.randint(3000, (*ids.shape, 8))), torch.rand(f.shape))
+        lambda lenses, acts: {
+            "resid.0": (
+                (f := torch.randint(3000, (*acts["resid.0"].shape[:2], 8))),
+                torch.rand(f.shape),
+            )
         },
     )
 
@@ -370,16 +375,14 @@ def test_an_error_on_the_way_leaves_the_old_index_and_nothing_half(stories, tmp_
         yield text[:3]
         raise KeyboardInterrupt
 
-    modes, features = [], index_module._features
-    monkeypatch.setattr(
-        index_module,
-        "_features",
-        lambda model, *args: modes.append(model.training) or features(model, *args),
-    )
+    modes = []
+    block = cb.codebooks["mlp.0"]
+    handle = block.register_forward_pre_hook(lambda *_: modes.append(cb.training))
     cb.train()
     with pytest.raises(KeyboardInterrupt):
         build_index(cb, tok, breaks(), folder=tmp_path / "i", overwrite=True)
-    assert cb.training and modes == [False]
+    handle.remove()
+    assert cb.training and set(modes) == {False}
     cb.eval()  # dropout would make other features
     assert [p.name for p in tmp_path.iterdir()] == ["i"] and len(
         open_index(tmp_path / "i", tok).ids
@@ -395,20 +398,20 @@ def test_a_killed_build_is_told_and_can_be_run_again(stories, tmp_path):
     code = f"""
 import os, signal
 import codebook_tutorial
-from codebook_tutorial.feature.index import build_index
+from codebook_tutorial.feature.indexing import build_index
 from codebook_tutorial.world.concepts import story_text
 from codebook_tutorial.dictionary.base import random_directions
 from codebook_tutorial.model.hub import load_lm
 (model, tok), (text, _) = load_lm('stories'), story_text(1024)
 def stream(): yield text; os.kill(os.getpid(), signal.SIGKILL)
-build_index(model, tok, stream(), {str(tmp_path / "i")!r}, dictionaries={{'mlp.1': random_directions(8, 96)}})"""
+build_index(model, tok, stream(), folder={str(tmp_path / "i")!r}, dictionaries={{'mlp.1': random_directions(8, 96)}})"""
     assert (
         subprocess.run([sys.executable, "-c", code], capture_output=True).returncode
         == -signal.SIGKILL
     )
     with pytest.raises(
         ValueError,
-        match="no index in .*; the building of one was interrupted: call build_index again",
+        match="no index in .*; build_index was interrupted: call it again",
     ):
         open_index(tmp_path / "i", tok)
     assert len(build_index(cb, tok, text[:2], folder=tmp_path / "i").ids) == 2
@@ -435,7 +438,11 @@ def test_damage_is_named(index, stories, tmp_path, file, fault):
         path.write_bytes(
             (build_index(cb, tok, text[:2], folder=tmp_path / "other").folder / file).read_bytes()
         )
-    says = "no index in" if (file, fault) == ("index.json", "gone") else "is damaged or missing"
+    says = (
+        "no index in"
+        if (file, fault) == ("index.json", "gone")
+        else "is missing, damaged or cut short"
+    )
     with pytest.raises(ValueError, match=says):
         open_index(tmp_path / "i", tok)
 

@@ -1,5 +1,6 @@
 """Claims, data, and the one place that draws."""
 
+import html
 import json
 import re
 
@@ -7,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from codebook_tutorial import claims, core, show
+from codebook_tutorial import show
 from codebook_tutorial.claims import ClaimError, claim, full_claims
 from codebook_tutorial.core import data_path, jsd, seeded, set_seed
 
@@ -111,11 +112,11 @@ NASTY = '<script>alert("x")</script>&'
 
 
 def test_token_text_is_escaped_everywhere():
-    for html in (
+    for shown in (
         show.strip([NASTY, "b"], [1.0, -2.0], title=NASTY)._repr_html_(),
         show.table([{NASTY: NASTY, "n": 1.23456}], NASTY)._repr_html_(),
     ):
-        assert "<script" not in html and "&lt;script&gt;" in html
+        assert "<script" not in shown and "&lt;script&gt;" in shown
 
 
 def test_table_rounds_and_marks_missing_values():
@@ -125,13 +126,33 @@ def test_table_rounds_and_marks_missing_values():
     )
 
 
+def test_a_table_of_columns_is_the_table_of_its_rows():
+    rows = [{"alpha": 0.5, "L0": 3}, {"alpha": 1.0, "L0": None}]
+    columns = {"alpha": torch.tensor([0.5, 1.0]), "L0": [3, None]}
+    assert show.table(columns, "t").source == show.table(rows, "t").source
+    with pytest.raises(ValueError, match="columns of the same length, got {'a': 1, 'b': 2}"):
+        show.table({"a": [1], "b": [1, 2]})
+    with pytest.raises(ValueError, match="no rows"):
+        show.table({"a": []})
+
+
+def test_source_is_coloured_escaped_and_whole():
+    shown = show.source(show.strip, show.Html.__repr__)
+    assert "<span" in shown.source and "</span>" in shown.source
+    text = html.unescape(re.sub(r"</?(?:span|pre)[^>]*>", "", shown.source))
+    assert text == shown.words and "def __repr__(self):\n    return self.words" in text
+    assert "&lt;b&gt;" in shown.source and "<b>" not in shown.source
+    with pytest.raises(ValueError, match="expected functions"):
+        show.source()
+
+
 def test_strip_wants_one_value_a_token():
     with pytest.raises(ValueError, match="2 tokens and 3 values"):
         show.strip(["a", "b"], [1, 2, 3])
 
 
 def test_strips_may_share_a_scale():
-    alpha = lambda html: re.findall(r"rgba\([\d,]+,([\d.]+)\)", html.source)
+    alpha = lambda shown: re.findall(r"rgba\([\d,]+,([\d.]+)\)", shown.source)
     assert alpha(show.strip(["a", "b"], [1, 2])) == ["0.375", "0.750"] and alpha(
         show.strip(["a", "b"], [1, -20], top=10)
     ) == ["0.075", "0.750"]

@@ -29,26 +29,23 @@ from codebook_tutorial.dictionary.baselines import NMF
 from codebook_tutorial.dictionary.bottleneck import CodebookModel
 from codebook_tutorial.dictionary.codebook import Codebook
 from codebook_tutorial.dictionary.finetune import finetune
-from codebook_tutorial.dictionary.formats import FILES, export_sae, load_sae, save_sae
+from codebook_tutorial.dictionary.formats import export_sae, load_sae, save_sae
+from codebook_tutorial.dictionary.kinds import KINDS
 from codebook_tutorial.dictionary.kmeans import kmeans
-from codebook_tutorial.dictionary.sae import KINDS
+from codebook_tutorial.dictionary.layouts import FILES
 from codebook_tutorial.dictionary.store import open_activations
 from codebook_tutorial.dictionary.train import train_sae
-from codebook_tutorial.feature.explain.protocol import (
-    Case,
-    Fragment,
-    detection,
-    fragments,
-    fuzzing,
-    interpret,
-    make_cases,
-)
+from codebook_tutorial.feature.choices import find_choices
+from codebook_tutorial.feature.explain.protocol import Case, Fragment, fragments, make_cases
 from codebook_tutorial.feature.explain.rules import PredicateExplainer
-from codebook_tutorial.feature.index import build_index, open_index
-from codebook_tutorial.feature.steer import find_choices, find_switches
+from codebook_tutorial.feature.explain.scores import detection, fuzzing, interpret
+from codebook_tutorial.feature.index import open_index
+from codebook_tutorial.feature.indexing import build_index
+from codebook_tutorial.feature.steer import find_switches
 from codebook_tutorial.model.hub import load_lm
 from codebook_tutorial.model.text import load_text
-from codebook_tutorial.score.scoreboard import METHODS, make_dictionary, stability
+from codebook_tutorial.score.methods import METHODS, make_dictionary
+from codebook_tutorial.score.scoreboard import stability
 from codebook_tutorial.world.fsm import TokFSM, fsm_model, generate_walks, train_fsm
 
 ROOT = Path(__file__).resolve().parents[1]

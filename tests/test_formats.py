@@ -15,16 +15,10 @@ from safetensors.numpy import load_file as numpy_file
 from safetensors.torch import load_file, save_file
 
 from codebook_tutorial.core import data_path, seeded
-from codebook_tutorial.dictionary import formats
 from codebook_tutorial.dictionary.base import random_directions
-from codebook_tutorial.dictionary.formats import (
-    WRITES,
-    convert_alpha,
-    export_sae,
-    load_sae,
-    save_sae,
-)
-from codebook_tutorial.dictionary.sae import KINDS
+from codebook_tutorial.dictionary.formats import export_sae, load_sae, save_sae
+from codebook_tutorial.dictionary.kinds import KINDS
+from codebook_tutorial.dictionary.layouts import ALPHA_UNITS, FILES, WRITES, convert_alpha
 
 D, N, K = 16, 40, 5
 X = torch.randn(64, D, generator=seeded(9)) * 1.5
@@ -525,7 +519,7 @@ WRITERS = dict(ours=lambda sae, folder: save_sae(sae, folder)) | {
 @pytest.mark.parametrize("layout", WRITERS)
 def test_damaged_files_are_named(layout, fault, tmp_path):
     WRITERS[layout](random_sae("topk"), tmp_path)
-    head, weights = (tmp_path / name for name in formats.FILES[layout])
+    head, weights = (tmp_path / name for name in FILES[layout])
     first = {"ours": "W_enc", "saelens": "W_enc"}.get(layout, "encoder.weight")
     says = {
         "missing": [
@@ -614,7 +608,7 @@ def test_a_file_of_something_else_than_tensors(tmp_path):
 def test_any_value_of_any_setting_loads_or_is_refused(tmp_path):
     for layout in WRITERS:
         WRITERS[layout](random_sae("topk"), tmp_path / layout)
-        file = tmp_path / layout / formats.FILES[layout][0]
+        file = tmp_path / layout / FILES[layout][0]
         config = json.loads(file.read_text())
         inner = {"ours": "config", "dictionary_learning": "trainer"}.get(layout)
         for part in [config, config[inner]] if inner else [config]:
@@ -675,12 +669,12 @@ def test_two_layouts_in_one_folder(tmp_path):
 
 
 def test_nothing_there(tmp_path):
-    refused(tmp_path, "no autoencoder", "ae.pt", "there are none")
+    refused(tmp_path, "no autoencoder", "ae.pt", "none of these files were found")
     refused(tmp_path / "nowhere", "no folder")
     refused("./nowhere/at", "no folder")
     export_sae(random_sae("untied"), tmp_path, "saelens")
     (tmp_path / "cfg.json").unlink()
-    refused(tmp_path, "no autoencoder", "of these there are sae_weights.safetensors")
+    refused(tmp_path, "no autoencoder", "only sae_weights.safetensors found")
     with pytest.raises(ValueError, match="has no revision 'v2'"):
         load_sae(tmp_path, revision="v2")
 
@@ -820,7 +814,7 @@ def test_from_the_hub_only_what_is_needed(tmp_path):
             if "/tests/saes/resolve/" in line
         }
     assert loaded == {
-        f"{layout}/layer.2/{file}" for layout in WRITERS for file in formats.FILES[layout]
+        f"{layout}/layer.2/{file}" for layout in WRITERS for file in FILES[layout]
     } | {"gemma/layer_2/average_l0_9/params.npz", "sae.json", "sae_state.safetensors"}
     local = [load_sae(repo if revision is None else v2, path) for _, path, revision in asks]
     assert got[: len(asks)] == [
@@ -842,8 +836,8 @@ def test_from_the_hub_only_what_is_needed(tmp_path):
 # ---- units
 def test_the_weight_of_the_penalty():
     assert round(convert_alpha(8.6e-4, 512, "paper_code"), 2) == 0.44
-    for begin in formats.ALPHA_UNITS:
-        for end in formats.ALPHA_UNITS:
+    for begin in ALPHA_UNITS:
+        for end in ALPHA_UNITS:
             there = convert_alpha(0.3, 96, begin, end=end, scale=7.0)
             assert convert_alpha(there, 96, end, end=begin, scale=1 / 7) == pytest.approx(0.3)
     with pytest.raises(ValueError, match="units 'pytorch'"):
@@ -861,7 +855,7 @@ def test_the_converted_weight_gives_the_same_loss_but_for_a_factor():
         torch.testing.assert_close(paper * D, sae.loss(X, alpha))
         small = random_sae("untied")
         small.load_state_dict(sae.state_dict())
-        small.in_units_of(torch.zeros(D), 1 / 4)  # the same autoencoder for X / 4
+        small.fold_normalisation(torch.zeros(D), 1 / 4)  # the same autoencoder for X / 4
         torch.testing.assert_close(
             small.loss(X / 4, alpha) * 16, sae.loss(X, convert_alpha(alpha, D, scale=4.0))
         )

@@ -1,7 +1,6 @@
 """The world with known answers: exact numbers, the branch trick against plain passes, and the shipped models."""
 
 import hashlib
-import json
 import math
 import re
 from types import SimpleNamespace

@@ -8,7 +8,7 @@ from test_sites import CONFIGS, D, V, hooks
 from transformers import AutoModelForCausalLM
 
 from codebook_tutorial.core import seeded
-from codebook_tutorial.dictionary.base import Dictionary, Feature, Lens, basis, random_directions
+from codebook_tutorial.dictionary.base import Dictionary, Feature, Lens, basis
 from codebook_tutorial.dictionary.bottleneck import add_codebooks
 from codebook_tutorial.dictionary.codebook import Codebook
 from codebook_tutorial.dictionary.codelens import CodeLens, aligned

@@ -9,7 +9,6 @@ from pathlib import Path
 
 import pytest
 import torch
-import torch.nn.functional as F
 from hub import Hub
 
 from codebook_tutorial.core import seeded

@@ -7,8 +7,8 @@ from test_finetune import some_text, tiny
 from codebook_tutorial.core import seeded
 from codebook_tutorial.dictionary.bottleneck import add_codebooks
 from codebook_tutorial.dictionary.codebook import Codebook
-from codebook_tutorial.dictionary.sae import KINDS
-from codebook_tutorial.dictionary.store import harvest
+from codebook_tutorial.dictionary.harvest import harvest
+from codebook_tutorial.dictionary.kinds import KINDS
 from codebook_tutorial.dictionary.train import train_sae
 from codebook_tutorial.score.metrics import measure
 

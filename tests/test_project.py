@@ -1,6 +1,5 @@
 """The project agrees with itself: metadata, notebooks, claims, sizes, and no path of anybody's machine."""
 
-import configparser
 import hashlib
 import json
 import re

@@ -21,26 +21,30 @@ from codebook_tutorial.core import jsd, seeded
 from codebook_tutorial.dictionary.base import Directions, fvu
 from codebook_tutorial.dictionary.baselines import overlap, pca, pursue
 from codebook_tutorial.dictionary.codebook import Codebook
+from codebook_tutorial.dictionary.kinds import KINDS
 from codebook_tutorial.dictionary.kmeans import kmeans, nearest
-from codebook_tutorial.dictionary.sae import KINDS, TopK
+from codebook_tutorial.dictionary.sae import KeepK
 from codebook_tutorial.feature.detect import concept_scores
 from codebook_tutorial.feature.explain.protocol import (
     Case,
     Explainer,
     Fragment,
+    feature_concepts,
+    integers,
+    make_cases,
+)
+from codebook_tutorial.feature.explain.scores import (
     correlation,
     detection,
     difference,
-    feature_concepts,
     fuzzing,
-    integers,
     interpret,
-    make_cases,
     moments,
     summary,
 )
+from codebook_tutorial.score.concepts import sparse_probes
 from codebook_tutorial.score.metrics import measure
-from codebook_tutorial.score.scoreboard import sparse_probes, stability
+from codebook_tutorial.score.scoreboard import stability
 from codebook_tutorial.world.fsm import (
     TokFSM,
     bayes,
@@ -185,7 +189,7 @@ def test_a_codebook_makes_no_finite_state_of_one_that_is_not(x, select):
 )
 def test_an_autoencoder_says_the_same_densely_and_sparsely(kind, x, width):
     sae = KINDS[kind](
-        4, 6, generator=seeded(0), **(dict(k=2) if issubclass(KINDS[kind], TopK) else {})
+        4, 6, generator=seeded(0), **(dict(k=2) if issubclass(KINDS[kind], KeepK) else {})
     ).eval()
     if width != 4:
         return refuses(lambda: sae.encode(x.new_zeros(2, width)), "expected states")
@@ -215,7 +219,7 @@ def test_an_autoencoder_makes_no_finite_features_of_nan(kind, x):
     with torch.no_grad():
         f = (
             KINDS[kind](
-                4, 6, generator=seeded(0), **(dict(k=6) if issubclass(KINDS[kind], TopK) else {})
+                4, 6, generator=seeded(0), **(dict(k=6) if issubclass(KINDS[kind], KeepK) else {})
             )
             .eval()
             .encode(x)

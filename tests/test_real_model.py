@@ -184,7 +184,7 @@ def test_the_finetuning_chapter_runs_on_the_real_model(tmp_path):
 def test_names_after_named_have_codes_on_the_real_model(tmp_path):
     "Finetune, index, search, browse: the best code for what follows 'named', chosen on one half, is far more precise on the other than always firing."
     from codebook_tutorial.dictionary.finetune import finetune as train_codes
-    from codebook_tutorial.feature.index import build_index
+    from codebook_tutorial.feature.indexing import build_index
     from codebook_tutorial.feature.search import nearest_features
     from codebook_tutorial.model.hub import load_lm
     from codebook_tutorial.model.run import lm_loss
@@ -329,19 +329,17 @@ def test_the_scale_chapter_runs_on_the_real_model(tmp_path):
 def test_features_of_the_real_model_have_explanations_and_pages(tmp_path):
     "Words of real text: an autoencoder's features are explained better than random directions. As an explainer the model itself is too short-sighted, and is told so."
     from codebook_tutorial.dictionary.base import random_directions
-    from codebook_tutorial.dictionary.store import harvest
+    from codebook_tutorial.dictionary.harvest import harvest
     from codebook_tutorial.dictionary.train import train_sae
     from codebook_tutorial.feature.explain.local import LocalLMExplainer
     from codebook_tutorial.feature.explain.protocol import (
-        difference,
         fragments,
-        interpret,
         make_cases,
         pieces,
         some_features,
-        summary,
     )
     from codebook_tutorial.feature.explain.rules import PredicateExplainer
+    from codebook_tutorial.feature.explain.scores import difference, interpret, summary
     from codebook_tutorial.model.hub import load_lm
     from codebook_tutorial.model.text import load_text
     from codebook_tutorial.show.features import export_features

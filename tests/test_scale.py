@@ -6,12 +6,10 @@ import numpy as np
 import pytest
 import torch
 
-from codebook_tutorial.core import seeded
 from codebook_tutorial.dictionary.base import Directions
 from codebook_tutorial.dictionary.bottleneck import add_codebooks
 from codebook_tutorial.score import robust
 from codebook_tutorial.score.robust import (
-    Changed,
     fires,
     in_cipher,
     one_word_attack,
@@ -23,7 +21,6 @@ from codebook_tutorial.score.robust import (
     with_words_shuffled,
 )
 from codebook_tutorial.score.scale import (
-    SIZES,
     CostModel,
     blank,
     count,

@@ -6,33 +6,20 @@ import torch
 from test_sites import hooks
 
 from codebook_tutorial.core import data_path, seeded
-from codebook_tutorial.dictionary.base import Dictionary, Directions, random_directions
+from codebook_tutorial.dictionary.base import Dictionary, Directions, Lens, random_directions
 from codebook_tutorial.dictionary.baselines import Affine
-from codebook_tutorial.dictionary.bottleneck import CodebookModel, add_codebooks
+from codebook_tutorial.dictionary.bottleneck import add_codebooks
 from codebook_tutorial.dictionary.codebook import Codebook
 from codebook_tutorial.dictionary.formats import load_sae
-from codebook_tutorial.dictionary.store import harvest
+from codebook_tutorial.dictionary.harvest import harvest
 from codebook_tutorial.model.hub import load_lm
-from codebook_tutorial.model.text import load_text
-from codebook_tutorial.score.benches import known_answers
 from codebook_tutorial.model.run import states_of
-from codebook_tutorial.score.scoreboard import (
-    METHODS,
-    Halves,
-    absorbed,
-    concept_board,
-    explained,
-    families,
-    fsm_states,
-    kept,
-    make_dictionary,
-    patched,
-    scoreboard,
-    sparse_probes,
-    stability,
-    steered,
-    sums_of,
-)
+from codebook_tutorial.model.text import load_text
+from codebook_tutorial.score.answers import known_answers
+from codebook_tutorial.score.benches import Halves
+from codebook_tutorial.score.concepts import absorbed, concept_board, families, sparse_probes
+from codebook_tutorial.score.methods import METHODS, fsm_states, make_dictionary, sums_of
+from codebook_tutorial.score.scoreboard import scoreboard, stability
 from codebook_tutorial.world.concepts import atoms, story_text
 from codebook_tutorial.world.fsm import TokFSM
 
@@ -278,12 +265,13 @@ def asked():
 def test_answers_hold_together_and_states_are_those_of_harvest(asked, tmp_path):
     assert (
         len(asked.states) == len(asked.truth) == asked.text.n_tokens
-        and len(asked.shown) == sum(map(len, asked.words))
-        and len(asked.prompts) == len(asked.target) == 20
-        and [len(p) for p in asked.pairs] == [4, 4]
+        and len(asked.benches["steered"].prompts) == len(asked.benches["steered"].target) == 20
+        and [len(p) for p in asked.benches["patched"].pairs] == [4, 4]
     )
+    explained = asked.benches["explained"]
+    assert len(explained.states) == sum(map(len, explained.words))
     store = harvest(
-        asked.model,
+        asked.subject.model,
         asked.text,
         "resid.1",
         folder=tmp_path / "acts",
@@ -310,50 +298,51 @@ def test_a_row_of_the_shipped_autoencoder_beats_random_directions(asked):
         and mine["paid"] < other["paid"]
         and mine["n_feats"] == 384
     )
-    assert "steered" not in mine and not hooks(asked.model)
+    assert "steered" not in mine and not hooks(asked.subject.model)
 
 
 def test_perfect_and_empty_dictionaries_pay_nothing_and_all(asked):
-    whole = kept(Directions(torch.eye(96)), asked)
+    kept = asked.benches["kept"].score
+    whole = kept(Directions(torch.eye(96)))
     assert abs(whole["paid"]) < 1e-5 and whole["fvu"] < 1e-10
     assert (
-        abs(kept(make_dictionary("random", asked.states, 384, k=0), asked)["paid"]) < 1e-3
+        abs(kept(make_dictionary("random", asked.states, 384, k=0))["paid"]) < 1e-3
     )  # 384 directions lose nothing either
-    none = kept(Affine(torch.eye(96)[:1] * 1e-6), asked)
+    none = kept(Affine(torch.eye(96)[:1] * 1e-6))
     assert none["paid"] > 3 and none["fvu"] > 0.9
 
 
 def test_codes_are_written_as_differences_and_leave_the_model_as_it_was(asked):
-    from codebook_tutorial.score.scoreboard import _written
-
     book = make_dictionary("codebook", asked.states, 64, k=2)
-    x = asked.states[:6].view(2, 3, 96)
+    x, model = asked.states[:6].view(2, 3, 96), asked.subject.model
+    shift = Lens(model, "resid.1", book).shift
     assert torch.equal(
-        _written(book, lambda ids: ids, 3.0)(x), x
+        shift(lambda ids: ids, 3.0)(x), x
     )  # the same codes: nothing happens
     ids = book.choose(x)
     other = ids.clone()
     other[..., 0, 0] = 5
     assert torch.allclose(
-        _written(book, lambda ids: other, 2.0)(x),
+        shift(lambda ids: other, 2.0)(x),
         x + 2 * (book.decode_ids(other) - book.decode_ids(ids)),
         atol=1e-5,
     )
-    before = asked.model(input_ids=asked.text.ids[:2]).logits
-    got = steered(book, asked, strengths=(1.0,))
+    before = model(input_ids=asked.text.ids[:2]).logits
+    got = asked.benches["steered"].score(book, strengths=(1.0,))
     assert (
         0 <= got["steered"] <= 1
         and got["strength"] in (0.0, 1.0)
-        and not hooks(asked.model)
-        and torch.equal(asked.model(input_ids=asked.text.ids[:2]).logits, before)
+        and not hooks(model)
+        and torch.equal(model(input_ids=asked.text.ids[:2]).logits, before)
     )
 
 
 def test_whoever_is_over_the_budget_has_not_steered(asked):
-    got = steered(random_directions(96, 96, seed=2, relu=True), asked, strengths=(400.0,))
+    bench, weak = asked.benches["steered"], random_directions(96, 96, seed=2, relu=True)
+    got = bench.score(weak, strengths=(400.0,))
     assert (
         got["strength"] == 0
-        and got["steered"] == asked.plain[1::2].rate
+        and got["steered"] == bench.plain[1::2].rate
         and got["steered_loss"] == 1
     )
 
@@ -374,7 +363,7 @@ def test_a_finetuned_codebook_is_asked_with_its_codes_in_place(asked):
         n_pairs=4,
         names=1,
     )
-    own = known_answers(cb, tok, "resid.1", judge=asked.model, **args)
+    own = known_answers(cb, tok, "resid.1", judge=asked.subject.model, **args)
     assert torch.allclose(
         own.states, asked.states, atol=1e-4
     )  # what goes into the codes, not what comes out
@@ -382,10 +371,10 @@ def test_a_finetuned_codebook_is_asked_with_its_codes_in_place(asked):
     assert row["paid"] > 0.2 and row["fvu"] > 0.02
     with pytest.raises(ValueError, match="asked about its own"):
         scoreboard(random_directions(8, 96), own)
-    with pytest.raises(ValueError, match="judge= must be the untouched model"):
+    with pytest.raises(ValueError, match="with judge= the untouched model"):
         known_answers(cb, tok, "resid.1", **args)
-    with pytest.raises(ValueError, match="only those of its own sites"):
-        known_answers(cb, tok, "resid.0", judge=asked.model, **args)
+    with pytest.raises(ValueError, match="can only be asked at their sites"):
+        known_answers(cb, tok, "resid.0", judge=asked.subject.model, **args)
     with pytest.raises(ValueError, match="has codebooks in it"):
         known_answers(model, tok, "resid.1", **args)
     cb.remove()
@@ -395,7 +384,8 @@ def test_a_finetuned_codebook_is_asked_with_its_codes_in_place(asked):
 def test_what_cannot_be_asked_is_left_out_and_mistakes_are_named(asked):
     from dataclasses import replace
 
-    bare = replace(asked, truth=None, pairs=[], plain=None)
+    some = {name: asked.benches[name] for name in ("kept", "explained")}
+    bare = replace(asked, truth=None, benches=some)
     row = scoreboard(load_sae(data_path("sae/tied")), bare)
     assert (
         {"l0", "explained"} <= set(row)
@@ -409,14 +399,15 @@ def test_what_cannot_be_asked_is_left_out_and_mistakes_are_named(asked):
         scoreboard(random_directions(8, 64), asked)
     with pytest.raises(ValueError, match=r"parts=\['colour'\], expected some of kept"):
         scoreboard(random_directions(8, 96), asked, parts=("colour",))
+    whom = asked.subject.model, asked.subject.tok
     with pytest.raises(ValueError, match="expected truth as bool"):
-        known_answers(asked.model, asked.tok, text=asked.text, truth=torch.zeros(3, 4))
+        known_answers(*whom, text=asked.text, truth=torch.zeros(3, 4))
     with pytest.raises(ValueError, match="no text"):
-        known_answers(asked.model, asked.tok, truth=torch.zeros(3, 4, 1, dtype=torch.bool))
+        known_answers(*whom, truth=torch.zeros(3, 4, 1, dtype=torch.bool))
     with pytest.raises(ValueError, match="an even number of texts"):
-        known_answers(asked.model, asked.tok, texts=3)
+        known_answers(*whom, texts=3)
     with pytest.raises(ValueError, match="expected one site"):
-        states_of(asked.model, asked.text[:1], "resid.*")
+        states_of(whom[0], asked.text[:1], "resid.*")
     with pytest.raises(ValueError, match="none of the 4 concepts"):
         concept_board(np.zeros((50, 3), np.float32), np.zeros((50, 4), bool))
 
@@ -428,9 +419,10 @@ def test_explanations_count_features_without_a_score(asked):
             f[:, ::2] = 0
             return f
 
-    got = explained(Dead(random_directions(20, 96, seed=1).directions), asked)
+    explained = asked.benches["explained"].score
+    got = explained(Dead(random_directions(20, 96, seed=1).directions))
     assert got["explained_skipped"] == pytest.approx(0.5)
-    assert explained(Directions(torch.zeros(4, 96)), asked) == dict(
+    assert explained(Directions(torch.zeros(4, 96))) == dict(
         explained=0.0, explained_skipped=1.0
     )
-    assert 0 <= patched(load_sae(data_path("sae/tied")), asked)["patched"] <= 1
+    assert 0 <= asked.benches["patched"].score(load_sae(data_path("sae/tied")))["patched"] <= 1

@@ -9,32 +9,35 @@ from test_sites import CONFIGS, D, V, hooks
 from transformers import AutoModelForCausalLM
 
 from codebook_tutorial.core import data_path, seeded
-from codebook_tutorial.dictionary.base import random_directions
+from codebook_tutorial.dictionary.base import Lens, random_directions
 from codebook_tutorial.dictionary.bottleneck import CodebookModel, add_codebooks
 from codebook_tutorial.dictionary.codebook import Codebook
 from codebook_tutorial.dictionary.formats import load_sae
-from codebook_tutorial.feature.effects import Effect, best_within, count_words, distinct, effect_and_price, recognise, topic_words
-from codebook_tutorial.model.generate import generate, text_nats
+from codebook_tutorial.feature.choices import find_choices, split_words
+from codebook_tutorial.feature.force import force_codes, token_codes, write_codes
 from codebook_tutorial.feature.steer import (
-    Choices,
-    CodeSwitch,
-    FeatureSwitch,
+    Switch,
     add_vector,
-    find_choices,
     find_switches,
-    force_codes,
     mean_difference,
-    precision_coverage,
-    split_words,
     steer,
-    token_codes,
     topic_features,
-    write_codes,
 )
+from codebook_tutorial.feature.tmp_pc import precision_coverage
+from codebook_tutorial.model.generate import generate, text_nats
 from codebook_tutorial.model.hub import load_lm
 from codebook_tutorial.model.run import token_losses
 from codebook_tutorial.model.sites import capture, intervene
 from codebook_tutorial.model.text import Text, load_text
+from codebook_tutorial.score.effects import (
+    Effect,
+    best_within,
+    count_words,
+    distinct,
+    effect_and_price,
+    recognise,
+    topic_words,
+)
 from codebook_tutorial.world.concepts import WORD_TABLES
 from codebook_tutorial.world.grammar import ID, LISTS, TOPICS
 
@@ -168,17 +171,18 @@ def feature_switch(n=20):
     owner = torch.full((n,), -1)
     owner[[0, 1]], owner[[2, 3]], owner[4] = 0, 1, 2
     usual = torch.rand(3, n, generator=seeded(1)) * 3 * (owner == torch.arange(3)[:, None])
-    return FeatureSwitch(
-        d,
+    gates, gate_threshold = torch.zeros(n, dtype=torch.bool), torch.zeros(n)
+    gates[[7, 8]], gate_threshold[[7, 8]] = True, torch.tensor([0.5, 0.9])
+    return Switch(
+        Lens(None, "resid.0", d),
         ["a", "b", "c"],
-        owner,
-        torch.full((n,), 0.4),
-        torch.tensor([7, 8]),
-        torch.tensor([0.5, 0.9]),
-        usual,
-        torch.tensor([1, 2, 4]),
-        torch.ones(3),
-        torch.ones(3),
+        owner=owner,
+        threshold=torch.full((n,), 0.4),
+        gates=gates,
+        gate_threshold=gate_threshold,
+        write=usual,
+        neutral=torch.zeros(n),
+        coverage=torch.ones(1, 3),
     )
 
 
@@ -186,21 +190,22 @@ def plain_switch(s, x, t, strength, start=True, swap=True):
     out = x.clone()
     for b in range(len(x)):
         for i in range(x.shape[1]):
-            f = s.dictionary.encode(x[b, i])
+            f = s.lens.dictionary.encode(x[b, i])
             others = [j for j in range(len(f)) if s.owner[j] >= 0 and s.owner[j] != t]
             fires = (
                 swap
                 and any(f[j] > s.threshold[j] for j in others)
                 or start
-                and any(f[j] > v for j, v in zip(s.gates.tolist(), s.gate_threshold))
+                and any(f[j] > s.gate_threshold[j] for j in s.gates.nonzero()[:, 0])
             )
             if not fires:
                 continue
             for j in others:
-                out[b, i] -= f[j] * s.dictionary.directions[j]
+                out[b, i] -= f[j] * s.lens.dictionary.directions[j]
             for j in (s.owner == t).nonzero()[:, 0].tolist():
                 out[b, i] += (
-                    max(0.0, float(strength * s.usual[t, j] - f[j])) * s.dictionary.directions[j]
+                    max(0.0, float(strength * s.write[t, j] - f[j]))
+                    * s.lens.dictionary.directions[j]
                 )
     return out
 
@@ -212,19 +217,19 @@ def test_a_switch_of_features_is_what_a_loop_does_row_by_row(kw):
     want = torch.cat(
         [plain_switch(s, x[i : i + 1], t, 1.5, **kw) for i, t in enumerate(target.tolist())]
     )
-    assert torch.allclose(s.fn(target, 1.5, **kw)(x), want, atol=1e-4) and not torch.allclose(
+    assert torch.allclose(s.fn(target, strength=1.5, **kw)(x), want, atol=1e-4) and not torch.allclose(
         want, x
     )
-    assert torch.allclose(s.fn(1, 1.5, **kw)(x), plain_switch(s, x, 1, 1.5, **kw), atol=1e-4)
+    assert torch.allclose(s.fn(1, strength=1.5, **kw)(x), plain_switch(s, x, 1, 1.5, **kw), atol=1e-4)
     still = ~s.fires(x, target, **kw)
-    assert still.any() and torch.equal(s.fn(target, 1.5, **kw)(x)[still], x[still])
+    assert still.any() and torch.equal(s.fn(target, strength=1.5, **kw)(x)[still], x[still])
 
 
 def test_off_takes_out_only_the_targets_own_features_where_they_speak():
     s, x = feature_switch(), torch.randn(3, 5, D, generator=seeded(4))
-    f = s.dictionary.encode(x)
+    f = s.lens.dictionary.encode(x)
     want = x - sum(
-        (f[..., j : j + 1] * (f[..., j : j + 1] > 0.4)) * s.dictionary.directions[j] for j in (2, 3)
+        (f[..., j : j + 1] * (f[..., j : j + 1] > 0.4)) * s.lens.dictionary.directions[j] for j in (2, 3)
     )
     assert torch.allclose(s.off(1)(x), want, atol=1e-5) and torch.allclose(
         s.off(torch.tensor([1, 0, 1]))(x)[[0, 2]], want[[0, 2]], atol=1e-5
@@ -240,14 +245,17 @@ def code_switch(groups=2, n_codes=12):
     book = Codebook(D, n_codes, 3, groups=groups)
     owner = torch.randint(-1, 3, (groups, n_codes), generator=g)
     write = torch.tensor([[0, 1, 2], [3, -1, 4]])
-    return CodeSwitch(
-        book,
+    gates, lens = torch.rand(groups, n_codes, generator=g) < 0.2, Lens(None, "mlp.0", book)
+    return Switch(
+        lens,
         ["a", "b", "c"],
-        owner,
-        torch.rand(groups, n_codes, generator=g) < 0.2,
-        write,
-        torch.tensor([5, -1]),
-        torch.ones(groups, 3),
+        owner=owner.flatten(),
+        threshold=torch.zeros(groups * n_codes),
+        gates=gates.flatten(),
+        gate_threshold=torch.zeros(groups * n_codes),
+        write=lens.one_each(write),
+        neutral=lens.one_each(torch.tensor([[5], [-1]]))[0],
+        coverage=torch.ones(groups, 3),
     )
 
 
@@ -263,7 +271,10 @@ def code_switch(groups=2, n_codes=12):
 )
 def test_a_switch_of_codes_is_a_table(kw):
     s, ids = code_switch(), torch.randint(0, 12, (4, 6, 2, 3), generator=seeded(6))
-    target, write = torch.tensor([0, 1, 2, 1]), kw.get("write", code_switch().write)
+    target, write = torch.tensor([0, 1, 2, 1]), kw.get("write", s.lens.codes(s.write))
+    if "write" in kw:
+        kw = kw | dict(write=s.lens.one_each(write))
+    owner, gates = s.owner.view(2, -1), s.gates.view(2, -1)
     want = ids.clone()
     for b in range(4):
         t = int(target[b])
@@ -271,10 +282,10 @@ def test_a_switch_of_codes_is_a_table(kw):
             c = int(ids[b, i, g, k])
             change = (
                 kw.get("swap", True)
-                and s.owner[g, c] >= 0
-                and s.owner[g, c] != t
+                and owner[g, c] >= 0
+                and owner[g, c] != t
                 or kw.get("start", True)
-                and s.gates[g, c]
+                and gates[g, c]
             )
             if change and write[g, t] >= 0 and g in kw.get("groups", [0, 1]):
                 want[b, i, g, k] = write[g, t]
@@ -288,7 +299,7 @@ def test_off_writes_the_code_of_open_places_where_there_is_one():
     assert torch.equal(new[:, :, 1], ids[:, :, 1])  # the second group has none
     for b, t in ((0, 0), (1, 2)):
         assert torch.equal(
-            new[b, :, 0], torch.where(s.owner[0][ids[b, :, 0]] == t, 5, ids[b, :, 0])
+            new[b, :, 0], torch.where(s.owner[:12][ids[b, :, 0]] == t, 5, ids[b, :, 0])
         )
 
 
@@ -394,18 +405,17 @@ def test_switches_are_found_on_every_family_and_point_where_they_should(tiny):
         & (((f[:, :, None] > found["threshold"]) & marks[:, None]).sum(0) >= 2),
     )
     best = torch.where(enough[:, :2], found["precision"][:, :2], 0.0).max(1)
-    owner, top = torch.where(best.values > 0, best.indices, -1), product[:, :2].argmax(0)
+    owner = torch.where(best.values > 0, best.indices, -1)
     for t in range(2):
         if not (owner == t).any():
             owner[torch.where(owner < 0, product[:, t], -1.0).argmax()] = t
     assert (
-        torch.equal(s.best, top)
-        and torch.equal(s.owner, owner)
-        and s.gates.tolist() == enough[:, 2].nonzero()[:, 0].tolist()
+        torch.equal(s.owner, owner)
+        and torch.equal(s.gates, enough[:, 2])
         and (s.owner >= 0).any()
     )
     for t in range(2):
-        assert torch.allclose(s.usual[t], f[marks[:, t]].mean(0) * (owner == t), atol=1e-5)
+        assert torch.allclose(s.write[t], f[marks[:, t]].mean(0) * (owner == t), atol=1e-5)
     before = hooks(tiny)
     with (
         steer(tiny, {"resid.0": s}, 0, strength=5.0),
@@ -416,7 +426,7 @@ def test_switches_are_found_on_every_family_and_point_where_they_should(tiny):
         tiny(input_ids=text.ids)
     assert (
         hooks(tiny) == before
-        and torch.allclose(acts["resid.0"], s.fn(0, 5.0)(x), atol=1e-4)
+        and torch.allclose(acts["resid.0"], s.fn(0, strength=5.0)(x), atol=1e-4)
         and not torch.allclose(acts["resid.0"], x)
     )
     with (
@@ -452,14 +462,14 @@ def test_codes_are_found_by_what_stands_there(neox):
         right = torch.stack([((ids == c) & (nxt == t)).sum() for t in range(2)])
         p = right / (ids == c).sum().clamp(min=1)
         want = [t for t in range(2) if right[t] >= 2 and p[t] >= 0.05]
-        assert int(s.owner[0, c]) == (max(want, key=lambda t: p[t]) if want else -1)
+        assert int(s.owner[c]) == (max(want, key=lambda t: p[t]) if want else -1)
     for t in range(2):
-        own = [c for c in range(16) if s.owner[0, c] == t]
+        own = [c for c in range(16) if s.owner[c] == t]
         rank = {
             c: ((ids == c) & (nxt == t)).sum().item() ** 2 / max(1, (ids == c).sum().item())
             for c in own
         }
-        assert int(s.write[0, t]) == (max(own, key=rank.get) if own else -1) and s.coverage[
+        assert int(s.lens.codes(s.write)[0, t]) == (max(own, key=rank.get) if own else -1) and s.coverage[
             0, t
         ] == pytest.approx(
             sum(((ids == c) & (nxt == t)).sum().item() for c in own) / (nxt == t).sum().item(),
@@ -471,21 +481,21 @@ def test_codes_are_found_by_what_stands_there(neox):
         if (right := ((ids == c) & choices.open[choices.look]).sum()) >= 2
         and right / (ids == c).sum() >= 0.05
     ]
-    assert s.gates[0].nonzero()[:, 0].tolist() == gates and int(s.open[0]) == (
+    assert s.gates.nonzero()[:, 0].tolist() == gates and int(s.lens.codes(s.neutral[None])[0, 0]) == (
         max(gates, key=lambda c: ((ids == c) & choices.open[choices.look]).sum()) if gates else -1
     )
     assert (
-        s.owner.shape == (1, 16)
-        and found["heads.0"].owner.shape[0] == neox.config.num_attention_heads
+        len(s.owner) == 16
+        and found["heads.0"].lens.parts == neox.config.num_attention_heads
     )
     ranked = topic_features(cb, cb.codebooks, text, choices=choices, n=5)
     best = ranked["a"][0]
     assert [r["precision"] * r["coverage"] for r in ranked["a"]] == sorted(
         [r["precision"] * r["coverage"] for r in ranked["a"]], reverse=True
     )
-    group, code = divmod(best["feature"], 16)
+    group, code = divmod(best["feature"].id, 16)
     cb(input_ids=text.ids)
-    fires = (cb.ids[best["site"]][..., group, 0] == code) & choices.look
+    fires = (cb.ids[best["feature"].site][..., group, 0] == code) & choices.look
     document = (text.ids == BOS).flatten().cumsum(0).view_as(text.ids)
     topical = document[choices.look & (choices.about == 0)].unique()
     assert best["precision"] == pytest.approx(
@@ -509,10 +519,10 @@ def test_with_several_codes_a_state_a_share_stays_a_share(neox):
     ids, nxt = cb.ids["mlp.0"][..., 0, :][choices.look], choices.next[choices.look]
     for t in range(2):
         assert s.coverage[0, t] == pytest.approx(
-            (s.owner[0][ids] == t).any(-1)[nxt == t].float().mean().item(), abs=1e-6
+            (s.owner[ids] == t).any(-1)[nxt == t].float().mean().item(), abs=1e-6
         )
     assert (s.coverage <= 1).all() and (s.coverage > 0).any()
-    with pytest.raises(ValueError, match="no code of mlp.0 speaks for"):
+    with pytest.raises(ValueError, match="no feature at mlp.0 speaks for"):
         find_switches(cb, cb.codebooks, text, choices=choices, precision=0.999)
     with (
         pytest.raises(ValueError, match="need the CodebookModel they were found in"),
@@ -709,7 +719,9 @@ def test_shipped_features_and_codes_steer_and_random_ones_do_not(setting):
         choices=choices,
     )
     shuffled = {
-        site: torch.randint(0, 2048, s.write.shape, generator=seeded(100))
+        site: s.lens.one_each(
+            torch.randint(0, 2048, (s.lens.parts, len(s.names)), generator=seeded(100))
+        )
         for site, s in codes.items()
     }
     written = rate(lambda r: steer(cb, codes, target[r]), cb)
@@ -766,7 +778,7 @@ def test_the_panel_writes_with_every_way_and_says_what_went_wrong(setting):
 
 
 PANEL = """from codebook_tutorial.core import data_path
-from codebook_tutorial.dictionary.base import random_directions
+from codebook_tutorial.dictionary.base import Lens, random_directions
 from codebook_tutorial.dictionary.formats import load_sae
 from codebook_tutorial.model.hub import load_lm
 from codebook_tutorial.model.sites import intervene

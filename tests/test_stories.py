@@ -14,7 +14,7 @@ from stories_truth import truth
 
 from codebook_tutorial.core import data_path
 from codebook_tutorial.model.run import next_probs
-from codebook_tutorial.model.text import Text, load_text
+from codebook_tutorial.model.text import load_text
 from codebook_tutorial.world.concepts import (
     ATOMS,
     CONCEPTS,
@@ -24,12 +24,10 @@ from codebook_tutorial.world.concepts import (
     story_text,
 )
 from codebook_tutorial.world.grammar import (
-    BOYS,
     GIRLS,
     GRAMMAR,
     ID,
     LISTS,
-    MARKS,
     NAMES,
     PRONOUNS,
     SENTENCE_KINDS,

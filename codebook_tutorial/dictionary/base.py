@@ -13,6 +13,7 @@ from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
+from .switching import VectorSwitching
 from ..model.run import model_device, passes
 from ..model.sites import intervene
 from ..model.text import Text
@@ -135,7 +136,7 @@ class Difference:
         return (self.c * (g @ self.directions.T)).sum(1)
 
 # %% ../../nbs/lib/dictionary_base.ipynb #dictionary-base-9
-class Lens:
+class Lens(VectorSwitching):
     """A dictionary at a site of a model: read its features, compare, take out, put in.
 
     `Lens(model, site, dictionary)` is of the class that the dictionary names (`lens_class`).
@@ -246,6 +247,11 @@ class Lens:
         amounts = torch.as_tensor(amounts, dtype=torch.float, device=ids.device)
         step = amounts.expand(*amounts.shape[:-1], len(ids)) @ self.moves[ids]
         return lambda x: x + step
+
+    def decoded(self, x):  # states [.., d]
+        "What the features say of states; of a model's own codes, what is there already."
+        f = self.dictionary.encode(x.to(self.dictionary.directions.dtype))
+        return self.dictionary.decode(f).to(x.dtype)
 
     def editing(self, fn):  # fn(x) -> x'; of codes fn(ids) -> ids
         "Context: while the block runs, fn is applied at the site."

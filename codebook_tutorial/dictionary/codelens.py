@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from .base import Lens
 from .codebook import feature_ids
+from .switching import CodeSwitching
 from ..model.sites import intervene
 
 # %% ../../nbs/lib/dictionary_codelens.ipynb #dictionary-codelens-4
@@ -67,7 +68,7 @@ class CodeDifference:
         return total.scatter_add(1, self.index.flatten(1), each)[:, :-1]
 
 # %% ../../nbs/lib/dictionary_codelens.ipynb #dictionary-codelens-6
-class CodeLens(Lens):
+class CodeLens(CodeSwitching, Lens):
     """A codebook at a site: features are codes, chosen or not.
 
     Of a model's own book, the codes are those of the pass that just ran: the states there are
@@ -141,6 +142,9 @@ class CodeLens(Lens):
             return ids
 
         return write
+
+    def decoded(self, x):
+        return x if self.own else super().decoded(x)
 
     def shift(self, fn, strength: float = 1.0):  # fn(ids) -> ids
         "fn as x -> x': adds what its codes say more than the codes of x; the rest of x stays."

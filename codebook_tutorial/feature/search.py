@@ -348,6 +348,27 @@ def contexts(
     ]
     return Html("".join(s.source for s in strips), "\n".join(s.words for s in strips))
 
+# %% ../../nbs/lib/feature_search.ipynb #feature-search-20
+@patch
+def documents(
+    self: Index,
+    rows: int,  # of the first rows
+) -> list:  # dicts: text, at (position of its first token), begin and end of each token in the text
+    "Documents as text, and which characters each token writes."
+    mask = self.mask[:rows]
+    raw, starts, ends, begins = self.surface.join(self.ids[:rows], mask)
+    found = []
+    for first, after in zip(begins, [*begins[1:], mask.size]):
+        own = np.arange(first, after)[mask.ravel()[first:after]]  # ordinary tokens, in a row
+        base = starts[own[0]]
+        text, at = decoded(raw[base : ends[own[-1]]])
+        at = np.asarray(at)
+        # part of a character counts as all of it
+        begin = at.searchsorted(starts[own] - base, "right") - 1
+        end = at.searchsorted(ends[own] - base, "left")
+        found.append(dict(text=text, at=int(first), begin=begin, end=end))
+    return found
+
 # %% ../../nbs/lib/feature_search.ipynb #feature-search-18
 @patch
 def matrix(

@@ -10,8 +10,8 @@ __all__ = ['explained_strips', 'feature_table', 'export_features']
 # %% ../../nbs/lib/show_features.ipynb #show-features-3
 from pathlib import Path
 
-from ..feature.explain.protocol import Case
 from .html import Html, escape, strip
+from .pages import export_page
 
 # %% ../../nbs/lib/show_features.ipynb #show-features-4
 def _number(r):
@@ -19,32 +19,35 @@ def _number(r):
 
 
 def _strips(case, row, n):  # n: fragments of either kind
-    found, top = [], max(max(f.acts) for f in case.score) / 10
-    for kind, some in (
-        ("top", list(zip(case.top, row["simulated"]))[:n]),
-        ("random", list(zip(case.random, row["simulated"][len(case.top) :]))[:n]),
-    ):
-        for fragment, simulated in some:
-            found += [
-                strip(
-                    fragment.tokens,
-                    [a / top for a in fragment.acts],
-                    f"{kind} fragment, as the feature reacts (10: its largest in fragments that score)",
-                    top=10,
-                ),
-                strip(
-                    fragment.tokens,
-                    [float(s) for s in simulated],
-                    "as simulated from the explanation",
-                    top=10,
-                ),
-            ]
+    found = []
+    top = max(max(f.acts) for f in case.score) / 10
+    simulated = [[float(s) for s in some] for some in row["simulated"]]
+    kinds = [
+        ("top", zip(case.top[:n], simulated)),
+        ("random", zip(case.random[:n], simulated[len(case.top) :])),
+    ]
+    for kind, pairs in kinds:
+        title = f"{kind} fragment, as the feature reacts (10: its largest in fragments that score)"
+        for fragment, values in pairs:
+            acts = [a / top for a in fragment.acts]
+            found.append(strip(fragment.tokens, acts, title, top=10))
+            found.append(
+                strip(fragment.tokens, values, "as simulated from the explanation", top=10)
+            )
     return found
 
 
-def explained_strips(case: Case, row: dict, n: int = 2) -> Html:  # n: fragments of either kind
-    "A feature to look at: its explanation, its scores, fragments that scored it, each twice: as the feature reacts, and as simulated."
-    line = f"feature {case.feature}: {row['explanation']} | r {_number(row['r'])} (top {_number(row['r_top'])}, random {_number(row['r_random'])}), active in {case.active:,} fragments"
+def explained_strips(
+    case,  # a Case of make_cases
+    row: dict,  # what interpret says of it
+    n: int = 2,  # fragments of either kind
+) -> Html:
+    "A feature's explanation and scores, its fragments as it reacts and as simulated."
+    r, top, random = (_number(row[k]) for k in ("r", "r_top", "r_random"))
+    line = (
+        f"feature {case.feature}: {row['explanation']} | r {r} (top {top}, random {random}), "
+        f"active in {case.active:,} fragments"
+    )
     strips = _strips(case, row, n)
     return Html(
         f"<p><b>{escape(line)}</b></p>" + "".join(s.source for s in strips),
@@ -60,47 +63,50 @@ def _best(pair):
     return (pair[1]["r"] is None, -(pair[1]["r"] or 0.0))
 
 
-def feature_table(cases: list, rows: list, n: int = 2):
+def _worst(pair):
+    return (pair[1]["r"] is None, pair[1]["r"] or 0.0)
+
+
+def _most_active(pair):
+    return -pair[0].active
+
+
+_ORDERS = {
+    "score, best first": _best,
+    "score, worst first": _worst,
+    "active, most first": _most_active,
+}
+
+
+def feature_table(
+    cases: list,  # Cases, None for skipped features
+    rows: list,  # of interpret
+    n: int = 2,  # fragments of either kind
+):
     "A panel: search explanations, narrow by score, sort, choose a feature, see it."
     import ipywidgets as w
 
     pairs = _pairs(cases, rows)
-    box, least = (
-        w.Text(description="contains", placeholder="part of an explanation, e.g. month"),
-        w.FloatSlider(-1, min=-1, max=1, step=0.05, description="r ≥", continuous_update=False),
-    )
-    order, says, lines, chosen = (
-        w.Dropdown(
-            options=["score, best first", "score, worst first", "active, most first"],
-            description="sort by",
-        ),
-        w.HTML(),
-        w.Select(options=[], rows=10, description="feature", layout=w.Layout(width="95%")),
-        w.HTML(),
-    )
-    orders = {
-        "score, best first": _best,
-        "score, worst first": lambda p: (p[1]["r"] is None, p[1]["r"] or 0.0),
-        "active, most first": lambda p: -p[0].active,
-    }
+    box = w.Text(description="contains", placeholder="part of an explanation, e.g. month")
+    least = w.FloatSlider(-1, min=-1, max=1, step=0.05, description="r ≥", continuous_update=False)
+    order = w.Dropdown(options=list(_ORDERS), description="sort by")
+    lines = w.Select(options=[], rows=10, description="feature", layout=w.Layout(width="95%"))
+    says, chosen = w.HTML(), w.HTML()
+
+    def wanted(row):
+        scored = least.value <= -1 or row["r"] is not None and row["r"] >= least.value
+        return scored and box.value.lower() in row["explanation"].lower()
 
     def search(_=None):
-        found = [
-            p
-            for p in sorted(pairs, key=orders[order.value])
-            if box.value.lower() in p[1]["explanation"].lower()
-            and (least.value <= -1 or p[1]["r"] is not None and p[1]["r"] >= least.value)
-        ]
-        says.value, chosen.value = (
-            escape(
-                f"{len(found):,} of {len(cases):,} features ({len(cases) - len(pairs)} are skipped: active too seldom)"
-            ),
-            "",
-        )
-        lines.options = [("choose one", None)] * bool(found) + [
+        found = sorted((p for p in pairs if wanted(p[1])), key=_ORDERS[order.value])
+        skipped = f"{len(cases) - len(pairs)} are skipped: active too seldom"
+        says.value = escape(f"{len(found):,} of {len(cases):,} features ({skipped})")
+        chosen.value = ""
+        offered = [
             (f"{c.feature} · r {_number(r['r'])} · {r['explanation'][:90]}", (c, r))
             for c, r in found
         ]
+        lines.options = [("choose one", None), *offered] if found else []
 
     def choose(change):
         chosen.value = explained_strips(*change["new"], n).source if change["new"] else ""
@@ -112,34 +118,34 @@ def feature_table(cases: list, rows: list, n: int = 2):
     return w.VBox([box, w.HBox([least, order]), says, lines, chosen])
 
 # %% ../../nbs/lib/show_features.ipynb #show-features-5
+def _details(case, row, n):
+    title = f"<b>{_number(row['r'])}</b> {case.feature} · {escape(row['explanation'])}"
+    shown = explained_strips(case, row, n).source
+    return f"<details><summary>{title}</summary>{shown}</details>"
+
+
 def export_features(
-    cases: list, rows: list, path, *, title: str = "Features and their explanations", n: int = 1
-) -> Path:  # n: fragments of either kind, some 25 kB a feature each
-    "All features as one HTML file without scripts, best score first, each to be opened; needs no network."
-    path, pairs = Path(path), sorted(_pairs(cases, rows), key=_best)
-    part = path.with_name(path.name + ".part")
-    body = "\n".join(
-        f"<details><summary><b>{_number(r['r'])}</b> {c.feature} · {escape(r['explanation'])}</summary>{explained_strips(c, r, n).source}</details>"
-        for c, r in pairs
+    cases: list,  # Cases, None for skipped features
+    rows: list,  # of interpret
+    path,
+    *,
+    title: str = "Features and their explanations",
+    n: int = 1,  # fragments of either kind, some 25 kB a feature each
+) -> Path:
+    "All features as one HTML file without scripts, best score first, each to be opened."
+    pairs = sorted(_pairs(cases, rows), key=_best)
+    about = (
+        f"{len(pairs)} features, best score first; {len(cases) - len(pairs)} more are active too "
+        "seldom to be explained. The score is the correlation between how strongly the feature "
+        "reacts and what was simulated from the explanation alone, on fragments that did not "
+        "serve to explain."
     )
-    about = f"{len(pairs)} features, best score first; {len(cases) - len(pairs)} more are active too seldom to be explained. The score is the correlation between how strongly the feature reacts and what was simulated from the explanation alone, on fragments that did not serve to explain."
-    part.write_text(
-        _PAGE.format(title=escape(title), about=escape(about), body=body), encoding="utf-8"
-    )
-    part.replace(path)
-    return path
+    body = "\n".join(_details(c, r, n) for c, r in pairs)
+    return export_page(path, title, f"<p>{about}</p>\n{body}", style=_STYLE)
 
 
-_PAGE = """<!DOCTYPE html>
-<html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width">
-<meta http-equiv="Content-Security-Policy" content="default-src 'none'; style-src 'unsafe-inline'; base-uri 'none'; form-action 'none'">
-<title>{title}</title>
-<style>
-:root {{ color-scheme: light dark }}
-body {{ font: 16px/1.5 system-ui, sans-serif; max-width: 62rem; margin: 1rem auto; padding: 0 1rem; overflow-wrap: anywhere }}
-details {{ border-bottom: 1px solid rgba(127, 127, 127, .4); padding: .2rem 0 }} summary {{ cursor: pointer; font-family: monospace }} summary b {{ display: inline-block; min-width: 5rem; font-weight: bold }}
-</style></head><body>
-<h1>{title}</h1><p>{about}</p>
-{body}
-</body></html>
+_STYLE = """
+details { border-bottom: 1px solid rgba(127, 127, 127, .4); padding: .2rem 0 }
+summary { cursor: pointer; font-family: monospace }
+summary b { display: inline-block; min-width: 5rem; font-weight: bold }
 """

@@ -55,17 +55,19 @@ class Picture:
     "A finished figure with its alt text; Jupyter shows the picture and keeps the words."
 
     def __init__(self, fig, alt):
-        self.fig, self.alt = fig, alt
+        self.fig = fig
+        self.alt = alt
 
     def __repr__(self):
         return self.alt
 
     def _repr_png_(self):
-        drawn, small = io.BytesIO(), io.BytesIO()
+        drawn = io.BytesIO()
+        small = io.BytesIO()
         self.fig.savefig(drawn, format="png")
-        Image.open(drawn).convert("RGB").quantize(256, dither=Image.Dither.NONE).save(
-            small, "png", optimize=True
-        )  # 256 colours: a third of the bytes
+        # 256 colours: a third of the bytes
+        image = Image.open(drawn).convert("RGB").quantize(256, dither=Image.Dither.NONE)
+        image.save(small, "png", optimize=True)
         return small.getvalue()
 
 
@@ -80,44 +82,43 @@ def picture(
     plt.close(fig)
     return Picture(fig, alt)
 
+
+def _axes(ax, size=None):  # axes or None; size of a new figure in inches
+    return plt.subplots(figsize=size) if ax is None else (ax.figure, ax)
+
+
+def _outer_legend(ax):
+    ax.legend(loc="center left", bbox_to_anchor=(1, 0.5))
+
 # %% ../../nbs/lib/show_figures.ipynb #show-figures-8
 def bars(
-    values: dict,  # name -> number, or name -> list of numbers (one a seed: mean as bar, seeds as dots)
+    values: dict,  # name -> number, or list of numbers (one per seed: mean as bar, seeds as dots)
     title: str,
     ylabel: str,
     *,
     alt: str,
     lines: dict | None = None,  # name -> height of a reference line (paper, chance, ...)
     errors: dict | None = None,  # name -> (low, high) of an interval
-    rotate: int = 0,
-    ax=None,
-    color="blue",
+    rotate: int = 0,  # degrees by which the names are turned
+    ax=None,  # axes to draw on
+    color="blue",  # a name in PALETTE
 ):
     "Bars with every seed as a dot, intervals and reference lines."
-    fig, ax = (
-        (ax.figure, ax)
-        if ax is not None
-        else plt.subplots(figsize=(max(4.5, 0.85 * len(values) + 1.5), 3))
-    )
+    fig, ax = _axes(ax, (max(4.5, 0.85 * len(values) + 1.5), 3))
     seeds = [np.atleast_1d(v) for v in values.values()]
-    ax.bar(
-        range(len(values)), [s.mean() for s in seeds], color=PALETTE[color], alpha=0.8, width=0.65
-    )
-    for i, s in enumerate(seeds):
+    at = range(len(values))
+    ax.bar(at, [s.mean() for s in seeds], color=PALETTE[color], alpha=0.8, width=0.65)
+    for i, (name, s) in enumerate(zip(values, seeds)):
         if len(s) > 1:
             ax.plot([i] * len(s), s, "o", ms=3.5, color=PALETTE["black"], alpha=0.6)
-    for i, name in enumerate(values):
         if name in (errors or {}):
             ax.vlines(i, *errors[name], color=PALETTE["black"], lw=1.2)
-    for (name, y), (c, dash) in zip(
-        (lines or {}).items(), [("red", "--"), ("grey", ":"), ("green", "-.")]
-    ):
+    looks = [("red", "--"), ("grey", ":"), ("green", "-.")]
+    for (name, y), (c, dash) in zip((lines or {}).items(), looks):
         ax.axhline(y, color=PALETTE[c], ls=dash, label=name)
     if lines:
-        ax.legend(loc="center left", bbox_to_anchor=(1, 0.5))
-    ax.set_xticks(
-        range(len(values)), values.keys(), rotation=rotate, ha="right" if rotate else "center"
-    )
+        _outer_legend(ax)
+    ax.set_xticks(at, values.keys(), rotation=rotate, ha="right" if rotate else "center")
     ax.set(title=title, ylabel=ylabel)
     ax.grid(axis="x", visible=False)
     return picture(fig, alt)
@@ -130,10 +131,10 @@ def curves(
     *,
     ylabel: str,
     alt: str,
-    lines: dict | None = None,
-    **axes,
-):  # reference heights; further settings of the axes (xscale="log", ylim=...)
-    "One line a series, told apart by colour and dash, with reference lines."
+    lines: dict | None = None,  # name -> height of a reference line
+    **axes,  # further settings of the axes (xscale="log", ylim=...)
+):
+    "One line per series, told apart by colour and dash, with reference lines."
     fig, ax = plt.subplots()
     for (name, ys), dash in zip(series.items(), ["-", "--", "-.", ":"] * 3):
         xs, ys = ys if isinstance(ys, tuple) else (range(len(ys)), ys)
@@ -141,7 +142,7 @@ def curves(
     for (name, y), color in zip((lines or {}).items(), ["black", "grey", "red"]):
         ax.axhline(y, color=PALETTE[color], ls=":", lw=1.2, label=name)
     ax.set(title=title, xlabel=xlabel, ylabel=ylabel, **axes)
-    ax.legend(loc="center left", bbox_to_anchor=(1, 0.5))
+    _outer_legend(ax)
     return picture(fig, alt)
 
 # %% ../../nbs/lib/show_figures.ipynb #show-figures-10
@@ -152,12 +153,12 @@ def heatmap(
     *,
     ylabel: str,
     alt: str,
-    label: str = "",
-    ax=None,
-    **kw,
+    label: str = "",  # of the colour bar
+    ax=None,  # axes to draw on
+    **kw,  # further settings of imshow (vmin, cmap, ...)
 ):
     "A matrix as colours, with its colour bar."
-    fig, ax = (ax.figure, ax) if ax is not None else plt.subplots(figsize=(5.4, 4.2))
+    fig, ax = _axes(ax, (5.4, 4.2))
     image = ax.imshow(torch.as_tensor(values).numpy(), aspect="auto", interpolation="nearest", **kw)
     fig.colorbar(image, ax=ax, label=label)
     ax.set(title=title, xlabel=xlabel, ylabel=ylabel)

@@ -11,6 +11,8 @@ __all__ = ['escape', 'Html', 'strip', 'table', 'marked', 'beside', 'source']
 import difflib
 import html
 import inspect
+from itertools import groupby
+from textwrap import dedent
 
 import torch
 
@@ -24,7 +26,8 @@ class Html:
     "A piece of HTML that Jupyter shows, with plain words for everything else."
 
     def __init__(self, source, words):
-        self.source, self.words = source, words
+        self.source = source
+        self.words = words
 
     def _repr_html_(self):
         return self.source
@@ -33,56 +36,80 @@ class Html:
         return self.words
 
 # %% ../../nbs/lib/show_html.ipynb #show-html-6
+def _coloured(token, value, top):
+    "A token on a background: blue for positive values, red for negative ones."
+    colour = "0,114,178" if value >= 0 else "213,94,0"
+    style = f"background:rgba({colour},{0.75 * min(1, abs(value) / top):.3f})"
+    return (
+        f'<span title="{value:.3g}" style="{style};padding:2px 3px;border-radius:3px">'
+        f"{escape(token)}</span>"
+    )
+
+
 def strip(
-    tokens: list,  # the text, one string a token
+    tokens: list,  # the text, one string per token
     values,  # [len(tokens)] activations; negative ones are shown in the other colour
     title: str = "",
     *,
-    top: float | None = None,
-) -> Html:  # the value shown in full colour; None: the largest of these
+    top: float | None = None,  # the value shown in full colour; None: the largest of these
+) -> Html:
     "Tokens with their activation as background colour; the number on hover."
     values = torch.as_tensor(values, dtype=torch.float)
     if not len(tokens) or len(tokens) != len(values):
         raise ValueError(
-            f"strip: expected tokens, and one value a token, got {len(tokens)} tokens and {len(values)} values"
+            "strip: expected tokens, and one value per token, "
+            f"got {len(tokens)} tokens and {len(values)} values"
         )
     top = top or float(values.abs().max()) or 1.0
-    cell = lambda t, v: (
-        f'<span title="{v:.3g}" style="background:rgba({"0,114,178" if v >= 0 else "213,94,0"},{0.75 * min(1, abs(v) / top):.3f});'
-        f'padding:2px 3px;border-radius:3px">{escape(t)}</span>'
-    )
-    body = " ".join(cell(t, float(v)) for t, v in zip(tokens, values))
+    pairs = list(zip(tokens, values.tolist()))
+    body = " ".join(_coloured(t, v, top) for t, v in pairs)
     return Html(
         f'<div style="font-family:monospace;line-height:2"><b>{escape(title)}</b><br>{body}</div>',
-        f"{title}: " + " ".join(f"{t}[{float(v):.2g}]" for t, v in zip(tokens, values)),
+        f"{title}: " + " ".join(f"{t}[{v:.2g}]" for t, v in pairs),
     )
 
 # %% ../../nbs/lib/show_html.ipynb #show-html-7
+def _by_row(columns):  # {name: values} -> one dict a row
+    columns = {k: v.tolist() if hasattr(v, "tolist") else list(v) for k, v in columns.items()}
+    sizes = {k: len(v) for k, v in columns.items()}
+    if len(set(sizes.values())) > 1:
+        raise ValueError(f"table: expected columns of the same length, got {sizes}")
+    return [dict(zip(columns, row)) for row in zip(*columns.values())]
+
+
+def _cell(value, digits):
+    if value is None:
+        return "–"
+    return f"{value:,.{digits}f}" if isinstance(value, float) else str(value)
+
+
 def table(
-    rows: list[dict],  # one dict a row, the same keys
+    rows: list[dict] | dict,  # one dict a row, the same keys; or columns: {name: values}
     title: str = "",
     digits: int = 3,
 ) -> Html:
-    "Rows as a table: numbers rounded, text escaped, missing values as a dash."
-    fmt = lambda v: "–" if v is None else f"{v:,.{digits}f}" if isinstance(v, float) else str(v)
+    "Rows or columns as a table: numbers rounded, text escaped, missing values as a dash."
+    rows = _by_row(rows) if isinstance(rows, dict) else rows
     if not rows:
         raise ValueError("table: got no rows; expected at least one")
     keys = list(rows[0])
-    cells = [[fmt(r.get(k)) for k in keys] for r in rows]
+    cells = [[_cell(r.get(k), digits) for k in keys] for r in rows]
     head = "".join(f"<th>{escape(k)}</th>" for k in keys)
-    body = "".join(
-        "<tr>" + "".join(f"<td>{escape(c)}</td>" for c in row) + "</tr>" for row in cells
-    )
-    words = "\n".join([title, " | ".join(map(str, keys))] + [" | ".join(row) for row in cells])
+    body = "".join(f"<tr>{''.join(f'<td>{escape(c)}</td>' for c in row)}</tr>" for row in cells)
     return Html(
-        f"<table><caption>{escape(title)}</caption><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>",
-        words,
+        f"<table><caption>{escape(title)}</caption>"
+        f"<thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>",
+        "\n".join([title, *(" | ".join(row) for row in [map(str, keys), *cells])]),
     )
 
 # %% ../../nbs/lib/show_html.ipynb #show-html-8
-def marked(a: list, b: list) -> list:  # words twice -> two lists of [word, bool]
+def marked(
+    a: list,  # words
+    b: list,  # words
+) -> list:  # two lists of [word, bool]
     "Two texts, word by word, and which words the other does not have there."
-    left, right = [[w, False] for w in a], [[w, False] for w in b]
+    left = [[w, False] for w in a]
+    right = [[w, False] for w in b]
     for kind, i, j, k, m in difflib.SequenceMatcher(a=a, b=b, autojunk=False).get_opcodes():
         if kind != "equal":
             for word in (*left[i:j], *right[k:m]):
@@ -90,26 +117,52 @@ def marked(a: list, b: list) -> list:  # words twice -> two lists of [word, bool
     return [left, right]
 
 
-def beside(texts: dict) -> Html:  # {title: text}; the first is what the others are compared with
+def beside(
+    texts: dict,  # {title: text}; the first is what the others are compared with
+) -> Html:
     "Texts beside one another, words marked where they differ from the first."
     if not texts:
         raise ValueError("beside: got no texts; expected at least one")
-    plain, cells = next(iter(texts.values())).split(), []
+    plain = next(iter(texts.values())).split()
+    style = f"vertical-align:top;text-align:left;white-space:normal;width:{95 // len(texts)}%"
+    cells = ""
     for title, text in texts.items():
-        body = " ".join(
-            f"<mark>{escape(w)}</mark>" if new else escape(w)
-            for w, new in marked(plain, text.split())[1]
-        )
-        cells.append(
-            f'<td style="vertical-align:top;text-align:left;white-space:normal;width:{95 // len(texts)}%"><b>{escape(title)}</b><br>{body}</td>'
-        )
+        _, words = marked(plain, text.split())
+        body = " ".join(f"<mark>{escape(w)}</mark>" if new else escape(w) for w, new in words)
+        cells += f'<td style="{style}"><b>{escape(title)}</b><br>{body}</td>'
     return Html(
-        f'<table style="width:100%"><tr>{"".join(cells)}</tr></table>',
+        f'<table style="width:100%"><tr>{cells}</tr></table>',
         "\n".join(f"{title}: {text}" for title, text in texts.items()),
     )
 
 # %% ../../nbs/lib/show_html.ipynb #show-html-20
-def source(*objects) -> Html:
+_COLOURS = {  # readable on white and on black
+    "Keyword": "#0072B2",
+    "Literal.String": "#009E73",
+    "Comment": "#7F7F7F",
+    "Literal.Number": "#D55E00",
+    "Name.Decorator": "#CC79A7",
+}
+
+
+def _colour(kind):  # a token type of pygments
+    return next((c for k, c in _COLOURS.items() if str(kind).startswith(f"Token.{k}")), None)
+
+
+def _highlighted(code):  # Python -> HTML, line by line through the one door
+    from pygments.lexers import PythonLexer
+
+    out = ""
+    for colour, tokens in groupby(PythonLexer().get_tokens(code), lambda token: _colour(token[0])):
+        lines = "".join(text for _, text in tokens).split("\n")
+        safe = "\n".join(escape(line) for line in lines)
+        out += f'<span style="color:{colour}">{safe}</span>' if colour else safe
+    return out.rstrip("\n")
+
+
+def source(*objects) -> Html:  # functions, classes, methods
     "The source of library functions or classes, to be read in a chapter."
-    text = "\n\n".join(inspect.getsource(x).rstrip() for x in objects)
-    return Html(f"<pre>{html.escape(text)}</pre>", text)
+    if not objects:
+        raise ValueError("source: got nothing; expected functions or classes")
+    text = "\n\n\n".join(dedent(inspect.getsource(x)).rstrip() for x in objects)
+    return Html(f'<pre style="line-height:1.35">{_highlighted(text)}</pre>', text)

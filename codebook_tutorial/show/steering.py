@@ -10,162 +10,162 @@ __all__ = ['steering_panel', 'export_steering']
 # %% ../../nbs/lib/show_steering.ipynb #show-steering-3
 from pathlib import Path
 
-from ..model.generate import generate
-from .browser import script_json
 from .html import beside, escape, marked
+from .pages import export_page
 
 # %% ../../nbs/lib/show_steering.ipynb #show-steering-4
+def _controls(prompts, ways):  # names of either -> widgets
+    import ipywidgets as w
+
+    def choice(options, label):
+        layout = w.Layout(width="60%")
+        return w.Dropdown(options=list(options), description=label, layout=layout)
+
+    slider = dict(min=0, max=8, step=0.25, description="strength", continuous_update=False)
+    return dict(
+        prompt=choice(prompts, "prompt"),
+        way=choice(ways, "way"),
+        name=choice([], "towards"),
+        number=w.BoundedIntText(0, min=0, max=0, description="feature"),
+        strength=w.FloatSlider(2.0, **slider),
+        seed=w.IntText(0, description="seed"),
+        go=w.Button(description="write", button_style="primary"),
+    )
+
+
+def _offer(name, number, choices):  # choices: names, or how many features there are
+    named = not isinstance(choices, int)
+    name.layout.display, number.layout.display = ("", "none") if named else ("none", "")
+    if named:
+        name.options = list(choices)
+        name.value = name.options[0]
+    else:
+        number.max = choices - 1
+
+
+def _chosen(name, number, choices):  # -> number of the choice, what it is called
+    if isinstance(choices, int):
+        return number.value, number.value
+    return list(choices).index(name.value), name.value
+
+
 def steering_panel(
     tok,
     prompts: dict,  # {name: list of token ids}
-    ways: dict,  # {name: (model, alternatives [names], or how many features there are, fn(choice, strength) -> context)}
+    ways: dict,  # {name: (model, names or number of features, fn(choice, strength) -> context)}
     *,
+    generate,  # the library's, or any fn that takes what it takes
     n_tokens: int = 60,
 ):
-    "A panel: choose a prompt, a way to steer, an alternative (or the number of a feature) and a strength; read the text with and without, from the same random numbers."
+    "A panel: choose a prompt and a way to steer; read the text with it and without, same seed."
     import ipywidgets as w
 
-    wide = w.Layout(width="60%")
-    prompt, way = (
-        w.Dropdown(options=list(prompts), description="prompt", layout=wide),
-        w.Dropdown(options=list(ways), description="way", layout=wide),
-    )
-    name, number = (
-        w.Dropdown(options=[], description="towards", layout=wide),
-        w.BoundedIntText(0, min=0, max=0, description="feature"),
-    )
-    strength, seed, go, out = (
-        w.FloatSlider(
-            2.0, min=0, max=8, step=0.25, description="strength", continuous_update=False
-        ),
-        w.IntText(0, description="seed"),
-        w.Button(description="write", button_style="primary"),
-        w.HTML(),
-    )
+    at = _controls(prompts, ways)
+    out = w.HTML()
+    way, name, number, strength, go = (at[k] for k in ("way", "name", "number", "strength", "go"))
 
-    def switch(_=None):
-        _, choices, _ = ways[way.value]
-        named = not isinstance(choices, int)
-        name.layout.display, number.layout.display = ("", "none") if named else ("none", "")
-        if named:
-            name.options = list(choices)
-            name.value = name.options[0]
-        else:
-            number.max = choices - 1
+    def sample(model, steer=None):
+        more = dict(n_tokens=n_tokens, steer=steer, seed=at["seed"].value, progress=False)
+        ids = generate(model, tok, [prompts[at["prompt"].value]], **more)[0]
+        return tok.decode(ids, skip_special_tokens=True)
 
     def write(_=None):
         model, choices, context = ways[way.value]
-        choice, go.disabled = (
-            (number.value if isinstance(choices, int) else list(choices).index(name.value)),
-            True,
-        )
+        choice, called = _chosen(name, number, choices)
+        title = f"{way.value}, {called} x {strength.value:g}"
+        go.disabled = True
         try:
-            sample = lambda steer=None: tok.decode(
-                generate(
-                    model,
-                    tok,
-                    [prompts[prompt.value]],
-                    n_tokens=n_tokens,
-                    steer=steer,
-                    seed=seed.value,
-                    progress=False,
-                )[0],
-                skip_special_tokens=True,
-            )
-            out.value = beside(
-                {
-                    "as it is": sample(),
-                    f"{way.value}, {name.value if not isinstance(choices, int) else choice} x {strength.value:g}": sample(
-                        lambda rows: context(choice, strength.value)
-                    ),
-                }
-            ).source
+            steered = sample(model, lambda rows: context(choice, strength.value))
+            out.value = beside({"as it is": sample(model), title: steered}).source
         except ValueError as e:
             out.value = escape(e)
         finally:
             go.disabled = False
 
-    way.observe(switch, "value")
+    way.observe(lambda _: _offer(name, number, ways[way.value][1]), "value")
+    _offer(name, number, ways[way.value][1])
     go.on_click(write)
-    switch()
     write()
-    return w.VBox([prompt, way, name, number, w.HBox([strength, seed, go]), out])
+    return w.VBox([at["prompt"], way, name, number, w.HBox([strength, at["seed"], go]), out])
 
 # %% ../../nbs/lib/show_steering.ipynb #show-steering-5
+def _row(sample, plain):  # plain: the prompt's unsteered text
+    strength = sample["strength"]
+    return dict(
+        prompt=sample["prompt"],
+        way=sample["way"],
+        towards=sample["towards"],
+        strength=f"{strength:g}" if isinstance(strength, (int, float)) else str(strength),
+        note=sample.get("note", ""),
+        words=marked(plain.split(), sample["text"].split())[1],
+    )
+
+
 def export_steering(
     path,
-    samples: list,  # dicts: prompt, way, towards, strength, text; and for every prompt its plain text with way None
+    samples: list,  # dicts: prompt, way, towards, strength, text; a prompt's plain text: way None
     title: str = "Steering, and what it costs",
 ) -> Path:
     "The panel as one HTML file with samples computed beforehand; needs no network."
-    path, plain = Path(path), {s["prompt"]: s["text"] for s in samples if s["way"] is None}
+    plain = {s["prompt"]: s["text"] for s in samples if s["way"] is None}
     if missing := {s["prompt"] for s in samples} - set(plain):
         raise ValueError(
             f"export_steering: no text with way None for the prompt {sorted(missing)[0]!r}"
         )
-    rows = [
-        dict(
-            prompt=s["prompt"],
-            way=s["way"],
-            towards=s["towards"],
-            strength=f"{s['strength']:g}"
-            if isinstance(s["strength"], (int, float))
-            else str(s["strength"]),
-            note=s.get("note", ""),
-            words=marked(plain[s["prompt"]].split(), s["text"].split())[1],
-        )
-        for s in samples
-        if s["way"] is not None
-    ]
+    rows = [_row(s, plain[s["prompt"]]) for s in samples if s["way"] is not None]
     if not rows:
         raise ValueError(
-            "export_steering: no steered sample came; expected dicts with prompt, way, towards, strength, text"
+            "export_steering: no steered sample came; "
+            "expected dicts with prompt, way, towards, strength, text"
         )
     if len({(r["prompt"], r["way"], r["towards"], r["strength"]) for r in rows}) < len(rows):
         raise ValueError(
-            "export_steering: two samples have the same prompt, way, towards and strength; expected one"
+            "export_steering: two samples have the same prompt, way, towards and strength; "
+            "expected one"
         )
-    part, (head, body, end) = path.with_name(path.name + ".part"), _PAGE.split("@@")
-    part.write_text(
-        head + escape(title) + body + script_json(dict(title=title, plain=plain, rows=rows)) + end,
-        encoding="utf-8",
-    )
-    part.replace(path)
-    return path
+    data = dict(plain=plain, rows=rows)
+    return export_page(path, title, _BODY, style=_STYLE, script=_SCRIPT, data=data)
 
 # %% ../../nbs/lib/show_steering.ipynb #show-steering-6
-_PAGE = r"""<!DOCTYPE html>
-<html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width">
-<meta http-equiv="Content-Security-Policy" content="default-src 'none'; script-src 'unsafe-inline'; style-src 'unsafe-inline'; base-uri 'none'; form-action 'none'">
-<title>@@</title>
-<style>
-:root { color-scheme: light dark }
-body { font: 16px/1.5 system-ui, sans-serif; max-width: 62rem; margin: 1rem auto; padding: 0 1rem }
-select { font: inherit; max-width: 100% } label { margin-right: .8rem; display: inline-block }
-.texts { display: grid; grid-template-columns: repeat(auto-fit, minmax(18rem, 1fr)); gap: 1.5rem } mark { border-radius: 3px } .small { opacity: .8; font-size: .9em }
-</style></head><body>
-<h1 id="title"></h1>
-<p><label>Prompt <select id="prompt"></select></label></p>
-<p><label>Way <select id="way"></select></label><label>Towards <select id="towards"></select></label><label>Strength <select id="strength"></select></label></p>
-<div class="texts"><div><h2>As it is</h2><p id="plain"></p></div><div><h2>Steered</h2><p id="steered" aria-live="polite"></p><p id="note" class="small"></p></div></div>
-<p class="small">Both texts go on from the prompt; words that the left one does not have there are marked. One sample shows how it reads, not how often it works: the chapter counts.</p>
-<script type="application/json" id="data">@@</script>
-<script>
-"use strict";
-const D = JSON.parse(document.getElementById("data").textContent), $ = id => document.getElementById(id), KEYS = ["prompt", "way", "towards", "strength"];
-$("title").textContent = D.title;
-function fill(from) {                                     // offer, key by key, what the keys before leave
+_STYLE = """
+label { display: inline-block }
+.texts {
+  display: grid; gap: 1.5rem; grid-template-columns: repeat(auto-fit, minmax(18rem, 1fr));
+}
+mark { border-radius: 3px }
+"""
+
+_BODY = """<p><label>Prompt <select id="prompt"></select></label></p>
+<p><label>Way <select id="way"></select></label>
+<label>Towards <select id="towards"></select></label>
+<label>Strength <select id="strength"></select></label></p>
+<div class="texts"><div><h2>As it is</h2><p id="plain"></p></div>
+<div><h2>Steered</h2><p id="steered" aria-live="polite"></p><p id="note" class="small"></p></div>
+</div>
+<p class="small">Both texts continue the prompt; words that the left one does not have there are
+marked. One sample shows how it reads, not how often it works: the chapter counts.</p>"""
+
+_SCRIPT = """const KEYS = ["prompt", "way", "towards", "strength"];
+
+function fill(from) {  // offer, key by key, what the keys before leave
   let rows = D.rows;
   KEYS.forEach((key, i) => {
     const seen = [...new Set(rows.map(r => r[key]))], box = $(key), was = box.value;
-    if (i >= from) { box.replaceChildren(...seen.map(v => new Option(v, v))); if (seen.includes(was)) box.value = was; }
+    if (i >= from) {
+      box.replaceChildren(...seen.map(v => new Option(v, v)));
+      if (seen.includes(was)) box.value = was;
+    }
     rows = rows.filter(r => r[key] === box.value);
   });
   $("plain").textContent = D.plain[$("prompt").value];
-  $("steered").replaceChildren(...rows[0].words.flatMap(([word, changed]) => { const e = document.createElement(changed ? "mark" : "span"); e.textContent = word; return [e, " "]; }));
+  $("steered").replaceChildren();
+  for (const [word, changed] of rows[0].words) {
+    add($("steered"), changed ? "mark" : "span", word);
+    $("steered").append(" ");
+  }
   $("note").textContent = rows[0].note;
 }
+
 KEYS.forEach((key, i) => $(key).addEventListener("change", () => fill(i + 1)));
 fill(0);
-</script></body></html>
 """

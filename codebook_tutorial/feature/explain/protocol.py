@@ -6,8 +6,7 @@ Docs: https://codebook-tutorial.github.io/codebook_tutorial/lib/feature_explain_
 
 # %% auto #0
 __all__ = ['Fragment', 'Unreadable', 'Explainer', 'check_features', 'check_asks', 'fragments', 'pieces', 'some_features', 'Case',
-           'integers', 'make_cases', 'correlation', 'interpret', 'detection', 'fuzzing', 'summary', 'difference',
-           'moments', 'feature_concepts', 'concept_fit', 'greedy_rules']
+           'integers', 'make_cases', 'feature_concepts', 'concept_fit', 'greedy_rules']
 
 # %% ../../../nbs/lib/feature_explain_protocol.ipynb #feature-explain-protocol-3
 from dataclasses import dataclass
@@ -17,7 +16,8 @@ import torch
 from ...core import seeded
 from ...dictionary.kmeans import finite
 from ..detect import best_f1
-from ..index import Surface
+from ..surface import Surface
+from .scores import correlation
 from ...model.text import Text
 
 # %% ../../../nbs/lib/feature_explain_protocol.ipynb #feature-explain-protocol-5
@@ -25,10 +25,10 @@ from ...model.text import Text
 class Fragment:
     "A piece of text, and how strongly a feature reacts to each of its tokens."
 
-    tokens: list  # strings, one a token
-    acts: list | None = (
-        None  # one number a token: integers 0..10 for an explainer, as the feature gave them for a score; None: unknown
-    )
+    tokens: list  # strings, one per token
+    # one number per token: integers 0..10 for an explainer, the feature's own for a score;
+    # None: unknown
+    acts: list | None = None
 
 
 class Unreadable(ValueError):
@@ -36,15 +36,21 @@ class Unreadable(ValueError):
 
 
 class Explainer:
-    "Explains features, and says from an explanation alone how strongly a feature reacts: what a language model, here or behind an address, or a rule can be asked for."
+    "Explains features, and predicts from an explanation alone how strongly a feature reacts."
+
+    # a language model, here or behind an address, or a rule: what it cannot do, it leaves out
 
     def explain(
-        self, features: list
-    ) -> list:  # for each feature its Fragments, acts 0..10 -> one phrase each
+        self,
+        features: list,  # for each feature its Fragments, acts 0..10
+    ) -> list:  # one phrase each
         "What each feature fires on."
         raise NotImplementedError(f"{type(self).__name__} has no explain")
 
-    def simulate(self, asks: list) -> list:  # [(explanation, tokens)] -> [[0..10 for each token]]
+    def simulate(
+        self,
+        asks: list,  # [(explanation, tokens)]
+    ) -> list:  # [[0..10 for each token]]
         "The expected strength at each token."
         raise NotImplementedError(f"{type(self).__name__} has no simulate")
 
@@ -53,9 +59,10 @@ class Explainer:
         return True
 
     def judge(
-        self, asks: list
-    ) -> list:  # [(explanation, tokens, indices of marked tokens or None)] -> [0..1]
-        "How likely the feature fires somewhere in a text, or at the marked tokens of it; here from `simulate`."
+        self,
+        asks: list,  # [(explanation, tokens, indices of marked tokens or None)]
+    ) -> list:  # [0..1]
+        "How likely the feature fires in a text, or at its marked tokens; here from `simulate`."
         found = self.simulate([(why, tokens) for why, tokens, _ in asks])
         return [
             (max(s) if marked is None else sum(s[i] for i in marked) / len(marked)) / 10
@@ -63,7 +70,11 @@ class Explainer:
         ]
 
 # %% ../../../nbs/lib/feature_explain_protocol.ipynb #feature-explain-protocol-6
-def check_features(call, features):
+def check_features(
+    call: str,  # whose input it is
+    features: list,  # for each feature its Fragments
+):
+    "ValueError unless each feature has fragments, with an integer 0..10 per token."
     for i, feature in enumerate(features):
         if not feature:
             raise ValueError(f"{call}: feature {i} has no fragments; expected at least one")
@@ -71,63 +82,76 @@ def check_features(call, features):
             n = None if f.acts is None else len(f.acts)
             if n != len(f.tokens) or any(a not in range(11) for a in f.acts):
                 raise ValueError(
-                    f"{call}: a fragment of feature {i} has {len(f.tokens)} tokens and acts {f.acts}; expected an integer 0..10 for each token"
+                    f"{call}: a fragment of feature {i} has {len(f.tokens)} tokens and acts "
+                    f"{f.acts}; expected an integer 0..10 for each token"
                 )
 
 
-def check_asks(call, asks):
+def check_asks(
+    call: str,  # whose input it is
+    asks: list,  # [(explanation, tokens)]
+):
+    "ValueError unless each explanation comes with at least one token."
     for explanation, tokens in asks:
         if not isinstance(tokens, list | tuple) or not tokens:
             raise ValueError(
-                f"{call}: {explanation!r} comes with tokens={tokens!r}; expected a list of at least one string"
+                f"{call}: {explanation!r} comes with tokens={tokens!r}; "
+                "expected a list of at least one string"
             )
 
 # %% ../../../nbs/lib/feature_explain_protocol.ipynb #feature-explain-protocol-7
-def fragments(text: Text, length: int = 64, seed: int = 0) -> Text:
-    "One fragment a document, at a random offset: rows of BOS and up to `length` tokens (padded where the document is shorter), none twice."
+def _runs(there):  # [n] bool -> [(begin, end)] of runs of True
+    edges = np.flatnonzero(np.diff(np.concatenate([[False], there, [False]]).astype(int)))
+    return edges.reshape(-1, 2)
+
+
+def fragments(
+    text: Text,
+    length: int = 64,  # most tokens of a fragment
+    seed: int = 0,  # draws where in its document each fragment begins
+) -> Text:  # rows of BOS and a fragment, padded
+    "One fragment per document, at a random offset; none twice."
     if length < 1:
         raise ValueError(f"fragments: expected length of 1 or more, got {length}")
-    draw, rows = np.random.default_rng(seed), {}
+    draw = np.random.default_rng(seed)
+    rows = {}  # a set that keeps its order
     for row, there in zip(text.ids.cpu().numpy(), text.mask.cpu().numpy()):
-        edges = np.flatnonzero(
-            np.diff(np.concatenate([[False], there, [False]]).astype(int))
-        )  # where runs of ordinary tokens begin and end
-        for begin, end in edges.reshape(-1, 2):
+        for begin, end in _runs(there):
             if not begin:
                 continue  # the rest of a document that began in the row before
             at = begin + draw.integers(max(end - begin - length, 0) + 1)
             rows[tuple(row[at : min(at + length, end)].tolist())] = None
     if not rows:
         raise ValueError(
-            "fragments: no document begins in this text; expected rows with BOS before each, as load_text gives them"
+            "fragments: no document begins in this text; "
+            "expected rows with BOS before each, as load_text gives them"
         )
-    return Text(
-        torch.tensor([[text.bos, *r] + [text.pad] * (length - len(r)) for r in rows]),
-        text.bos,
-        text.pad,
-    )
+    ids = [[text.bos, *r] + [text.pad] * (length - len(r)) for r in rows]
+    return Text(torch.tensor(ids), text.bos, text.pad)
 
 
-def pieces(text: Text, tok) -> list:  # -> [rows] lists of strings
+def pieces(text: Text, tok) -> list:  # [rows] lists of strings
     "What each ordinary token of each row writes."
     surface = Surface(tok)
-    return [
-        surface.words(row[there])
-        for row, there in zip(text.ids.cpu().numpy(), text.mask.cpu().numpy())
-    ]
+    rows = zip(text.ids.cpu().numpy(), text.mask.cpu().numpy())
+    return [surface.words(row[there]) for row, there in rows]
 
 
 @torch.no_grad()
 def some_features(
-    dictionary, x, n: int = 150, *, seed: int = 0, batch: int = 16_384
-):  # any Dictionary; [N, d] -> [N, min(n, F)], their numbers
+    dictionary,  # any Dictionary
+    x,  # [N, d]
+    n: int = 150,  # features to draw
+    *,
+    seed: int = 0,
+    batch: int = 16_384,  # rows of x at a time
+):  # activations [N, min(n, F)], the features' numbers
     "The activations of n features drawn at random, of all where there are fewer."
     finite(x, "some_features")
-    F = len(dictionary.directions)
-    ids = torch.randperm(F, generator=seeded(seed))[:n].sort().values
-    return torch.cat(
-        [dictionary.encode(part)[..., ids].float().cpu() for part in x.split(batch)]
-    ).numpy(), ids.tolist()
+    order = torch.randperm(len(dictionary.directions), generator=seeded(seed))
+    ids = order[:n].sort().values
+    acts = [dictionary.encode(part)[..., ids].float().cpu() for part in x.split(batch)]
+    return torch.cat(acts).numpy(), ids.tolist()
 
 # %% ../../../nbs/lib/feature_explain_protocol.ipynb #feature-explain-protocol-8
 @dataclass
@@ -135,26 +159,28 @@ class Case:
     "One feature's fragments: some to explain it, others to score the explanation."
 
     feature: int
-    explain: (
-        list  # Fragments of rank 0, 4, 8, .. of the twenty with the highest activation, acts 0..10
-    )
-    top: list  # Fragments of rank 2, 6, 10, .., acts as they are
-    random: list  # of the others, some in which the feature is active and not constant, acts as they are
+    explain: list  # rank 0, 4, 8, .. of the twenty with the highest activation, acts 0..10
+    top: list  # rank 2, 6, 10, .., acts as they are
+    random: list  # others in which the feature is active and not constant, acts as they are
     silent: list  # as many, of the same lengths, in which it is nowhere above 0
     active: int  # in how many fragments it is above 0
-    score = property(
-        lambda self: self.top + self.random,
-        doc="All fragments that score, none of which was explained from.",
-    )
+
+    @property
+    def score(self):
+        "All fragments that score, none of which was explained from."
+        return self.top + self.random
 
 
-def integers(acts, top):  # [n], the activation that becomes 10 -> [n] integers
+def integers(
+    acts,  # [n]
+    top,  # the activation that becomes 10
+) -> list:
     "min(10, floor(10 relu(x) / top)), as an explainer sees activations."
     if not top > 0:
         raise ValueError(f"integers: expected the activation that becomes 10, above 0, got {top}")
     return np.minimum(10, np.floor(10 * np.maximum(acts, 0) / top + 1e-6)).astype(int).tolist()
 
-
+# %% ../../../nbs/lib/feature_explain_protocol.ipynb #feature-explain-protocol-14
 def make_cases(
     f,  # [tokens, F] features at a text's ordinary tokens
     words: list,  # pieces(text, tok)
@@ -164,11 +190,26 @@ def make_cases(
     n_top: int = 20,
     n_random: int = 5,
 ) -> list:
-    "A Case for each feature; None for those that are active in fewer than n_top fragments, which the protocol skips."
-    f, sizes = np.asarray(f), np.array([len(w) for w in words])
+    "A Case for each feature; None where it is active in fewer than n_top fragments (skipped)."
+    f = np.asarray(f)
+    sizes = np.array([len(w) for w in words])
+    ids = _checked_ids(f, sizes, ids)
+    starts = np.append(0, sizes.cumsum())
+    most = np.maximum.reduceat(f, starts[:-1], axis=0)
+    least = np.minimum.reduceat(f, starts[:-1], axis=0)
+    cases = []
+    for j, id in enumerate(ids):
+        draw = np.random.default_rng([seed, id])
+        ranks = _ranks(most[:, j], least[:, j], draw, n_top=n_top, n_random=n_random)
+        cases.append(ranks and _case(id, f[:, j], words, starts=starts, **ranks))
+    return cases
+
+
+def _checked_ids(f, sizes, ids):  # [tokens, F], tokens of each fragment -> the features' numbers
     if not len(sizes) or f.ndim != 2 or len(f) != sizes.sum():
         raise ValueError(
-            f"make_cases: expected features [{int(sizes.sum())}, F], as many tokens as the {len(sizes)} fragments have, got {list(f.shape)}"
+            f"make_cases: expected features [{int(sizes.sum())}, F], as many tokens as the "
+            f"{len(sizes)} fragments have, got {list(f.shape)}"
         )
     ids = list(range(f.shape[1])) if ids is None else ids
     if len(ids) != f.shape[1]:
@@ -179,212 +220,45 @@ def make_cases(
         raise ValueError("make_cases: the features hold NaN or infinity")
     if not sizes.all():
         raise ValueError(f"make_cases: fragment {int(sizes.argmin())} has no token")
-    starts = np.append(0, sizes.cumsum())
-    most, least = (reduce.reduceat(f, starts[:-1], axis=0) for reduce in (np.maximum, np.minimum))
-    return [
-        _case(
-            f[:, j],
-            most[:, j],
-            least[:, j],
-            words=words,
-            starts=starts,
-            id=id,
-            draw=np.random.default_rng([seed, id]),
-            n_top=n_top,
-            n_random=n_random,
-        )
-        for j, id in enumerate(ids)
-    ]
+    return ids
 
 
-def _case(
-    f, most, least, *, words, starts, id, draw, n_top, n_random
-):  # one feature's [tokens], its largest and smallest value in each fragment
+def _ranks(most, least, draw, *, n_top, n_random):  # a feature's extremes in each fragment
+    "Which fragments explain, which score; None for a feature that is active in too few."
     active = np.flatnonzero(most > 0)
     if len(active) < n_top:
         return None
     order = active[np.lexsort((draw.random(len(active)), -most[active]))]
-    explained, others = order[:n_top:4], draw.permutation(order[n_top:])
-    acts = lambda i: f[starts[i] : starts[i + 1]]
-    as_is = lambda some: [Fragment(words[i], acts(i).tolist()) for i in some]
-    top, scored, random = (
-        most[explained].max(),
-        order[2:n_top:4],
-        others[most[others] > least[others]][:n_random],
-    )
-    silent = _as_long(
-        draw.permutation(np.flatnonzero(most <= 0))[:1000], np.diff(starts), [*scored, *random]
-    )
+    others = draw.permutation(order[n_top:])
+    random = others[most[others] > least[others]][:n_random]
+    silent = draw.permutation(np.flatnonzero(most <= 0))[:1000]
+    return dict(order=order[:n_top], random=random, silent=silent, active=len(active))
+
+
+def _case(id, f, words, *, starts, order, random, silent, active):  # [tokens]; as _ranks gives
+    def acts(i):
+        return f[starts[i] : starts[i + 1]]
+
+    def as_is(some):
+        return [Fragment(words[i], acts(i).tolist()) for i in some]
+
+    explained, scored = order[::4], order[2::4]
+    top = max(acts(i).max() for i in explained)
+    silent = _as_long(silent, np.diff(starts), [*scored, *random])
     return Case(
         id,
         [Fragment(words[i], integers(acts(i), top)) for i in explained],
         as_is(scored),
         as_is(random),
         as_is(silent),
-        len(active),
+        active,
     )
 
 
 def _as_long(some, sizes, like):
-    "Of some fragments, for each of others one that is as long, or nearest to it, each once; else a judge could go by length."
+    "For each of others, one fragment nearest in length, each once: a judge could go by length."
     left = list(some)
     return [left.pop(int(np.abs(sizes[left] - sizes[i]).argmin())) for i in like[: len(left)]]
-
-# %% ../../../nbs/lib/feature_explain_protocol.ipynb #feature-explain-protocol-10
-def correlation(truth, predicted):  # [n] twice -> Pearson r, or None
-    "None where either is constant: then there is no score."
-    truth, predicted = np.asarray(truth, float), np.asarray(predicted, float)
-    if len(truth) != len(predicted):
-        raise ValueError(
-            f"correlation: expected as many predictions as activations, got {len(predicted)} and {len(truth)}"
-        )
-    if not len(truth) or np.ptp(truth) == 0 or np.ptp(predicted) == 0:
-        return None
-    return float(np.corrcoef(truth, predicted)[0, 1])
-
-
-def interpret(
-    cases: list, explainer: Explainer, explanations: list | None = None
-) -> list:  # Cases, None for skipped ones -> a dict each, None
-    "Explain each feature, simulate it from that alone, correlate: r over all scoring tokens together, r_top and r_random over those of either kind; None where there is no score. Explanations of one's own take the explainer's place."
-    there = [c for c in cases if c]
-    if explanations is None:
-        explanations = explainer.explain([c.explain for c in there])
-    if len(explanations) != len(there):
-        raise ValueError(
-            f"interpret: expected an explanation for each of {len(there)} features that are not skipped, got {len(explanations)}"
-        )
-    simulated = iter(
-        explainer.simulate(
-            [(why, f.tokens) for why, c in zip(explanations, there) for f in c.score]
-        )
-    )
-    rows = iter(
-        [_scored(c, why, [next(simulated) for _ in c.score]) for c, why in zip(there, explanations)]
-    )
-    return [c and next(rows) for c in cases]
-
-
-def _scored(case, why, simulated):
-    both = lambda some: [
-        np.concatenate(part) if part else []
-        for part in ([f.acts for f in case.score[some]], simulated[some])
-    ]
-    n = len(case.top)
-    return dict(
-        feature=case.feature,
-        explanation=why,
-        r=correlation(*both(slice(None))),
-        r_top=correlation(*both(slice(n))),
-        r_random=correlation(*both(slice(n, None))),
-        simulated=simulated,
-    )
-
-# %% ../../../nbs/lib/feature_explain_protocol.ipynb #feature-explain-protocol-11
-def _auroc(yes, no):  # judgements where the answer is yes, and no
-    gap = np.subtract.outer(np.asarray(yes, float), np.asarray(no, float))
-    return float(((gap > 0) + 0.5 * (gap == 0)).mean())
-
-
-def _judged(cases, explanations, explainer, *, asks_of):
-    asks = [
-        asks_of(c) for c in cases if c
-    ]  # (what should be yes, what no): [(tokens, marked)] twice
-    asks = [pair if all(pair) else ([], []) for pair in asks]
-    answers = iter(
-        explainer.judge(
-            [
-                (why, *ask)
-                for why, (yes, no) in zip(explanations, asks, strict=True)
-                for ask in yes + no
-            ]
-        )
-    )
-    found = iter(
-        [
-            _auroc(*([next(answers) for _ in some] for some in pair)) if all(pair) else None
-            for pair in asks
-        ]
-    )
-    return [c and next(found) for c in cases]
-
-
-def detection(cases: list, explanations: list, explainer: Explainer) -> list:
-    "From the explanation: does the feature fire in this text? AUROC over scoring fragments against fragments in which it is silent (delphi's scorer counts yes and no); None where a feature has no silent ones."
-    plain = lambda some: [(f.tokens, None) for f in some]
-    return _judged(
-        cases, explanations, explainer, asks_of=lambda c: (plain(c.score), plain(c.silent))
-    )
-
-
-def fuzzing(cases: list, explanations: list, explainer: Explainer, *, seed: int = 0) -> list:
-    "From the explanation: does the feature fire at the marked tokens? AUROC over scoring fragments with the tokens above half the fragment's maximum marked, against the same with as many others, at 0 or below, marked; None where there are no such."
-
-    def asks_of(case):
-        yes, no, draw = [], [], np.random.default_rng([seed, case.feature])
-        for f in case.score:
-            acts = np.asarray(f.acts)
-            high, low = np.flatnonzero(acts > max(acts.max(), 0) / 2), np.flatnonzero(acts <= 0)
-            if not 0 < len(high) <= len(low):
-                continue
-            yes.append((f.tokens, high.tolist()))
-            no.append((f.tokens, np.sort(draw.permutation(low)[: len(high)]).tolist()))
-        return yes, no
-
-    return _judged(cases, explanations, explainer, asks_of=asks_of)
-
-# %% ../../../nbs/lib/feature_explain_protocol.ipynb #feature-explain-protocol-12
-def _kept(scores, none):
-    return np.array(
-        [none if s is None else s for s in scores if s is not None or none is not None], float
-    )
-
-
-def _resampled(kept, n, draw):
-    return kept[draw.integers(len(kept), size=(n, len(kept)))].mean(
-        1
-    )  # [n] means over features drawn with replacement
-
-
-def summary(
-    scores: list, none: float | None = None, n: int = 2000, *, seed: int = 0
-) -> dict:  # None: no score; `none`: what such a feature counts as, None: not at all
-    "Mean over features, 95 % interval by bootstrap over features, how many features count, how many have no score."
-    if n < 1:
-        raise ValueError(f"summary: expected n of at least 1 draws, got {n}")
-    kept, missing = _kept(scores, none), sum(s is None for s in scores)
-    if not len(kept):
-        return dict(mean=None, low=None, high=None, n=0, no_score=missing)
-    low, high = np.quantile(_resampled(kept, n, np.random.default_rng(seed)), [0.025, 0.975])
-    return dict(
-        mean=float(kept.mean()), low=float(low), high=float(high), n=len(kept), no_score=missing
-    )
-
-
-def difference(
-    a: list, b: list, none: float | None = None, *, n: int = 2000, seed: int = 0
-) -> dict:
-    "Mean of a less mean of b over features, 95 % interval by bootstrap over the features of each; `none` as in `summary`."
-    if n < 1:
-        raise ValueError(f"difference: expected n of at least 1 draws, got {n}")
-    draw, kept = np.random.default_rng(seed), [_kept(some, none) for some in (a, b)]
-    if not all(map(len, kept)):
-        return dict(mean=None, low=None, high=None)
-    low, high = np.quantile(
-        _resampled(kept[0], n, draw) - _resampled(kept[1], n, draw), [0.025, 0.975]
-    )
-    return dict(mean=float(kept[0].mean() - kept[1].mean()), low=float(low), high=float(high))
-
-
-def moments(f) -> dict:  # [N, F] -> four of [F]
-    "Mean, variance, skew and (excess) kurtosis of each feature's activations over all tokens."
-    out = {key: np.zeros(f.shape[1]) for key in ("mean", "variance", "skew", "kurtosis")}
-    for j in range(f.shape[1]):  # one by one: in double precision they take much memory
-        a = np.asarray(f[:, j], np.float64)
-        z = (a - a.mean()) / max(a.std(), 1e-15)
-        for key, v in zip(out, (a.mean(), a.var(), (z**3).mean(), (z**4).mean() - 3)):
-            out[key][j] = v
-    return out
 
 # %% ../../../nbs/lib/feature_explain_protocol.ipynb #feature-explain-protocol-13
 def feature_concepts(

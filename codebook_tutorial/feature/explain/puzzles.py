@@ -12,7 +12,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
-from .protocol import Explainer, interpret, make_cases
+from .protocol import Explainer, make_cases
+from .scores import interpret
 from .rules import inside, story_words, word_places
 from ...world.grammar import LISTS, NAMES
 
