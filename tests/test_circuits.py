@@ -1,4 +1,6 @@
-"""Reading a feature, taking it out, effects on logits, causal trees: against plain versions of themselves, for every kind of dictionary and family of models."""
+"""Reading a feature, taking it out, effects on logits, causal trees, against plain code.
+
+For every kind of dictionary and family of models."""
 
 import pytest
 import torch

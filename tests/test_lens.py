@@ -1,4 +1,4 @@
-"A dictionary at a site of a model, of every kind; and a new kind in ten lines, which everything works with."
+"A dictionary at a site of a model; a new kind in ten lines, which everything works with."
 
 from collections import Counter
 

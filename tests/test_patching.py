@@ -1,4 +1,4 @@
-"""Pairs of prompts, patches by vectors and by codes, the tail of a model, and the three orders against plain versions of themselves."""
+"""Pairs of prompts, patches by vectors and codes, rerun, and the three orders, against plain code."""
 
 import pytest
 import torch
@@ -232,9 +232,9 @@ def test_the_model_does_what_it_can(lm):
     assert max(task_score(lm[0], swapped).values()) < 0.1
 
 
-# ---------- the tail
+# ---------- rerun
 @pytest.mark.parametrize("kind", ["resid", "attn", "mlp", "heads", "neurons"])
-def test_the_tail_gives_what_the_whole_model_gives(tiny, kind):
+def test_rerun_gives_what_the_whole_model_gives(tiny, kind):
     pairs = some_pairs()
     for layer in range(LAYERS):
         site = f"{kind}.{layer}"
@@ -348,7 +348,6 @@ def test_codes_are_written_over_codes(lm, pairs, settings):
         y = acts["resid.1"]
     book = Codebook(96, 24, **settings).init_from(x.flatten(0, 1), generator=seeded(0)).eval()
     patch, a, b = Patch(model, "resid.1", book, pairs=pairs), book.choose(x), book.choose(y)
-    number = b + 24 * torch.arange(len(book.weight))[:, None]
     chosen = torch.rand(2, len(pairs), len(patch.features), generator=seeded(0)) < 0.5
     for some, edits in zip(chosen, patch.writes.edit(chosen)):
         for i in range(len(pairs)):
@@ -384,7 +383,7 @@ def test_codes_are_written_over_codes(lm, pairs, settings):
 
 
 def written(codes, a, b, chosen):
-    "One place by hand: what both hold stays, of the rest the target's chosen codes push the base's out, slot by slot."
+    "One place by hand: what both hold stays; the target's chosen codes push out the base's others."
     slots, rest = list(a), list(b)
     for code in a:
         if code in rest:
@@ -407,7 +406,7 @@ def F_one(patch, j):
 
 def test_codes_of_a_finetuned_network_stay_codes(lm, pairs):
     coded = CodebookModel.from_pretrained(data_path("codes/residual")).eval()
-    book, seen = coded.codebooks["mlp.0"], {}
+    book = coded.codebooks["mlp.0"]
     patch = Patch(coded, "mlp.0", book, pairs=pairs)
     logp = patch.run(patch.writes.edit(~patch.none)).detach()
     with torch.no_grad():
@@ -506,7 +505,7 @@ def pca_like():
 # ---------- orders
 def test_greedy_is_the_plain_loop(lm, pairs):
     patch = Patch(lm[0], "resid.1", pca_like(), pairs=pairs)
-    chosen, want = [], []
+    chosen = []
     for _ in range(3):
         kl = {
             j: patch.measure(patch.chosen(patch.features[chosen + [j]]))["kl"].mean().item()

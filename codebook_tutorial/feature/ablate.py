@@ -180,10 +180,8 @@ def check_tree(
     lengths = edit_lengths(model, contexts, without(below))
     out["root"], _ = measured(without([tree.root]))
     out["below"], _ = measured(without(below))
-    others = []
-    if draws:
-        kw = dict(contexts=contexts, draws=draws, seed=seed)
-        others = others_active(model, dictionaries, below, **kw)
+    kw = dict(contexts=contexts, draws=draws, seed=seed)
+    others = others_active(model, dictionaries, below, **kw) if draws else []
     out["others"] = [measured(without(some, lengths))[0] for some in others]
     out["random"] = [measured(_turned(lengths, draw))[0] for _ in range(draws)]
     return out
