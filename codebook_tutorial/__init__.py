@@ -6,7 +6,7 @@ _HOMES = {
     "model.hub": "load_lm",
     "model.text": "Text load_text pack",
     "model.sites": "capture intervene sites",
-    "dictionary.base": "Dictionary random_directions fvu",
+    "dictionary.base": "Dictionary Feature Lens random_directions fvu",
     "dictionary.codebook": "Codebook",
     "dictionary.bottleneck": "CodebookModel add_codebooks",
     "dictionary.finetune": "finetune",

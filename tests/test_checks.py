@@ -11,11 +11,10 @@ import torch
 import torch.nn.functional as F
 
 ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT / "tools"))
-import books  # noqa: E402
-
+sys.path.insert(0, str(ROOT))
 from codebook_tutorial.core import jsd  # noqa: E402
 from codebook_tutorial.dictionary.base import random_directions  # noqa: E402
+from workshop import books, learner  # noqa: E402
 
 
 def raw(v):
@@ -1363,7 +1362,7 @@ class TestExercise:
         assert verdict and repr(verdict).startswith("✅")
 
     def test_the_stub_fails_and_does_not_stop_the_notebook(self, path, source, check_source):
-        stub = books.stub(source)
+        stub = learner.stub(source)
         assert "SOLUTION" not in stub and "your code here" in stub
         verdict, *_ = run_cell(path, stub, check_source)
         assert not verdict and repr(verdict).startswith("❌")

@@ -413,7 +413,14 @@ def test_no_file_is_read_that_could_run_code():
         ROOT / "course.py",
         *(
             p
-            for folder in ("codebook_tutorial", "tools", "scripts")
+            for folder in (
+                "codebook_tutorial",
+                "workshop",
+                "scripts",
+                "claims",
+                "data",
+                "benchmarks",
+            )
             for p in (ROOT / folder).rglob("*.py")
         ),
     ]

@@ -137,7 +137,7 @@ def run_chapter(stem, tmp_path, timeout=900):
     "A chapter unchanged, under COURSE_MODEL and COURSE_TEXT: (its claims, the executed notebook's text)."
     root = Path(__file__).resolve().parents[1]
     code = (
-        f"import sys, asyncio, pathlib; sys.path.insert(0, {str(root / 'tools')!r}); import books; books.OUT = pathlib.Path({str(tmp_path)!r})\n"
+        f"import sys, asyncio, pathlib; sys.path.insert(0, {str(root)!r}); from workshop import books; books.OUT = pathlib.Path({str(tmp_path)!r})\n"
         f"nb, failure, *_ = asyncio.run(books.execute(pathlib.Path({str(root / 'nbs' / (stem + '.ipynb'))!r}))); books.write_book(books.OUT / 'done.ipynb', nb); sys.exit(failure or 0)"
     )
     got = subprocess.run(

@@ -8,9 +8,9 @@ import torch
 
 from codebook_tutorial.dictionary.base import Directions
 from codebook_tutorial.dictionary.bottleneck import add_codebooks
+from codebook_tutorial.feature.detect import fires
 from codebook_tutorial.score import robust
 from codebook_tutorial.score.robust import (
-    fires,
     in_cipher,
     one_word_attack,
     relied_on,

@@ -316,9 +316,7 @@ def test_codes_are_written_as_differences_and_leave_the_model_as_it_was(asked):
     book = make_dictionary("codebook", asked.states, 64, k=2)
     x, model = asked.states[:6].view(2, 3, 96), asked.subject.model
     shift = Lens(model, "resid.1", book).shift
-    assert torch.equal(
-        shift(lambda ids: ids, 3.0)(x), x
-    )  # the same codes: nothing happens
+    assert torch.equal(shift(lambda ids: ids, 3.0)(x), x)  # the same codes: nothing happens
     ids = book.choose(x)
     other = ids.clone()
     other[..., 0, 0] = 5
@@ -422,7 +420,5 @@ def test_explanations_count_features_without_a_score(asked):
     explained = asked.benches["explained"].score
     got = explained(Dead(random_directions(20, 96, seed=1).directions))
     assert got["explained_skipped"] == pytest.approx(0.5)
-    assert explained(Directions(torch.zeros(4, 96))) == dict(
-        explained=0.0, explained_skipped=1.0
-    )
+    assert explained(Directions(torch.zeros(4, 96))) == dict(explained=0.0, explained_skipped=1.0)
     assert 0 <= asked.benches["patched"].score(load_sae(data_path("sae/tied")))["patched"] <= 1

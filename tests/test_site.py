@@ -1,4 +1,8 @@
-"""The documentation site, built by `course.py docs` (a warning or a broken link fails it), in a real Chromium: search, static pages, phone, dark mode, nothing asked of any other host."""
+"""The site that `course.py docs` builds, in a real Chromium.
+
+Search, static pages, phone, dark mode; nothing is asked of another host. A warning or a broken link
+fails the build itself.
+"""
 
 import functools
 import http.server
@@ -11,10 +15,11 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT / "tools"))
+sys.path.insert(0, str(ROOT))
 bs4 = pytest.importorskip("bs4", reason="no docs packages: pip install -e .[docs]")
-import pages  # noqa: E402
 from test_browser import browser  # noqa: E402, F401
+
+from workshop import api, books, pages, site_chapters  # noqa: E402
 
 STEMS = [p.stem for p in pages.chapters()]
 
@@ -33,9 +38,8 @@ def served(site):
         def log_message(self, *a):
             pass
 
-    server = http.server.ThreadingHTTPServer(
-        ("127.0.0.1", 0), functools.partial(Quiet, directory=str(site))
-    )
+    handler = functools.partial(Quiet, directory=str(site))
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler)
     threading.Thread(target=server.serve_forever, daemon=True).start()
     yield f"http://127.0.0.1:{server.server_port}/"
     server.shutdown()
@@ -43,7 +47,7 @@ def served(site):
 
 @pytest.fixture
 def open_page(served, browser):  # noqa: F811
-    "Opens a page; at the end, nothing may have been asked of another host, and no script may have failed."
+    "Opens a page; at the end, no other host may have been asked and no script may have failed."
     asked, complaints, opened = [], [], []
 
     def go(where, **settings):
@@ -57,9 +61,8 @@ def open_page(served, browser):  # noqa: F811
     yield go
     for page in opened:
         page.close()
-    assert [
-        u for u in asked if not u.startswith((served, "data:", "blob:"))
-    ] == [] and complaints == []
+    assert [u for u in asked if not u.startswith((served, "data:", "blob:"))] == []
+    assert complaints == []
 
 
 def soup(path):
@@ -68,7 +71,7 @@ def soup(path):
 
 @pytest.mark.parametrize("stem", STEMS)
 def test_a_chapters_page(site, stem):
-    "Figures with alt text, no directives, exercises as stubs with a folded solution, links to the library, the learner's copy to take along."
+    "Figures with alt text, no directives, stubs with folded solutions, the learner's copy."
     s = soup(site / f"{stem}.html")
     figures = s.select("img.figure")
     assert figures and all(len(i["alt"]) > 40 and (site / i["src"]).exists() for i in figures)
@@ -78,65 +81,51 @@ def test_a_chapters_page(site, stem):
     )
     assert 4 <= text.count("your code here") <= 8
     whole = re.sub(r"\s+", "", s.get_text())
-    for cell in pages.read_book(
-        ROOT / "nbs" / f"{stem}.ipynb"
-    ).cells:  # nothing but directives, the Colab cell and solved exercises is left out
-        if cell.cell_type == "code" and not {"colab", "exercise"} & set(pages.directives(cell)):
-            assert re.sub(r"\s+", "", pages.bare(cell.source)) in whole, cell.source[:200]
-    solutions = [
-        d for d in s.find_all("details") if d.summary and d.summary.get_text() == "Solution"
-    ]
-    assert len(solutions) == text.count("your code here") and all(
-        "def " in d.get_text() for d in solutions
-    )
-    assert (
-        s.select("article a[href^='api/']")
-        and (site / "learner" / f"{stem}.ipynb").exists()
-        and "BEGIN SOLUTION" not in (site / "learner" / f"{stem}.ipynb").read_text()
-    )
+    for cell in books.read_book(ROOT / "nbs" / f"{stem}.ipynb").cells:  # nothing else is left out
+        if cell.cell_type == "code" and not {"colab", "exercise"} & set(books.directives(cell)):
+            code = re.sub(r"\s+", "", site_chapters.bare(cell.source))
+            assert code in whole, cell.source[:200]
+    folded = [d for d in s.find_all("details") if d.summary]
+    solutions = [d for d in folded if d.summary.get_text() == "Solution"]
+    assert len(solutions) == text.count("your code here")
+    assert all("def " in d.get_text() for d in solutions)
+    assert s.select("article a[href^='api/']")
+    assert "BEGIN SOLUTION" not in (site / "learner" / f"{stem}.ipynb").read_text()
     assert any("colab.research.google.com" in a["href"] for a in s.find_all("a", href=True))
 
 
 def test_formulas_are_mathml_and_nothing_is_left_of_tex(site):
-    assert len(soup(site / "01_fsm.html").find_all("math")) >= 2 and soup(
-        site / "02_codebook.html"
-    ).find("math")
+    assert len(soup(site / "01_fsm.html").find_all("math")) >= 2
+    assert soup(site / "02_codebook.html").find("math")
     for stem in STEMS:
-        assert not re.search(
-            r"\\(pi|ln|lVert|text)\b", soup(site / f"{stem}.html").select_one("article").get_text()
-        ), stem
+        text = soup(site / f"{stem}.html").select_one("article").get_text()
+        assert not re.search(r"\\(pi|ln|lVert|text)\b", text), stem
 
 
 def test_every_public_name_has_its_entry_and_a_way_back(site):
-    mods, seen = pages.modules(), 0
+    mods, seen = api.modules(), 0
     for module, (home, names) in mods.items():
-        assert {name for name, *_ in names} == set(
-            importlib.import_module(f"codebook_tutorial.{module}").__all__
-        ), module
+        public = importlib.import_module(f"codebook_tutorial.{module}").__all__
+        assert {name for name, *_ in names} == set(public), module
         s = soup(site / "api" / f"{module}.html")
         for name, kind, *_ in names:
-            assert s.find(id=pages.label(module, name, kind)) is not None, (module, name)
+            assert s.find(id=api.label(module, name, kind)) is not None, (module, name)
             back = [a["href"] for a in s.select("p.taught a") if a["href"].endswith(f"#lib-{name}")]
             assert back and home in back[0]
             seen += 1
     text = soup(site / "api" / "sites.html").get_text()
     assert seen > 300 and "[batch, seq" in text and "@contextmanager" in text
-    used = [
-        p
-        for p in soup(site / "api" / "sites.html").select("p.taught")
-        if p.find("a", href=re.compile("#lib-capture$"))
-    ][0]
-    assert (
-        used.find("a", href="../07_sae.html")
-        and "Index.search" in soup(site / "api" / "index.html").get_text()
-        and "CodebookModel.from_pretrained" in soup(site / "api" / "codebook.html").get_text()
-    )
+    taught = soup(site / "api" / "sites.html").select("p.taught")
+    used = [p for p in taught if p.find("a", href=re.compile("#lib-capture$"))][0]
+    assert used.find("a", href="../07_sae.html")
+    assert "Index.search" in soup(site / "api" / "index.html").get_text()
+    assert "CodebookModel.from_pretrained" in soup(site / "api" / "codebook.html").get_text()
 
 
 def test_a_broken_link_is_found(tmp_path):
-    (tmp_path / "a.html").write_text(
-        '<a href="b.html#there">x</a><a href="b.html#gone">y</a><a href="c.html">z</a><a href="https://x.org">w</a><img src="i.png"><p id="here"><a href="#here">s</a>'
-    )
+    targets = ("b.html#there", "b.html#gone", "c.html", "https://x.org", "#here")
+    links = "".join(f'<a href="{target}">x</a>' for target in targets)
+    (tmp_path / "a.html").write_text(f'{links}<img src="i.png"><p id="here">')
     (tmp_path / "b.html").write_text('<p id="there">')
     assert sorted(link for _, link in pages.broken(tmp_path)) == ["b.html#gone", "c.html", "i.png"]
 
@@ -144,13 +133,10 @@ def test_a_broken_link_is_found(tmp_path):
 def test_findings_and_minutes_stand_on_their_pages(site):
     table = soup(site / "reproduces.html").find("table")
     assert len(table.find_all("tr")) > 50 and "<!--" not in table.get_text()
-    rows = [
-        [c.get_text() for c in tr.find_all("td")]
-        for tr in soup(site / "routes.html").find_all("table")[1].find_all("tr")[1:]
-    ]
-    assert len(rows) == len(STEMS) and all(
-        5 <= int(r[3]) <= 120 and 20 <= int(r[4]) <= 120 for r in rows
-    )
+    lines = soup(site / "routes.html").find_all("table")[1].find_all("tr")[1:]
+    rows = [[c.get_text() for c in tr.find_all("td")] for tr in lines]
+    assert len(rows) == len(STEMS)
+    assert all(5 <= int(r[3]) <= 120 and 20 <= int(r[4]) <= 120 for r in rows)
 
 
 def test_every_term_of_the_glossary_occurs_where_it_says():
@@ -178,15 +164,11 @@ def test_no_page_is_wider_than_a_phone(open_page, site, scheme):
         for p in site.rglob("*.html")
         if p.name not in pages.STATIC.values() and p.parts[-2] in ("html", "api")
     )
-    page, grounds = (
-        open_page("index.html", viewport=dict(width=390, height=844), color_scheme=scheme),
-        set(),
-    )
+    phone = dict(width=390, height=844)
+    page, grounds = open_page("index.html", viewport=phone, color_scheme=scheme), set()
     for stem in every if scheme == "light" else ("index", "reproduces", "07_sae", "13_scoreboard"):
-        page.goto(
-            f"{page.url.rsplit('/', 1)[0].removesuffix('/api')}/{stem}.html",
-            wait_until="domcontentloaded",
-        )
+        top = page.url.rsplit("/", 1)[0].removesuffix("/api")
+        page.goto(f"{top}/{stem}.html", wait_until="domcontentloaded")
         assert page.evaluate("document.scrollingElement.scrollWidth") <= 391, stem
         grounds.add(page.evaluate("getComputedStyle(document.body).backgroundColor"))
     red, *_ = map(int, re.findall(r"\d+", grounds.pop()))
@@ -195,11 +177,8 @@ def test_no_page_is_wider_than_a_phone(open_page, site, scheme):
 
 def test_the_static_pages_work(open_page):
     page = open_page("live.html")
-    assert {a.get_attribute("href") for a in page.locator("article a").all()} >= {
-        "codes.html",
-        "features.html",
-        "steering.html",
-    }
+    linked = {a.get_attribute("href") for a in page.locator("article a").all()}
+    assert linked >= {"codes.html", "features.html", "steering.html"}
     page = open_page("codes.html")
     page.fill("input", "dragon")
     page.keyboard.press("Enter")
@@ -208,18 +187,15 @@ def test_the_static_pages_work(open_page):
     before = page.inner_text("#steered")
     options = [o.get_attribute("value") for o in page.locator("#towards option").all()]
     page.select_option("#towards", options[-1])
-    assert (
-        len(options) > 1
-        and page.inner_text("#steered") != before
-        and page.locator("#steered mark").count()
-    )
+    assert len(options) > 1 and page.inner_text("#steered") != before
+    assert page.locator("#steered mark").count()
     page = open_page("features.html")
     page.locator("summary").first.click()
     assert page.locator("details").first.get_attribute("open") is not None
 
 
 def test_the_luck_that_the_page_on_statistics_tells_of():
-    "Its example drawn twenty times: the best of a thousand noises, where chosen and on another half; beside it, firing as often at random."
+    "The best of a thousand noises, where chosen and on another half, drawn twenty times."
     import numpy as np
 
     told = re.search(
@@ -233,7 +209,6 @@ def test_the_luck_that_the_page_on_statistics_tells_of():
         scores = 2 * truth[:200][order].cumsum(0) / (np.arange(1, 201)[:, None] + truth[:200].sum())
         best = scores.max(0).argmax()
         fires = f[200:, best] >= f[order[scores[:, best].argmax(), best], best]
-        found.append(
-            (scores.max(), 2 * (fires & truth[200:]).sum() / (fires.sum() + truth[200:].sum()))
-        )
+        f1 = 2 * (fires & truth[200:]).sum() / (fires.sum() + truth[200:].sum())
+        found.append((scores.max(), f1))
     assert np.abs(np.mean(found, 0) - [float(told[1]), float(told[2])]).max() < 0.03

@@ -14,6 +14,7 @@ from codebook_tutorial.dictionary.bottleneck import CodebookModel, add_codebooks
 from codebook_tutorial.dictionary.codebook import Codebook
 from codebook_tutorial.dictionary.formats import load_sae
 from codebook_tutorial.feature.choices import find_choices, split_words
+from codebook_tutorial.feature.detect import precision_coverage
 from codebook_tutorial.feature.force import force_codes, token_codes, write_codes
 from codebook_tutorial.feature.steer import (
     Switch,
@@ -23,7 +24,6 @@ from codebook_tutorial.feature.steer import (
     steer,
     topic_features,
 )
-from codebook_tutorial.feature.tmp_pc import precision_coverage
 from codebook_tutorial.model.generate import generate, text_nats
 from codebook_tutorial.model.hub import load_lm
 from codebook_tutorial.model.run import token_losses
@@ -38,8 +38,8 @@ from codebook_tutorial.score.effects import (
     recognise,
     topic_words,
 )
-from codebook_tutorial.world.concepts import WORD_TABLES
 from codebook_tutorial.world.grammar import ID, LISTS, TOPICS
+from codebook_tutorial.world.words import WORD_TABLES
 
 BOS, PAD = 1, 0
 
@@ -217,10 +217,12 @@ def test_a_switch_of_features_is_what_a_loop_does_row_by_row(kw):
     want = torch.cat(
         [plain_switch(s, x[i : i + 1], t, 1.5, **kw) for i, t in enumerate(target.tolist())]
     )
-    assert torch.allclose(s.fn(target, strength=1.5, **kw)(x), want, atol=1e-4) and not torch.allclose(
-        want, x
+    assert torch.allclose(
+        s.fn(target, strength=1.5, **kw)(x), want, atol=1e-4
+    ) and not torch.allclose(want, x)
+    assert torch.allclose(
+        s.fn(1, strength=1.5, **kw)(x), plain_switch(s, x, 1, 1.5, **kw), atol=1e-4
     )
-    assert torch.allclose(s.fn(1, strength=1.5, **kw)(x), plain_switch(s, x, 1, 1.5, **kw), atol=1e-4)
     still = ~s.fires(x, target, **kw)
     assert still.any() and torch.equal(s.fn(target, strength=1.5, **kw)(x)[still], x[still])
 
@@ -229,7 +231,8 @@ def test_off_takes_out_only_the_targets_own_features_where_they_speak():
     s, x = feature_switch(), torch.randn(3, 5, D, generator=seeded(4))
     f = s.lens.dictionary.encode(x)
     want = x - sum(
-        (f[..., j : j + 1] * (f[..., j : j + 1] > 0.4)) * s.lens.dictionary.directions[j] for j in (2, 3)
+        (f[..., j : j + 1] * (f[..., j : j + 1] > 0.4)) * s.lens.dictionary.directions[j]
+        for j in (2, 3)
     )
     assert torch.allclose(s.off(1)(x), want, atol=1e-5) and torch.allclose(
         s.off(torch.tensor([1, 0, 1]))(x)[[0, 2]], want[[0, 2]], atol=1e-5
@@ -410,9 +413,7 @@ def test_switches_are_found_on_every_family_and_point_where_they_should(tiny):
         if not (owner == t).any():
             owner[torch.where(owner < 0, product[:, t], -1.0).argmax()] = t
     assert (
-        torch.equal(s.owner, owner)
-        and torch.equal(s.gates, enough[:, 2])
-        and (s.owner >= 0).any()
+        torch.equal(s.owner, owner) and torch.equal(s.gates, enough[:, 2]) and (s.owner >= 0).any()
     )
     for t in range(2):
         assert torch.allclose(s.write[t], f[marks[:, t]].mean(0) * (owner == t), atol=1e-5)
@@ -469,9 +470,9 @@ def test_codes_are_found_by_what_stands_there(neox):
             c: ((ids == c) & (nxt == t)).sum().item() ** 2 / max(1, (ids == c).sum().item())
             for c in own
         }
-        assert int(s.lens.codes(s.write)[0, t]) == (max(own, key=rank.get) if own else -1) and s.coverage[
-            0, t
-        ] == pytest.approx(
+        assert int(s.lens.codes(s.write)[0, t]) == (
+            max(own, key=rank.get) if own else -1
+        ) and s.coverage[0, t] == pytest.approx(
             sum(((ids == c) & (nxt == t)).sum().item() for c in own) / (nxt == t).sum().item(),
             abs=1e-6,
         )
@@ -481,13 +482,12 @@ def test_codes_are_found_by_what_stands_there(neox):
         if (right := ((ids == c) & choices.open[choices.look]).sum()) >= 2
         and right / (ids == c).sum() >= 0.05
     ]
-    assert s.gates.nonzero()[:, 0].tolist() == gates and int(s.lens.codes(s.neutral[None])[0, 0]) == (
+    assert s.gates.nonzero()[:, 0].tolist() == gates and int(
+        s.lens.codes(s.neutral[None])[0, 0]
+    ) == (
         max(gates, key=lambda c: ((ids == c) & choices.open[choices.look]).sum()) if gates else -1
     )
-    assert (
-        len(s.owner) == 16
-        and found["heads.0"].lens.parts == neox.config.num_attention_heads
-    )
+    assert len(s.owner) == 16 and found["heads.0"].lens.parts == neox.config.num_attention_heads
     ranked = topic_features(cb, cb.codebooks, text, choices=choices, n=5)
     best = ranked["a"][0]
     assert [r["precision"] * r["coverage"] for r in ranked["a"]] == sorted(

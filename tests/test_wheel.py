@@ -12,7 +12,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
-import course  # noqa: E402
+from workshop import env as course_env  # noqa: E402
 
 
 def pythons():
@@ -102,7 +102,7 @@ def fresh(folder, python, env, *what):
         "-q",
         "--python",
         inside,
-        *course.pip_find_links(),
+        *course_env.pip_find_links(),
         "-c",
         ROOT / "constraints.txt",
         *what,

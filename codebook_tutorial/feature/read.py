@@ -14,6 +14,7 @@ from dataclasses import dataclass
 import torch
 from ..core import seeded
 from ..dictionary.base import Dictionary, Lens
+from .detect import count, scores
 from ..model.run import passes
 from ..model.text import Text
 
@@ -51,13 +52,6 @@ def _active(lens, text, *, batch):
         kept.append((at.cpu() + rows.start * text.ids.shape[1], j.cpu(), f[at, j].cpu()))
     return map(torch.cat, zip(*kept))
 
-
-def _f1(at, j, true, *, n_feats):  # entries [e], positions that are true [N]
-    "F1 of every feature [F]."
-    hits = torch.bincount(j[true[at]], minlength=n_feats)
-    said = torch.bincount(j, minlength=n_feats)
-    return 2 * hits / (said + true.sum()).clamp(min=1)
-
 # %% ../../nbs/lib/feature_read.ipynb #feature-read-8
 @torch.no_grad()
 def best_features(
@@ -81,18 +75,20 @@ def best_features(
     first = at < end
     most = torch.zeros(n_feats).scatter_reduce(0, j[first], value[first], "amax")
     strong = torch.ones_like(first) if lens.discrete else value >= low * most[j]
-    out = {}
-    for name, truth in truths.items():
-        true, scores = (truth & there).flatten(), []
-        inside = torch.arange(len(true)) < end
-        for half, positions in ((first, inside), (~first, ~inside)):
-            some = strong & half
-            scores.append(_f1(at[some], j[some], true & positions, n_feats=n_feats))
-        best = int(scores[0].argmax())
-        own = j == best
-        acts = torch.zeros(there.shape).flatten().index_put((at[own],), value[own])
-        f1, held_out = (score[best].item() for score in scores)
-        out[name] = Found(best, f1, held_out, acts.view_as(there))
+    marks = torch.stack([(truth & there).flatten() for truth in truths.values()], 1)
+
+    def f1(half, rows):  # [e] bool, the half's positions
+        on = strong & half
+        hits, active = count(at[on], j[on], marks, n_feats=n_feats)
+        return scores(hits, active[:, None], marks[rows].sum(0))["f1"]  # [F, truths]
+
+    chosen, held_out, out = f1(first, slice(end)), f1(~first, slice(end, None)), {}
+    for i, name in enumerate(truths):
+        best = int(chosen[:, i].argmax())
+        acts = torch.zeros(there.numel())
+        acts[at[j == best]] = value[j == best]
+        f1s = chosen[best, i].item(), held_out[best, i].item()
+        out[name] = Found(best, *f1s, acts.view_as(there))
     return out
 
 # %% ../../nbs/lib/feature_read.ipynb #feature-read-6

@@ -95,7 +95,7 @@ class Counter(TorchDispatchMode):
         self.flops = self.bytes = self.calls = self.alive = self.peak = 0
         self.held = set()
 
-    def __torch_dispatch__(self, func, types, args=(), *, kwargs=None):
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         tensors = lambda some: [t for t in tree_leaves(some) if isinstance(t, torch.Tensor)]
         given, name = tensors((args, kwargs)), func._overloadpacket
         for t in given:
