@@ -35,7 +35,8 @@ from codebook_tutorial.feature.index import open_index
 from codebook_tutorial.model.hub import load_lm
 from codebook_tutorial.model.text import load_text
 from codebook_tutorial.world.tasks import task_pairs
-from codebook_tutorial.feature.patch import Patch, acdc_order, attribution_order, greedy_order
+from codebook_tutorial.feature.patch import Patch
+from codebook_tutorial.feature.orders import acdc_order, attribution_order, greedy_order
 from codebook_tutorial.feature.explain.rules import PredicateExplainer, story_words
 from codebook_tutorial.dictionary.train import train_sae
 from codebook_tutorial.model.sites import intervene

@@ -23,7 +23,8 @@ from codebook_tutorial.dictionary.base import basis, random_directions
 from codebook_tutorial.score.metrics import measure
 from codebook_tutorial.model.text import load_text
 from codebook_tutorial.world.tasks import task_pairs
-from codebook_tutorial.feature.patch import ORDERS, Patch, nested_sets
+from codebook_tutorial.feature.orders import ORDERS, nested_sets
+from codebook_tutorial.feature.patch import Patch
 from codebook_tutorial.dictionary.train import refit, train_sae
 from codebook_tutorial.world.grammar import NAMES
 from grid import Grid, keep_last, language

@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import NamedTuple
 
 from codebook_tutorial.dictionary.harvest import harvest
-from codebook_tutorial.feature.trace import causal_tree, check_tree
+from codebook_tutorial.feature.trace import causal_tree
+from codebook_tutorial.feature.ablate import check_tree
 from codebook_tutorial.core import data_path
 from codebook_tutorial.dictionary.formats import load_sae
 from codebook_tutorial.model.text import load_text

@@ -66,7 +66,7 @@ class Dictionary(nn.Module):
         return out.unflatten(0, ids.shape[:-1])
 
     def excess(self, x, f):  # [.., d], its features [.., F] -> [.., F]
-        "How far each pre-activation is above 0, where its feature is active: here, the feature itself."
+        "How far each pre-activation is above 0 where its feature is active: here, the feature."
         return f
 
     def label(self, id: int) -> str:
@@ -75,7 +75,7 @@ class Dictionary(nn.Module):
 
 # %% ../../nbs/lib/dictionary_base.ipynb #dictionary-base-5
 class Directions(Dictionary):
-    "Features read off along fixed directions: f = x @ directions.T, negative ones cut to 0 if `relu`."
+    "Features read along fixed directions: f = x @ directions.T, negative ones 0 if `relu`."
 
     def __init__(self, directions, relu: bool = False):  # [F, d]
         super().__init__()
@@ -92,18 +92,19 @@ def basis(d: int, **kw) -> Directions:
     return Directions(torch.eye(d), **kw)
 
 
-def random_directions(n_feats: int, d: int, seed: int = 0, **kw) -> Directions:
+def random_directions(
+    n_feats: int,
+    d: int,
+    seed: int = 0,
+    **kw,  # relu
+) -> Directions:
     "Unit vectors in random directions: the control that knows nothing."
-    return Directions(
-        F.normalize(torch.randn(n_feats, d, generator=torch.Generator().manual_seed(seed)), dim=-1),
-        **kw,
-    )
+    generator = torch.Generator().manual_seed(seed)
+    return Directions(F.normalize(torch.randn(n_feats, d, generator=generator), dim=-1), **kw)
 
 # %% ../../nbs/lib/dictionary_base.ipynb #dictionary-base-7
 def fvu(x, x_hat) -> float:  # both [.., d]
-    """Fraction of variance unexplained: mean squared residual / mean squared distance from the mean.
-
-    The mean itself scores 1."""
+    "Fraction of variance unexplained: |x - x^|^2 / |x - mean|^2; the mean itself scores 1."
     rows = torch.atleast_2d(x).flatten(0, -2)
     if x.shape != x_hat.shape or not (rows != rows[:1]).any():
         raise ValueError(
