@@ -1,6 +1,8 @@
 """Every exercise: its solution passes, its stub fails, another right answer passes, plausible wrong answers fail, and at least one is told by name."""
 
-import importlib.util
+import ast
+import functools
+import importlib
 import re
 import sys
 from pathlib import Path
@@ -1311,21 +1313,27 @@ def exercises():
                 )
 
 
+@functools.cache
+def at_hand(path):
+    "What a chapter imports, and what it exports."
+    space = {}
+    for cell in books.read_book(path).cells:
+        if exported := re.search(r"^#\| default_exp (\S+)", cell.source, re.M):
+            library = importlib.import_module(f"codebook_tutorial.{exported[1]}")
+            space |= {k: v for k, v in vars(library).items() if not k.startswith("_")}
+        if cell.cell_type == "code" and not re.search(r"^\s*[%!]", cell.source, re.M):
+            for node in ast.walk(ast.parse(cell.source)):
+                if isinstance(node, ast.Import | ast.ImportFrom):
+                    exec(ast.unparse(node), space)
+    return space
+
+
 def run_cell(path, source, check_source):
-    "Execute one exercise and its check with what the chapter's learner has at hand: the library and the check module."
+    "Execute one exercise and its check with what the chapter's learner has at hand."
     chapter = path.stem.split("_", 1)[1]
-    library = (
-        importlib.import_module(f"codebook_tutorial.{chapter}")
-        if importlib.util.find_spec(f"codebook_tutorial.{chapter}")
-        else None
-    )
-    space = {k: v for k, v in vars(library).items() if not k.startswith("_")} if library else {}
-    space |= {"torch": torch, "F": F, "jsd": jsd}
-    space |= {
-        k: v
-        for k, v in vars(importlib.import_module(f"codebook_tutorial.checks.{chapter}")).items()
-        if k.startswith("check_")
-    }
+    space = at_hand(path) | {"torch": torch, "F": F, "jsd": jsd}
+    checks = vars(importlib.import_module(f"codebook_tutorial.checks.{chapter}"))
+    space |= {k: v for k, v in checks.items() if k.startswith("check_")}
     exec(source, space)
     call = [line for line in check_source.splitlines() if line.startswith("check_")]
     assert len(call) == 1, check_source
@@ -1397,6 +1405,6 @@ def test_an_answer_of_the_wrong_kind_is_a_verdict(answer):
     for verdict in (
         check(lambda: answer, torch.zeros(2)),
         check(lambda: answer, 0.5),
-        check_choice(lambda: answer, "z", "yes", {"b": "no"}),
+        check_choice(lambda: answer, "z", "yes", why_not={"b": "no"}),
     ):
         assert not verdict and verdict.message

@@ -343,7 +343,7 @@ def test_a_code_gives_way_to_the_mean_of_its_book(combine, k, neox):
 
 @pytest.mark.filterwarnings("ignore:Maximum number of iterations")
 def test_an_nmf_states_of_another_pass_and_numbers_that_are_not_there_are_refused(neox):
-    from codebook_tutorial.dictionary.baselines import NMF
+    from codebook_tutorial.dictionary.nmf import NMF
 
     with pytest.raises(ValueError, match="features of an NMF are read all together"):
         Lens(

@@ -15,16 +15,19 @@ import pytest
 import torch
 import transformers
 
-from codebook_tutorial.feature.explain import api as endpoint
+from codebook_tutorial.feature.explain import answers, wire
 from codebook_tutorial.feature.explain import local as explainers
 from codebook_tutorial.feature.explain import protocol as autointerp
 from codebook_tutorial.feature.explain.api import APIExplainer
-from codebook_tutorial.feature.explain.local import (
+from codebook_tutorial.feature.explain.local import LocalLMExplainer
+from codebook_tutorial.feature.explain.prompts import (
     SHOTS,
-    LocalLMExplainer,
+    clean_phrase,
+    escape_token,
     explain_messages,
     judge_messages,
     simulate_messages,
+    token_lines,
 )
 from codebook_tutorial.feature.explain.protocol import Fragment
 
@@ -37,14 +40,14 @@ FEATURE = [Fragment(["a", " storm", " came", " in", " the", " night"], [0, 10, 0
 # ---- prompts
 def test_a_line_stays_a_line():
     tokens = ["\t", "\n", "\\t", "\\", "\r\n", " ", "\x0b\u2028", "t"]
-    lines = explainers.token_lines(tokens, range(8)).split("\n")
+    lines = token_lines(tokens, range(8)).split("\n")
     assert (
         len(lines) == 8
         and all(line.count("\t") == 1 for line in lines)
         and len({line.split("\t")[0] for line in lines}) == 8
     )
     with pytest.raises(ValueError):
-        explainers.token_lines(["a", "b"], [1])
+        token_lines(["a", "b"], [1])
 
 
 @pytest.mark.parametrize(
@@ -325,7 +328,7 @@ def test_the_prompt_reads_as_written(kind, chat):
     explainer = LocalLMExplainer(*local(kind, chat=chat))
     tokens = [t for t in TOKENS if kind != "letters" or t.isascii()]
     ids, slots = explainer._prompt("why", tokens)
-    lines = [explainers.escape_token(t) + "\t" for t in tokens]
+    lines = [escape_token(t) + "\t" for t in tokens]
     text = tok.decode(ids)
     assert (
         text.endswith(
@@ -400,8 +403,7 @@ def test_explain_is_greedy_and_takes_the_first_line(chat):
         for _ in range(12):
             ids.append(model(torch.tensor([ids])).logits[0, -1].argmax().item())
         assert (
-            got == explainers.clean_phrase(tok.decode(ids[-12:], skip_special_tokens=True))
-            and "\n" not in got
+            got == clean_phrase(tok.decode(ids[-12:], skip_special_tokens=True)) and "\n" not in got
         )
 
 
@@ -418,7 +420,7 @@ def test_the_first_line_of_an_answer():
         ("Okay, hm\n</think>\n\nmonths", "months"),
         ('"', '"'),
     ]:
-        assert explainers.clean_phrase(text) == phrase
+        assert clean_phrase(text) == phrase
 
 
 def test_a_prompt_too_long_says_so_and_the_mode_is_left_as_it_was():
@@ -626,7 +628,7 @@ def files(tmp_path):
 
 
 def written(tokens):
-    return [float(number(explainers.escape_token(t))) for t in tokens]
+    return [float(number(escape_token(t))) for t in tokens]
 
 
 ASK = [("ten", TOKENS)]
@@ -646,7 +648,7 @@ def test_what_goes_over_the_wire_and_comes_back(tmp_path):
             model="m", messages=explain_messages(feature), max_tokens=100, seed=3
         )
     for (why, tokens), request in zip(MANY, api.asked[6:]):
-        assert request.pop("max_tokens") >= len(explainers.token_lines(tokens))
+        assert request.pop("max_tokens") >= len(token_lines(tokens))
         assert request == dict(
             model="m",
             messages=simulate_messages(why, tokens),
@@ -770,7 +772,7 @@ def test_waits_as_long_as_it_is_told(tmp_path):
             at(api, tmp_path / "2").explain(FEATURES[:1])
         assert len(api.asked) == 1
     soon = time.strftime("%a, %d %b %Y %H:%M:%S GMT", time.gmtime(time.time() + 60))
-    assert 50 < endpoint._seconds(soon) <= 60
+    assert 50 < wire.wait_seconds(soon) <= 60
     for value, seconds in [
         (None, 0),
         ("2", 2),
@@ -780,18 +782,17 @@ def test_waits_as_long_as_it_is_told(tmp_path):
         ("nan", 0),
         ("Wed, 01 Jan 2020 00:00:00", 0),
     ]:
-        assert endpoint._seconds(value) == seconds
+        assert wire.wait_seconds(value) == seconds
 
 
 def test_waits_longer_each_time_and_never_the_same():
-    explainer = APIExplainer("m", backoff=0.5)
     for n in range(1, 6):
-        waits = [explainer._delay(n) for _ in range(50)]
+        waits = [wire.delay(n, 0.5) for _ in range(50)]
         assert (
             0.25 * 2 ** (n - 1) <= min(waits) < max(waits) <= 0.75 * 2 ** (n - 1)
             and len(set(waits)) > 40
         )
-    assert explainer._delay(30) <= explainer.LONGEST and explainer._delay(1, after=7.0) == 7.0
+    assert wire.delay(30, 0.5) <= wire.LONGEST and wire.delay(1, 0.5, after=7.0) == 7.0
 
 
 def test_gives_up_after_so_many_retries(tmp_path):
@@ -829,8 +830,11 @@ def test_refusals_are_final(status, says, tmp_path):
 
 
 def test_what_a_refusal_says_and_whether_it_may_pass():
-    explainer = APIExplainer("m")
-    says = lambda *refusal: (lambda t: (t.kind, t.says))(explainer._refusal(*refusal))
+
+    def says(*refusal):
+        trouble = wire.refusal(*refusal, host="h", model="m")
+        return trouble.kind, trouble.says
+
     assert (
         "top_logprobs=0 asks for no log-probabilities"
         in says(400, "logprobs are not supported", 0.0)[1]
@@ -874,7 +878,7 @@ def test_a_useless_answer_is_asked_again_and_then_named_and_the_others_are_kept(
             match=r"'why 1': expected a token, a tab and a number 0..10 on each line, got 'no number'.* 5 of 6 answers are done",
         ):
             explainer.simulate(MANY)
-        assert len(api.asked) == 5 + 1 + explainer.BAD_ANSWERS and len(files(tmp_path)) == 5
+        assert len(api.asked) == 5 + 1 + wire.BAD_ANSWERS and len(files(tmp_path)) == 5
         api.faults = []
         assert len(explainer.simulate(MANY)) == 6 and len(api.asked) == 9
     for text, says in [
@@ -886,21 +890,19 @@ def test_a_useless_answer_is_asked_again_and_then_named_and_the_others_are_kept(
         ("x" * 999, "xxx ..."),
     ]:
         with pytest.raises(ValueError) as e:
-            endpoint._read_numbers(dict(text=text, tokens=None), ["x", "y"])
+            answers.read_numbers(dict(text=text, tokens=None), ["x", "y"])
         assert says in str(e.value) and len(str(e.value)) < 300
     for text in ("x\t1\ny\t2.5\n", "```\nx\t1\ny\t2.5\n```", "<think>\n3\n</think>\n1\n\n2.5\r\n"):
-        assert endpoint._read_numbers(dict(text=text, tokens=None), ["x", " y"]) == (
+        assert answers.read_numbers(dict(text=text, tokens=None), ["x", " y"]) == (
             [1.0, 2.5],
             None,
         )
-    assert endpoint._read_numbers(dict(text="```\t1\n\\n\t2.5", tokens=None), ["```", "\n"])[0] == [
+    assert answers.read_numbers(dict(text="```\t1\n\\n\t2.5", tokens=None), ["```", "\n"])[0] == [
         1.0,
         2.5,
     ]
     with pytest.raises(ValueError, match="expected a line for 'b', got one for 'c'"):
-        endpoint._read_numbers(
-            dict(text="a\t0\nc\t9\nd\t0\nd\t0", tokens=None), ["a", "b", "c", "d"]
-        )
+        answers.read_numbers(dict(text="a\t0\nc\t9\nd\t0\nd\t0", tokens=None), ["a", "b", "c", "d"])
 
 
 @pytest.mark.parametrize("workers", [1, 4])
@@ -1037,10 +1039,10 @@ def test_no_key_says_where_it_belongs(tmp_path):
         ("https://example.com/v1", False),
         ("http://10.0.0.1/v1", False),
     ]:
-        assert endpoint._loopback(endpoint.urlsplit(url).hostname) == here
+        assert wire.is_loopback(wire.urlsplit(url).hostname) == here
         if not here:
             with pytest.raises(ValueError, match="no key for"):
-                APIExplainer("m", url, tmp_path)._client()
+                wire.open_client(url, 60.0)
     with Endpoint() as api:
         at(api, tmp_path).explain(FEATURES[:1])
         assert api.keys == ["Bearer none"]
@@ -1268,8 +1270,8 @@ def test_a_judge_behind_an_address(tmp_path):
         text='"Yes"', tokens=[[1, {"no": 0.001}], [3, {"yes": 0.99, "no": 0.01}], [1, {}]]
     )
     assert (
-        endpoint._read_yes(quoted) == pytest.approx(0.99)
-        and endpoint._read_yes(dict(text="<think>no</think>\n\nYes.", tokens=None)) == 1.0
+        answers.read_yes(quoted) == pytest.approx(0.99)
+        and answers.read_yes(dict(text="<think>no</think>\n\nYes.", tokens=None)) == 1.0
     )
     with Endpoint(*[json.dumps(body(["perhaps"])).encode()] * 9) as api:
         with pytest.raises(ValueError, match="expected yes or no, got 'perhaps'"):

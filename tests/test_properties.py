@@ -19,7 +19,8 @@ from scipy import stats
 from codebook_tutorial import show
 from codebook_tutorial.core import jsd, seeded
 from codebook_tutorial.dictionary.base import Directions, fvu
-from codebook_tutorial.dictionary.baselines import overlap, pca, pursue
+from codebook_tutorial.dictionary.base import overlap
+from codebook_tutorial.dictionary.baselines import pca, pursue
 from codebook_tutorial.dictionary.codebook import Codebook
 from codebook_tutorial.dictionary.kinds import KINDS
 from codebook_tutorial.dictionary.kmeans import kmeans, nearest

@@ -54,7 +54,7 @@ def test_blank_models_are_as_large_as_the_published_ones(name, parameters):
 def test_a_count_without_computing_is_that_of_the_real_run(codes, train):
     found = {}
     for where in ("meta", "cpu"):
-        model = blank(*SMALL, where=where)
+        model = blank(*SMALL, device=where)
         if codes:
             model = add_codebooks(model, ["heads.*", "mlp.*"], **codes)
         found[where] = count(one_pass(model, 2, 32, train=train))

@@ -127,7 +127,11 @@ def test_purity_counts_codes_in_one_situation():
 
 def test_modal_codes_are_the_most_frequent(cb):
     ids = FSM.sample(60, 64, seeded(1))
-    table, codes, labels = modal_codes(cb, ids), record_codes(cb, ids, rows=7), situation_labels(ids)
+    table, codes, labels = (
+        modal_codes(cb, ids),
+        record_codes(cb, ids, rows=7),
+        situation_labels(ids),
+    )
     for site, g in (("mlp.1", 0), ("heads.0", 1)):
         assert table[site].shape == (1100, len(cb.codebooks[site].weight), 1)
         for situation in (17, 42, 100 + 10 * 17 + int(FSM.successors[17, 0]) // 10):

@@ -225,7 +225,7 @@ def test_the_language_is_the_one_the_model_was_trained_on():
         np.concatenate([s.ids for s in islice(stories(0), 2000)]).astype("<i4").tobytes()
     ).hexdigest()
     assert digest[:16] == DIGEST, (
-        "the grammar or the teller changed: train the shipped model anew (scripts/make_stories.py), then change this"
+        "the grammar or the teller changed: train the shipped model anew (data/make_stories.py), then change this"
     )
 
 

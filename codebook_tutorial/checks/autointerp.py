@@ -19,6 +19,7 @@ def check_to_integers(to_integers):
     "Exercise 09.1."
     acts, top = torch.tensor([-2.0, 0.0, 0.5, 1.3, 3.9, 4.0, 6.0]), 4.0
     scaled = 10 * acts / top
+    largest = 10 * acts.clamp(min=0) / acts.max()
     return check(
         lambda: to_integers(acts, top),
         scaled.clamp(min=0).floor().clamp(max=10),
@@ -27,9 +28,7 @@ def check_to_integers(to_integers):
             "negative activations are 0": scaled.floor().clamp(max=10),
             "at most 10": scaled.clamp(min=0).floor(),
             "integers: round down": scaled.clamp(0, 10),
-            "`top` becomes 10, not the largest of these": (
-                10 * acts.clamp(min=0) / acts.max()
-            ).floor(),
+            "`top` becomes 10, not the largest of these": largest.floor(),
             "from 0 to 10, not to 1": (acts.clamp(min=0) / top).clamp(max=1),
             "a negative activation is 0, not its size": scaled.abs().floor().clamp(max=10),
         },
@@ -40,7 +39,12 @@ def check_split_top(split_top):
     "Exercise 09.2."
     peaks = torch.rand(60, generator=seeded(0))
     order = peaks.argsort(descending=True)
-    together = lambda a, b: torch.cat([a, b])
+    weakest = order.flip(0)
+    explain = order[0:20:4]
+    score = order[2:20:4]
+
+    def together(a, b):
+        return torch.cat([a, b])
 
     def mine():
         a, b = split_top(peaks)
@@ -48,19 +52,15 @@ def check_split_top(split_top):
 
     return check(
         mine,
-        together(order[0:20:4], order[2:20:4]),
+        together(explain, score),
         {
-            "those are the weakest: sort downwards": together(
-                order.flip(0)[0:20:4], order.flip(0)[2:20:4]
-            ),
+            "those are the weakest: sort downwards": together(weakest[0:20:4], weakest[2:20:4]),
             "only the first twenty ranks": together(order[0::4], order[2::4]),
-            "the two are exchanged": together(order[2:20:4], order[0:20:4]),
+            "the two are exchanged": together(score, explain),
             "alternate: 0, 4, 8, .. and 2, 6, 10, ..": together(order[:5], order[5:10]),
             "every fourth, from 0 and from 2": together(order[0:20:2], order[1:20:2]),
-            "fragment numbers, not their peaks": together(
-                peaks[order[0:20:4]], peaks[order[2:20:4]]
-            ),
-            "from rank 2, not 1": together(order[0:20:4], order[1:20:4]),
+            "fragment numbers, not their peaks": together(peaks[explain], peaks[score]),
+            "from rank 2, not 1": together(explain, order[1:20:4]),
         },
     )
 
@@ -70,47 +70,51 @@ def check_pooled_r(pooled_r):
     draw = seeded(1)
     true = [torch.rand(n, generator=draw) * top for n, top in ((5, 10.0), (9, 1.0), (7, 4.0))]
     simulated = [t * 0.5 + torch.rand(len(t), generator=draw) * 3 for t in true]
-    r = lambda a, b: torch.corrcoef(torch.stack([a, b]))[0, 1]
+
+    def r(a, b):
+        return torch.corrcoef(torch.stack([a, b]))[0, 1]
+
     a, b = torch.cat(true), torch.cat(simulated)
+    single = torch.stack([r(s, t) for s, t in zip(true, simulated)])
+    means = [torch.stack([t.mean() for t in some]) for some in (true, simulated)]
     return check(
         lambda: pooled_r(true, simulated),
         r(a, b),
         {
-            "over all tokens together, not the mean of each fragment's r": torch.stack(
-                [r(s, t) for s, t in zip(true, simulated)]
-            ).mean(),
+            "over all tokens together, not the mean of each fragment's r": single.mean(),
             "r, not its square": r(a, b) ** 2,
             "centre both first: that is a cosine": torch.cosine_similarity(a, b, dim=0),
             "that is the covariance: divide by both spreads": torch.cov(torch.stack([a, b]))[0, 1],
             "one number: the entry beside the diagonal": torch.corrcoef(torch.stack([a, b])),
-            "means of fragments are not tokens": r(
-                torch.stack([t.mean() for t in true]), torch.stack([t.mean() for t in simulated])
-            ),
+            "means of fragments are not tokens": r(*means),
         },
     )
 
 
 def check_expected_strength(expected_strength):
     "Exercise 09.4."
-    p, zero = torch.tensor([0.3, 0.2, 0.05, 0.05, 0.02, 0.03, 0.02, 0.02, 0.05, 0.06]), 0.4
+    p = torch.tensor([0.3, 0.2, 0.05, 0.05, 0.02, 0.03, 0.02, 0.02, 0.05, 0.06])
+    zero = 0.4
     ten = p[1] * zero
-    right = torch.cat([p[:1], (p[1] - ten)[None], p[2:], ten[None]])
-    mean = lambda q: (q * torch.arange(len(q))).sum() / q.sum()
+    one = (p[1] - ten)[None]
+    right = torch.cat([p[:1], one, p[2:], ten[None]])
+    exchanged = torch.cat([p[:1], ten[None], p[2:], one])
+    sum_only = (right * torch.arange(11)).sum()
+
+    def mean(q):
+        return (q * torch.arange(len(q))).sum() / q.sum()
+
     return check(
         lambda: expected_strength(p.clone(), zero),
         mean(right),
         {
             "the number 1 loses what goes to 10": mean(torch.cat([p, ten[None]])),
             "10 is there, too: P(1) P(0 | 1)": mean(p),
-            "renormalise: other tokens have some of the probability": (
-                right * torch.arange(11)
-            ).sum(),
+            "renormalise: other tokens have some of the probability": sum_only,
             "P(0 | 1) counts only where a 1 is written": mean(torch.cat([p, torch.tensor([zero])])),
             "the 0 of a 10 is not the number 0": mean(torch.cat([p[:1] * zero, p[1:]])),
             "the expectation, not the most likely number": right.argmax().float(),
-            "of p[1] the share p_zero is the 10, the rest the 1": mean(
-                torch.cat([p[:1], ten[None], p[2:], (p[1] - ten)[None]])
-            ),
+            "of p[1] the share p_zero is the 10, the rest the 1": mean(exchanged),
         },
     )
 
@@ -120,12 +124,27 @@ def check_answer_09_5(answer):
     return check_choice(
         answer,
         "a",
-        "yes: directions that know nothing get explanations as well, and fit their top fragments; only the distance to them is worth anything",
-        {
-            "b": "it might raise the number, of features and of random directions alike: compared with what?",
-            "c": "that makes the number more exact, and as flattering as before: top fragments are where a feature is most like itself",
+        "yes: directions that know nothing get explanations as well, and fit their top "
+        "fragments; only the distance to them is worth anything",
+        why_not={
+            "b": (
+                "it might raise the number, of features and of random "
+                "directions alike: compared with what?"
+            ),
+            "c": (
+                "that makes the number more exact, and as flattering as before: top "
+                "fragments are where a feature is most like itself"
+            ),
         },
     )
+
+
+def _by_place(fragments, where):  # -> {word: activations} where it holds, and elsewhere
+    there, elsewhere = {}, {}
+    for tokens, acts in fragments:
+        for i, (w, a) in enumerate(zip(tokens, acts)):
+            (there if where(tokens, i) else elsewhere).setdefault(w, []).append(a)
+    return there, elsewhere
 
 
 def check_after_word(after_word):
@@ -138,20 +157,16 @@ def check_after_word(after_word):
     ]
 
     def found(where, better=lambda a, b: a > b, alone=True):
-        there, elsewhere = {}, {}
-        for tokens, acts in fragments:
-            for i, (w, a) in enumerate(zip(tokens, acts)):
-                (there if where(tokens, i) else elsewhere).setdefault(w, []).append(a)
-        return " ".join(
-            sorted(
-                w
-                for w in there
-                if (alone or w in elsewhere)
-                and better(np.mean(there[w]), np.mean(elsewhere.get(w, [0.0])))
-            )
-        )
+        there, elsewhere = _by_place(fragments, where)
+        words = [w for w in there if alone or w in elsewhere]
+        pairs = {w: (np.mean(there[w]), np.mean(elsewhere.get(w, [0.0]))) for w in words}
+        return " ".join(sorted(w for w, (a, b) in pairs.items() if better(a, b)))
 
-    after = lambda tokens, i: i > 0 and tokens[i - 1] == "to"
+    def after(tokens, i):
+        return i > 0 and tokens[i - 1] == "to"
+
+    def before(tokens, i):
+        return i + 1 < len(tokens) and tokens[i + 1] == "to"
 
     def mine():
         got = after_word(fragments, "to")
@@ -165,9 +180,7 @@ def check_after_word(after_word):
                 after, alone=False
             ),
             "above, not at least as high": found(after, lambda a, b: a >= b),
-            "the words after `before`, not before it": found(
-                lambda tokens, i: i + 1 < len(tokens) and tokens[i + 1] == "to"
-            ),
+            "the words after `before`, not before it": found(before),
             "their mean there must be above that elsewhere": found(after, lambda a, b: True),
             "the other way round": found(after, lambda a, b: a < b),
         },

@@ -17,22 +17,20 @@ from .core import check, check_choice
 
 def check_principal(principal):
     "Exercise 08.1."
-    x, n = (
-        torch.randn(300, 5, generator=seeded(0))
-        * torch.tensor([1.0, 5, 2, 0.5, 3])
-        @ torch.linalg.qr(torch.randn(5, 5, generator=seeded(1)))[0]
-        + 4,
-        3,
-    )
-    V = lambda x: torch.linalg.svd(x, full_matrices=False)[2]
-    own, raw = V(x - x.mean(0)), V(x)
-    like = lambda D: D.T @ D if D.shape[-1] == 5 else D  # the signs do not matter
+    spread = torch.tensor([1.0, 5, 2, 0.5, 3])
+    turn = torch.linalg.qr(torch.randn(5, 5, generator=seeded(1)))[0]
+    x = torch.randn(300, 5, generator=seeded(0)) * spread @ turn + 4
+    n = 3
+    _, sizes, own = torch.linalg.svd(x - x.mean(0), full_matrices=False)
+    raw = torch.linalg.svd(x, full_matrices=False)[2]
+
+    def outer(D):  # the signs do not matter
+        return torch.cat([d[:, None] * d for d in D])
 
     def mine():
         D = principal(x, n)
-        return torch.cat([d[:, None] * d for d in D]) if D.shape == (n, 5) else D
+        return outer(D) if D.shape == (n, 5) else D
 
-    outer = lambda D: torch.cat([d[:, None] * d for d in D])
     return check(
         mine,
         outer(own[:n]),
@@ -41,9 +39,7 @@ def check_principal(principal):
             "those are the smallest: eigh sorts upwards": outer(own.flip(0)[:n]),
             "transposed: one direction a row": own[:n].T,
             "all of them: only the first n": own,
-            "rows of length 1": outer(
-                torch.linalg.svd(x - x.mean(0), full_matrices=False)[1][:n, None] * own[:n]
-            ),
+            "rows of length 1": outer(sizes[:n, None] * own[:n]),
         },
     )
 
@@ -70,9 +66,9 @@ def check_best_cosine(best_cosine):
 
 def check_tail_up(tail_up):
     "Exercise 08.3."
-    f = torch.rand(400, 4, generator=seeded(0)).log().neg() * torch.tensor(
-        [1.0, -1, 1, -1]
-    ) + torch.tensor([-6.0, 6, 0, 0])
+    sign = torch.tensor([1.0, -1, 1, -1])
+    mean = torch.tensor([-6.0, 6, 0, 0])
+    f = torch.rand(400, 4, generator=seeded(0)).log().neg() * sign + mean
     skew = ((f - f.mean(0)) ** 3).mean(0).sign()
     return check(
         lambda: tail_up(f),
@@ -94,7 +90,10 @@ def check_auroc(auroc):
     v = (torch.randn(60, generator=seeded(0)) * 2).round()
     truth = torch.rand(60, generator=seeded(1)) < torch.sigmoid(v)
     gap = v[truth][:, None] - v[~truth]
-    want = ((gap > 0).float() + 0.5 * (gap == 0)).mean()
+    wins = (gap > 0).float() + 0.5 * (gap == 0)
+    want = wins.mean()
+    any_two = v[:, None] - v
+    any_wins = (any_two > 0).float() + 0.5 * (any_two == 0)
     return check(
         lambda: auroc(v, truth),
         want,
@@ -103,10 +102,8 @@ def check_auroc(auroc):
             "equal values count one half, not one": (gap >= 0).float().mean(),
             "the wrong way round": 1 - want,
             "that is an accuracy at one threshold": ((v > v.mean()) == truth).float().mean(),
-            "that is how many pairs, not their share": ((gap > 0).float() + 0.5 * (gap == 0)).sum(),
-            "pairs of one token of each kind, not of any two": (
-                ((v[:, None] - v) > 0).float() + 0.5 * ((v[:, None] - v) == 0)
-            ).mean(),
+            "that is how many pairs, not their share": wins.sum(),
+            "pairs of one token of each kind, not of any two": any_wins.mean(),
             "that is the difference of the means": gap.mean(),
         },
     )
@@ -117,45 +114,50 @@ def check_answer_08_5(answer):
     return check_choice(
         answer,
         "b",
-        "yes: the best of 16,000 is compared with the best of 768; only as many directions that know nothing say what the number itself is worth",
-        {
-            "a": "more concepts make the shares more exact, but each still compares the best of 16,000 with the best of 768",
-            "c": "variance says how well states are rebuilt, not whether a feature fits a concept; how many features were there to choose from?",
+        "yes: the best of 16,000 is compared with the best of 768; only as many "
+        "directions that know nothing say what the number itself is worth",
+        why_not={
+            "a": (
+                "more concepts make the shares more exact, but each still "
+                "compares the best of 16,000 with the best of 768"
+            ),
+            "c": (
+                "variance says how well states are rebuilt, not whether a feature fits a "
+                "concept; how many features were there to choose from?"
+            ),
         },
     )
 
 
 def check_held_out_f1(held_out_f1):
     "Exercise 08.6."
-    v = torch.cat(
-        [torch.randn(40, generator=seeded(2)), torch.randn(40, generator=seeded(4)) + 0.7]
-    )
-    truth = torch.cat(
-        [
-            torch.rand(40, generator=seeded(5)) < torch.sigmoid(2 * v[:40]),
-            torch.rand(40, generator=seeded(1)) < torch.sigmoid(2 * v[40:] - 2),
-        ]
-    )
-    f1 = lambda fires, true: 2 * (fires & true).sum() / (fires.sum() + true.sum())
     n = 40
+    v = torch.cat([torch.randn(n, generator=seeded(2)), torch.randn(n, generator=seeded(4)) + 0.7])
+    early = torch.rand(n, generator=seeded(5)) < torch.sigmoid(2 * v[:n])
+    late = torch.rand(n, generator=seeded(1)) < torch.sigmoid(2 * v[n:] - 2)
+    truth = torch.cat([early, late])
 
-    def best(v, truth, at=lambda v, t: v >= t, by=f1):
-        return max(v.unique(), key=lambda t: by(at(v, t), truth))
+    def f1(fires, true):
+        return 2 * (fires & true).sum() / (fires.sum() + true.sum())
 
-    t = best(v[:n], truth[:n])
+    def best(v, truth):
+        return max(v.unique(), key=lambda t: f1(v >= t, truth))
+
+    t = best(v[:n], early)
+    fires = v[n:] >= t
     return check(
         lambda: held_out_f1(v, truth),
-        f1(v[n:] >= t, truth[n:]),
+        f1(fires, late),
         {
-            "that is the score where the threshold was chosen": f1(v[:n] >= t, truth[:n]),
-            "the threshold was chosen on all tokens": f1(v[n:] >= best(v, truth), truth[n:]),
+            "that is the score where the threshold was chosen": f1(v[:n] >= t, early),
+            "the threshold was chosen on all tokens": f1(v[n:] >= best(v, truth), late),
             "the threshold was chosen on the second half, where it is scored": f1(
-                v[n:] >= best(v[n:], truth[n:]), truth[n:]
+                v[n:] >= best(v[n:], late), late
             ),
             "scored on all tokens": f1(v >= t, truth),
-            "that is an accuracy": ((v[n:] >= t) == truth[n:]).float().mean(),
-            "that is the precision": (truth[n:] & (v[n:] >= t)).sum() / (v[n:] >= t).sum(),
-            "that is the recall": (truth[n:] & (v[n:] >= t)).sum() / truth[n:].sum(),
+            "that is an accuracy": (fires == late).float().mean(),
+            "that is the precision": (late & fires).sum() / fires.sum(),
+            "that is the recall": (late & fires).sum() / late.sum(),
             "that is the threshold": t,
         },
     )

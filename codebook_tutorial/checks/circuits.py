@@ -18,12 +18,10 @@ from .core import check, check_choice
 def check_ablate_feature(ablate_feature):
     "Exercise 11.1."
     draw = seeded(0)
-    x, e, d, b = (
-        torch.randn(8, 5, generator=draw),
-        torch.tensor([0.9, 0.3, 0.3, 0.0, 0.2]),
-        torch.tensor([0.6, 0.8, 0.0, 0.0, 0.0]),
-        -0.2,
-    )
+    x = torch.randn(8, 5, generator=draw)
+    e = torch.tensor([0.9, 0.3, 0.3, 0.0, 0.2])
+    d = torch.tensor([0.6, 0.8, 0.0, 0.0, 0.0])
+    b = -0.2
     ways = (d, -d)  # the second cannot be taken out
 
     def right(c=lambda pre: pre.relu(), slope=lambda d: e @ d, guard=True):
@@ -45,9 +43,8 @@ def check_ablate_feature(ablate_feature):
                 slope=lambda d: 1.0
             ),
             "only where it is active: the pre-activation cut to 0": right(c=lambda pre: pre),
-            "if e.d is not positive, one would have to add more of d: leave the states alone": right(
-                guard=False
-            ),
+            "if e.d is not positive, one would have to add more "
+            "of d: leave the states alone": right(guard=False),
             "the bias belongs to the pre-activation": right(c=lambda pre: (pre - b).relu()),
             "that is d.d; what is read is e.x": right(slope=lambda d: d @ d),
             "go back along d, not along e": torch.cat(
@@ -63,7 +60,10 @@ def check_child_effect(child_effect):
         (torch.tensor([4.0, 1.0, 0.1]), torch.tensor([1.0, 0.9, 0.1])),
         (torch.tensor([2.0, 2.0]), torch.tensor([3.0, 2.5])),
     ]
-    of = lambda fn: torch.tensor([float(fn(a, b)) for a, b in pairs])
+
+    def of(fn):
+        return torch.tensor([float(fn(a, b)) for a, b in pairs])
+
     right = of(lambda a, b: 1 - b.sum() / a.sum())
     return check(
         lambda: of(child_effect),
@@ -82,11 +82,9 @@ def check_child_effect(child_effect):
 def check_proposed_effects(proposed_effects):
     "Exercise 11.3."
     draw = seeded(1)
-    g, amounts, moves = (
-        torch.randn(3, 4, 5, generator=draw),
-        torch.rand(3, 4, 6, generator=draw),
-        torch.randn(6, 5, generator=draw),
-    )
+    g = torch.randn(3, 4, 5, generator=draw)
+    amounts = torch.rand(3, 4, 6, generator=draw)
+    moves = torch.randn(6, 5, generator=draw)
     right = (amounts * (g @ moves.T)).sum((0, 1))
     return check(
         lambda: proposed_effects(g, amounts, moves),
@@ -140,12 +138,13 @@ def check_same_words(same_words):
 def check_as_long(as_long):
     "Exercise 11.5."
     draw = seeded(3)
-    own, wanted = (
-        torch.randn(3, 4, 3, generator=draw),
-        3 * torch.randn(3, 4, 3, generator=draw) * torch.tensor([1.0, 4.0, 2.0])[:, None, None],
-    )
+    own = torch.randn(3, 4, 3, generator=draw)
+    wanted = 3 * torch.randn(3, 4, 3, generator=draw) * torch.tensor([1.0, 4.0, 2.0])[:, None, None]
     own[2] = 0
-    n = lambda edits: edits.norm(dim=-1, keepdim=True)
+
+    def n(edits):
+        return edits.norm(dim=-1, keepdim=True)
+
     return check(
         lambda: as_long(own.clone(), wanted.clone()),
         own * n(wanted).sum(1, keepdim=True) / n(own).sum(1, keepdim=True).clamp(min=1e-6),
@@ -176,20 +175,25 @@ def check_answer_11_6(answer):
         answer,
         "b",
         "right: its margin shrinks, the answer stays; without what lies below it the margin turns",
-        {
-            "a": "Where it is strong, ) follows far more often than elsewhere, on text that did not choose it, and without it the margin of ) shrinks. It has to do with parentheses; the answer does not hang by it alone.",
-            "c": "Taking a few features of the layers before out takes the answer away, and as many others with edits as long mostly do not: features carry it.",
+        why_not={
+            "a": (
+                "Where it is strong, ) follows far more often than elsewhere, on text that did "
+                "not choose it, and without it the margin of ) shrinks. It has to do with "
+                "parentheses; the answer does not hang by it alone."
+            ),
+            "c": (
+                "Taking a few features of the layers before out takes the answer away, and as many "
+                "others with edits as long mostly do not: features carry it."
+            ),
         },
     )
 
 
 def check_comes_next(comes_next):
     "Exercise 11.7."
-    ids, tokens, pad = (
-        torch.tensor([[5, 2, 3, 2, 0, 0], [2, 4, 7, 4, 2, 9], [9, 7, 2, 2, 7, 0]]),
-        [2, 7],
-        0,
-    )
+    ids = torch.tensor([[5, 2, 3, 2, 0, 0], [2, 4, 7, 4, 2, 9], [9, 7, 2, 2, 7, 0]])
+    tokens = [2, 7]
+    pad = 0
 
     def found(shift=-1, last=True, some=tokens, own=True):
         out = torch.isin(ids.roll(shift, 1), torch.tensor(some))

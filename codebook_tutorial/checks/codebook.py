@@ -14,13 +14,12 @@ import torch.nn.functional as F
 
 from codebook_tutorial.core import seeded
 
-from .core import Verdict, check, check_choice
+from .core import check, check_choice
 
 
-def _data():
-    return torch.randn(40, 6, generator=seeded(0)), torch.randn(
-        15, 6, generator=seeded(1)
-    ) * torch.linspace(0.3, 3, 15)[:, None]
+def _data():  # x, codes of different lengths
+    codes = torch.randn(15, 6, generator=seeded(1)) * torch.linspace(0.3, 3, 15)[:, None]
+    return torch.randn(40, 6, generator=seeded(0)), codes
 
 
 def check_choose_codes(choose_codes):
@@ -28,18 +27,16 @@ def check_choose_codes(choose_codes):
     x, codes = _data()
     unit = F.normalize(codes, dim=-1)
     score = F.normalize(x, dim=-1) @ unit.T
+    dots = x @ codes.T
+    nearest = torch.cdist(x, codes).topk(3, largest=False).indices
     return check(
         lambda: choose_codes(x, codes, 3),
         score.topk(3).indices,
         {
-            "that is the plain dot product: long codes win; normalise them": (x @ codes.T)
-            .topk(3)
-            .indices,
+            "that is the plain dot product: long codes win; normalise them": dots.topk(3).indices,
             "those are the *farthest* codes": score.topk(3, largest=False).indices,
             "topk returns values and indices: the ids are .indices": score.topk(3).values,
-            "that is the nearest by distance, not by angle": torch.cdist(x, codes)
-            .topk(3, largest=False)
-            .indices,
+            "that is the nearest by distance, not by angle": nearest,
         },
     )
 
@@ -68,9 +65,8 @@ def check_pass_through(pass_through):
         y = fn(x, out)
         if y.requires_grad:
             (y * torch.tensor([1.0, 2.0, 3.0])).sum().backward()
-        return torch.stack(
-            [y.detach(), *(torch.zeros(2, 3) if t.grad is None else t.grad for t in (x, out))]
-        )
+        grads = [torch.zeros(2, 3) if t.grad is None else t.grad for t in (x, out)]
+        return torch.stack([y.detach(), *grads])
 
     return check(
         lambda: grads(pass_through),
@@ -100,8 +96,9 @@ def check_dead_share(dead_share):
             "that is the share that *is* used": alive,
             "you counted; a share is wanted": 50 - len(ids.unique()),
             "you looked at the first code of each token only": 1 - len(ids[:, 0].unique()) / 50,
-            "codes above the largest id seen are dead too: divide by n_codes": 1
-            - len(ids.unique()) / int(ids.max() + 1),
+            "codes above the largest id seen are dead too: divide by n_codes": (
+                1 - len(ids.unique()) / int(ids.max() + 1)
+            ),
         },
     )
 
@@ -117,7 +114,13 @@ def check_residual_ids(residual_ids):
             left = left - codes[ids[-1]] if subtract else left
         return torch.stack(ids, -1)
 
-    near = lambda left: torch.cdist(left, codes).argmin(-1)
+    def near(left):
+        return torch.cdist(left, codes).argmin(-1)
+
+    def by_angle(left):
+        return (F.normalize(left, dim=-1) @ F.normalize(codes, dim=-1).T).argmax(-1)
+
+    nearest = torch.cdist(x, codes).topk(3, largest=False).indices
     return check(
         lambda: residual_ids(x, codes, 3),
         run(near),
@@ -125,12 +128,8 @@ def check_residual_ids(residual_ids):
             "the same code three times: subtract the chosen one before you choose again": run(
                 near, False
             ),
-            "those are the three nearest to x; choose for what is *left*": torch.cdist(x, codes)
-            .topk(3, largest=False)
-            .indices,
-            "you chose by angle; residual selection goes by distance": run(
-                lambda left: (F.normalize(left, dim=-1) @ F.normalize(codes, dim=-1).T).argmax(-1)
-            ),
+            "those are the three nearest to x; choose for what is *left*": nearest,
+            "you chose by angle; residual selection goes by distance": run(by_angle),
             "one row a token: stack along the last axis": run(near).T,
         },
     )
@@ -142,7 +141,7 @@ def check_answer_02_6(answer):
         answer,
         "a",
         "yes: one is variance at one place, the other the loss after books at four sites in a row",
-        {
+        why_not={
             "b": "0 is perfect and the mean predictor has 1; the held-out values are what they are",
             "c": "that may be so, but nothing in the two tables separates rare from common states",
         },

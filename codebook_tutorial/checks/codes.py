@@ -16,10 +16,8 @@ from .core import check, check_choice
 
 
 def _example(n=400, n_codes=12):
-    ids, noise = (
-        torch.randint(n_codes, (n,), generator=seeded(0)),
-        torch.rand(n, generator=seeded(1)),
-    )
+    ids = torch.randint(n_codes, (n,), generator=seeded(0))
+    noise = torch.rand(n, generator=seeded(1))
     meant = (
         noise < torch.tensor([0.95, 0.8, 0.6, 0.45, 0.3, 0.2, 0.1, 0.1, 0.05, 0.05, 0.0, 0.0])[ids]
     )
@@ -42,9 +40,8 @@ def check_precision_recall(precision_recall):
             "precision and recall are exchanged: precision divides by what fired": torch.tensor(
                 [r, p, f]
             ),
-            "that is the accuracy; the many tokens neither meant nor found would decide it": torch.tensor(
-                [(fires == meant).float().mean()] * 3
-            ),
+            "that is the accuracy; the many tokens neither "
+            "meant nor found would decide it": torch.tensor([(fires == meant).float().mean()] * 3),
             "F1 is the harmonic mean: 2 hits / (fired + meant)": torch.tensor([p, r, (p + r) / 2]),
             "without the 2, F1 never exceeds a half": torch.tensor([p, r, f / 2]),
         },
@@ -85,15 +82,17 @@ def check_touched(touched):
     "Exercise 06.3."
     ends = torch.tensor([3, 5, 6, 10, 14, 15, 20])
     begins, spans = torch.tensor([0, 3, 5, 6, 10, 14, 15]), [(4, 6), (10, 11), (16, 18)]
-    over = lambda fn: torch.stack([fn(a, b) for a, b in spans]).any(0).float()
+
+    def over(fn):
+        return torch.stack([fn(a, b) for a, b in spans]).any(0).float()
+
     right = over(lambda a, b: (begins < b) & (a < ends))
     return check(
         lambda: torch.as_tensor(touched(begins, ends, spans)).float(),
         right,
         {
-            "a token that ends where the span begins does not touch it, nor one that begins where it ends": over(
-                lambda a, b: (begins <= b) & (a <= ends)
-            ),
+            "a token that ends where the span begins does not touch "
+            "it, nor one that begins where it ends": over(lambda a, b: (begins <= b) & (a <= ends)),
             "you ask for tokens that lie inside a span; a token may be longer than it": over(
                 lambda a, b: (begins >= a) & (ends <= b)
             ),
@@ -111,19 +110,16 @@ def check_touched(touched):
 def check_held_out_best(held_out_best):
     "Exercise 06.4."
     ids, meant, n = _example()
-    half, at = (
-        len(ids) // 2,
-        lambda part, best: (
-            ((ids[part] == best) & meant[part]).sum() / (ids[part] == best).sum().clamp(min=1)
-        ),
-    )
+    half = len(ids) // 2
+
+    def at(part, best):
+        return ((ids[part] == best) & meant[part]).sum() / (ids[part] == best).sum().clamp(min=1)
+
     first, later, every = slice(None, half), slice(half, None), slice(None)
 
     def best(part, least):
-        hits, fires = (
-            torch.bincount(ids[part][meant[part]], minlength=n),
-            torch.bincount(ids[part], minlength=n),
-        )
+        hits = torch.bincount(ids[part][meant[part]], minlength=n)
+        fires = torch.bincount(ids[part], minlength=n)
         return torch.where(
             hits > least * meant[part].sum(), hits / fires.clamp(min=1), -1.0
         ).argmax()
@@ -148,8 +144,9 @@ def check_answer_06_5(answer):
     return check_choice(
         answer,
         "b",
-        "yes: the best of thirty thousand is better than the best of a thousand, whatever they are; with equal pools the difference is that of the kind",
-        {
+        "yes: the best of thirty thousand is better than the best of a thousand, whatever "
+        "they are; with equal pools the difference is that of the kind",
+        why_not={
             "a": "that makes sure of the 20 points, not of their reason",
             "c": "a fair question, too; but thirty thousand would still compete with one thousand",
         },
@@ -160,10 +157,8 @@ def check_best_set(best_set):
     "Exercise 06.6."
     ids, meant, n = _example()
     half = len(ids) // 2
-    fires, hits = (
-        torch.bincount(ids[:half], minlength=n),
-        torch.bincount(ids[:half][meant[:half]], minlength=n),
-    )
+    fires = torch.bincount(ids[:half], minlength=n)
+    hits = torch.bincount(ids[:half][meant[:half]], minlength=n)
     order = torch.where(fires > 0, hits / fires.clamp(min=1), -1.0).argsort(
         descending=True, stable=True
     )
@@ -196,7 +191,10 @@ def check_by_code(by_code):
     ids, n_codes = torch.randint(6, (30,), generator=seeded(2)), 8
     positions, count = ids.argsort(stable=True), torch.bincount(ids, minlength=n_codes)
     offsets = torch.cat([torch.zeros(1, dtype=torch.long), count.cumsum(0)])
-    both = lambda a, b: torch.cat([a, b])
+
+    def both(a, b):
+        return torch.cat([a, b])
+
     return check(
         lambda: both(*by_code(ids.clone(), n_codes)),
         both(positions, offsets),

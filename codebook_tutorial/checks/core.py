@@ -7,7 +7,8 @@ class Verdict:
     "What a check found: true if passed, with a message."
 
     def __init__(self, passed, message):
-        self.passed, self.message = passed, message
+        self.passed = passed
+        self.message = message
 
     def __bool__(self):
         return self.passed
@@ -20,6 +21,7 @@ def check(
     attempt,  # calls the learner's function and returns its answer
     right,  # the right answer: a tensor, number, string, ...
     mistakes: dict | None = None,  # message -> the answer that this mistake gives
+    *,
     praise: str = "right",
     tol: float = 1e-4,
 ) -> Verdict:
@@ -42,7 +44,13 @@ def check(
     return Verdict(False, f"not this: expected {brief(right)}, got {brief(got)}")
 
 
-def check_choice(answer, right: str, praise: str, why_not: dict) -> Verdict:
+def check_choice(
+    answer,  # returns the letter that the learner chose
+    right: str,
+    praise: str,
+    *,
+    why_not: dict,  # wrong letter -> the reason against it
+) -> Verdict:
     "Compare a chosen letter; a wrong one is answered with the reason against it."
     try:
         got = answer()
@@ -50,14 +58,10 @@ def check_choice(answer, right: str, praise: str, why_not: dict) -> Verdict:
         return Verdict(False, f"your code stopped with {type(e).__name__}: {e}")
     if got is None or got is ...:
         return Verdict(False, "nothing chosen yet: return one of the letters")
-    return Verdict(
-        got == right,
-        praise
-        if got == right
-        else why_not.get(
-            str(got), f"choose one of {', '.join(sorted([right, *why_not]))}, not {got!r}"
-        ),
-    )
+    if got == right:
+        return Verdict(True, praise)
+    letters = ", ".join(sorted([right, *why_not]))
+    return Verdict(False, why_not.get(str(got), f"choose one of {letters}, not {got!r}"))
 
 
 def tensor(v):
@@ -68,20 +72,24 @@ def tensor(v):
         return None
 
 
-def same(got, right, tol=1e-4) -> bool:
+def same(
+    got,
+    right,
+    tol: float = 1e-4,  # absolute and relative
+) -> bool:
     "Equal strings, or numbers and tensors equal within tol."
     if isinstance(right, (str, bool)) or isinstance(got, str):
         return got == right
     got, right = tensor(got), tensor(right)
     if got is None:
         return False
-    return got.shape == right.shape and torch.allclose(
-        got, right, atol=tol, rtol=tol, equal_nan=True
-    )
+    close = dict(atol=tol, rtol=tol, equal_nan=True)
+    return got.shape == right.shape and torch.allclose(got, right, **close)
 
 
 def brief(v) -> str:
     "A value in few characters."
     if torch.is_tensor(v) and v.numel() > 6:
-        return f"a tensor {list(v.shape)} starting {[round(float(x), 3) for x in v.flatten()[:4]]}"
+        first = [round(float(x), 3) for x in v.flatten()[:4]]
+        return f"a tensor {list(v.shape)} starting {first}"
     return str(v.tolist() if torch.is_tensor(v) else v)[:80]

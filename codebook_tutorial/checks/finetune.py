@@ -37,30 +37,25 @@ def check_most_bits(most_bits):
 
 def check_likeness(likeness_of):
     "Exercise 05.2."
-    codes, ids = (
-        torch.randn(12, 6, generator=seeded(0)) * torch.rand(12, 1, generator=seeded(1)) * 9,
-        torch.randint(12, (50, 3), generator=seeded(2)),
-    )
+    codes = torch.randn(12, 6, generator=seeded(0)) * torch.rand(12, 1, generator=seeded(1)) * 9
+    ids = torch.randint(12, (50, 3), generator=seeded(2))
     a, b = codes[ids[:, 0]], codes[ids[:, 1]]
     return check(
         lambda: likeness_of(codes, ids),
         F.cosine_similarity(a, b, dim=-1).mean(),
         {
-            "that is the mean dot product: long codes count for more; a cosine divides by both lengths": (
-                a * b
-            )
-            .sum(-1)
-            .mean(),
-            "that is the cosine of the mean codes; the mean of the cosines was wanted": F.cosine_similarity(
-                a.mean(0), b.mean(0), dim=0
-            ),
+            "that is the mean dot product: long codes count for "
+            "more; a cosine divides by both lengths": (a * b).sum(-1).mean(),
+            "that is the cosine of the mean codes; the mean "
+            "of the cosines was wanted": F.cosine_similarity(a.mean(0), b.mean(0), dim=0),
             "each place by itself, please: one number, their mean": F.cosine_similarity(
                 a, b, dim=-1
             ),
             "you compare codes of one slot at different places": F.cosine_similarity(
                 a[:-1], a[1:], dim=-1
             ).mean(),
-            "that is the likeness of all pairs of the book, whether they stand together or not": F.cosine_similarity(
+            "that is the likeness of all pairs of the book, "
+            "whether they stand together or not": F.cosine_similarity(
                 codes[:, None], codes, dim=-1
             ).mean(),
         },
@@ -91,15 +86,16 @@ def check_whole_loss(whole_loss):
 
 def check_revival_odds(revival_odds):
     "Exercise 05.4."
-    x, own, nats = (
-        torch.randn(8, 5, generator=seeded(0)),
-        torch.randn(8, 5, generator=seeded(1)),
-        torch.rand(8, generator=seeded(2)),
-    )
+    x = torch.randn(8, 5, generator=seeded(0))
+    own = torch.randn(8, 5, generator=seeded(1))
+    nats = torch.rand(8, generator=seeded(2))
     own[3] = 2 * x[3]
     far = 1 - F.cosine_similarity(x, own, dim=-1)
     far[3] = 0.0
-    odds = lambda w: w / w.sum()
+
+    def odds(w):
+        return w / w.sum()
+
     return check(
         lambda: revival_odds(x, own, nats),
         odds(far * nats),
@@ -107,15 +103,13 @@ def check_revival_odds(revival_odds):
             "those are weights; probabilities add up to 1": far * nats,
             "the surprise is left out": odds(far),
             "the distance is left out": odds(nats),
-            "that is the squared distance; a code that only has the wrong length would count as bad": odds(
-                ((x - own) ** 2).sum(-1) * nats
-            ),
+            "that is the squared distance; a code that only has the "
+            "wrong length would count as bad": odds(((x - own) ** 2).sum(-1) * nats),
             "that prefers states that are well coded: 1 - cosine": odds(
                 (1 - far).clamp(min=0) * nats
             ),
-            "weights multiply: a state that is coded perfectly gains nothing from a code of its own": odds(
-                far + nats
-            ),
+            "weights multiply: a state that is coded perfectly "
+            "gains nothing from a code of its own": odds(far + nats),
             "a softmax is not 'in proportion to'": (far * nats).softmax(0),
         },
     )
@@ -127,28 +121,32 @@ def check_answer_05_5(answer):
         answer,
         "b",
         "yes: a mean hides what is rare; so ask for the thing itself, beside the loss",
-        {
+        why_not={
             "a": "the text of the loss has such sentences, too; both come from the same teller",
-            "c": "it would have to fall just below another word in so many sentences at once; and a lower probability costs loss as well",
+            "c": (
+                "it would have to fall just below another word in so many sentences at "
+                "once; and a lower probability costs loss as well"
+            ),
         },
     )
 
 
 def check_cheapest(cheapest):
     "Exercise 05.6."
-    bits, gaps = (
-        torch.tensor([90.0, 40.0, 60.0, 20.0, 50.0]),
-        torch.tensor(
-            [
-                [0.01, 0.01, 0.01],
-                [0.01, 0.05, 0.00],
-                [0.015, 0.02, 0.04],
-                [0.2, 0.1, 0.01],
-                [0.018, 0.018, 0.021],
-            ]
-        ),
+    bits = torch.tensor([90.0, 40.0, 60.0, 20.0, 50.0])
+    gaps = torch.tensor(
+        [
+            [0.01, 0.01, 0.01],
+            [0.01, 0.05, 0.00],
+            [0.015, 0.02, 0.04],
+            [0.2, 0.1, 0.01],
+            [0.018, 0.018, 0.021],
+        ]
     )
-    pair = lambda i, g: torch.tensor([float(i), g])
+
+    def pair(i, g):
+        return torch.tensor([float(i), g])
+
     verdict = check(
         lambda: cheapest(bits, gaps, 0.02),
         pair(4, 0.021),
@@ -169,11 +167,9 @@ def check_cheapest(cheapest):
 
 def check_write_at(write_at):
     "Exercise 05.7."
-    ids, new, at = (
-        torch.randint(9, (3, 5, 2, 1), generator=seeded(0)),
-        torch.full((3, 2, 1), 77),
-        torch.tensor([1, 4, 2]),
-    )
+    ids = torch.randint(9, (3, 5, 2, 1), generator=seeded(0))
+    new = torch.full((3, 2, 1), 77)
+    at = torch.tensor([1, 4, 2])
     right, last, every = ids.clone(), ids.clone(), ids.clone()
     right[torch.arange(3), at] = new
     last[:, -1] = new

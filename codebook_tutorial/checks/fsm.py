@@ -40,9 +40,11 @@ def check_share_legal(share_legal):
 def check_first_digit_loss(first_digit_loss):
     "Exercise 01.2."
     fsm, state = TokFSM(), 17
-    entropy = lambda x: (lambda p: -torch.special.xlogy(p, p).sum())(
-        torch.bincount(x, minlength=10) / fsm.n_edges
-    )
+
+    def entropy(x):
+        p = torch.bincount(x, minlength=10) / fsm.n_edges
+        return -torch.special.xlogy(p, p).sum()
+
     tens, ones = fsm.successors[state] // 10, fsm.successors[state] % 10
     return check(
         lambda: first_digit_loss(fsm, state),
@@ -50,9 +52,8 @@ def check_first_digit_loss(first_digit_loss):
         {
             "that is in bits; the course counts nats": entropy(tens) / math.log(2),
             "you took the second digit (% 10); the first is // 10": entropy(ones),
-            "that is the whole step, ln 10; exits with the same first digit belong together": torch.tensor(
-                math.log(10.0)
-            ),
+            "that is the whole step, ln 10; exits with the same "
+            "first digit belong together": torch.tensor(math.log(10.0)),
             "the sign: an entropy is positive": -entropy(tens),
         },
     )
@@ -78,26 +79,22 @@ def check_f1_score(f1_score):
 
 def check_state_mass(state_mass):
     "Exercise 01.4."
-    first, second = (
-        torch.randn(*shape, generator=seeded(s)).softmax(-1)
-        for s, shape in ((0, (10,)), (1, (10, 10)))
-    )
+    first = torch.randn(10, generator=seeded(0)).softmax(-1)
+    second = torch.randn(10, 10, generator=seeded(1)).softmax(-1)
     legal = TokFSM().legal[17]
     joint = first[:, None] * second
+    exchanged = (joint.T.flatten() * legal).sum()
+    wrong_pairs = ((first[None] * second).flatten() * legal).sum()
     return check(
         lambda: state_mass(first, second, legal),
         (joint.flatten() * legal).sum(),
         {
-            "rows and columns are exchanged: the first digit is the row": (
-                joint.T.flatten() * legal
-            ).sum(),
+            "rows and columns are exchanged: the first digit is the row": exchanged,
             "you left out P(first digit)": (second.flatten() * legal).sum(),
-            "first[None] pairs P(first) with the second digit: first[:, None]": (
-                (first[None] * second).flatten() * legal
-            ).sum(),
+            "first[None] pairs P(first) with the second digit: first[:, None]": wrong_pairs,
             "that is the mean over the 100 states; a mass is a sum": (
-                joint.flatten() * legal
-            ).mean(),
+                (joint.flatten() * legal).mean()
+            ),
         },
     )
 
@@ -108,7 +105,7 @@ def check_answer_01_5(answer):
         answer,
         "a",
         "yes: the best of many lucky detectors is only lucky where it was chosen",
-        {
+        why_not={
             "b": "the walks are drawn alike; states occur as often in both halves",
             "c": "the walks are drawn alike, and so are the activations",
         },
@@ -120,7 +117,10 @@ def check_bigram_mass(bigram_mass):
     fsm = TokFSM()
     legal = fsm.legal.view(10, 10, 100)
     step = legal / fsm.n_edges
-    mass = lambda guess: (legal * guess).sum(-1).mean()
+
+    def mass(guess):
+        return (legal * guess).sum(-1).mean()
+
     return check(
         lambda: bigram_mass(fsm),
         mass(step.mean(0)),
@@ -146,9 +146,8 @@ def check_on_and_off(on_and_off):
         torch.stack([on, off]),
         {
             "the two are exchanged: as written first": torch.stack([off, on]),
-            "what is not legal as written need not be legal one digit late: read it so": torch.stack(
-                [on, 1 - on]
-            ),
+            "what is not legal as written need not be legal "
+            "one digit late: read it so": torch.stack([on, 1 - on]),
             "you read both as written": torch.stack([on, on]),
             "you read both one digit late": torch.stack([off, off]),
         },
@@ -161,8 +160,11 @@ def check_answer_01_8(answer):
         answer,
         "a",
         "yes: more things known than coordinates to keep them apart",
-        {
-            "b": "there are more hidden neurons than states: room for all, so that alone shows no lack of room",
+        why_not={
+            "b": (
+                "there are more hidden neurons than states: room for all, "
+                "so that alone shows no lack of room"
+            ),
             "c": "switching off a random direction damages several states as well",
         },
     )

@@ -15,8 +15,9 @@ from codebook_tutorial.core import seeded
 from .core import check, check_choice
 
 
-def _example(seed=0, length=4, F=6, d=5):
+def _example(seed=0):
     "x, c, c_target, directions."
+    length, F, d = 4, 6, 5
     draw = seeded(seed)
     return (
         torch.randn(length, d, generator=draw),
@@ -40,8 +41,9 @@ def check_patch_features(patch_features):
             "add to the state, which keeps what no feature writes": delta,
             "the prompt's own features have to go": x + c_target[:, chosen] @ D[chosen],
             "that is what is not chosen": x + (c_target - c) @ D - delta,
-            "do not rebuild the state from its features: what they leave out would be lost": c @ D
-            + delta,
+            "do not rebuild the state from its features: what they leave out would be lost": (
+                c @ D + delta
+            ),
         },
     )
 
@@ -51,7 +53,10 @@ def check_kl_nats(kl_nats):
     draw = seeded(1)
     a, b = 3 * torch.randn(5, 7, generator=draw), 3 * torch.randn(5, 7, generator=draw)
     p, q = a.log_softmax(-1), b.log_softmax(-1)
-    kl = lambda p, q: (p.exp() * (p - q)).sum(-1)
+
+    def kl(p, q):
+        return (p.exp() * (p - q)).sum(-1)
+
     return check(
         lambda: kl_nats(a, b),
         kl(p, q),
@@ -70,107 +75,119 @@ def check_kl_nats(kl_nats):
 def check_first_order(first_order):
     "Exercise 10.3."
     g, c, c_target, D = _example(2)
-    right = -((c_target - c) * (g @ D.T)).sum(0)
+    change = c_target - c
+    slope = g @ D.T
+    right = -(change * slope).sum(0)
     return check(
         lambda: first_order(g, c, c_target, D),
         right,
         {
             "by how much KL would fall, not rise": -right,
-            "sum over the words": -((c_target - c) * (g @ D.T)),
+            "sum over the words": -(change * slope),
             "the mean over words is not the effect of patching all of them": right / len(g),
-            "times the difference of the feature": -(g @ D.T).sum(0),
-            "the difference, not the counterfactual's value": -(c_target * (g @ D.T)).sum(0),
+            "times the difference of the feature": -slope.sum(0),
+            "the difference, not the counterfactual's value": -(c_target * slope).sum(0),
             "signed: some features would make it rise": right.abs(),
-            "sum first over words of each product, not of its factors": -(
-                (c_target - c).sum(0) * (g @ D.T).sum(0)
+            "sum first over words of each product, not of its factors": (
+                -change.sum(0) * slope.sum(0)
             ),
         },
     )
+
+
+def _reached(kl, at):
+    return next((k for k, v in enumerate(kl.tolist()) if v <= at + 1e-6), None)
 
 
 def check_features_needed(features_needed):
     "Exercise 10.4."
-    curves = [
-        torch.tensor([10.0, 11, 4, 6, 2, 0.9, 1.2]),
-        torch.tensor([8.0, 7, 6, 5]),
-        torch.tensor([4.0, 0.3, 0.1]),
-    ]
-    number = lambda fn: torch.tensor([float(-1 if (k := fn(kl)) is None else k) for kl in curves])
+    values = [[10.0, 11, 4, 6, 2, 0.9, 1.2], [8.0, 7, 6, 5], [4.0, 0.3, 0.1]]
+    curves = [torch.tensor(v) for v in values]
 
-    def reached(kl, at):
-        return next((k for k, v in enumerate(kl.tolist()) if v <= at + 1e-6), None)
+    def number(fn):
+        return torch.tensor([float(-1 if (k := fn(kl)) is None else k) for kl in curves])
+
+    def right(kl):
+        return _reached(kl, 0.1 * float(kl[0]))
+
+    def one_more(kl):
+        return None if (k := right(kl)) is None else k + 1
+
+    def to_the_end(kl):
+        return len(kl) - 1 if (k := right(kl)) is None else k
+
+    def last(kl):
+        low = [k for k in range(len(kl)) if kl[k] <= 0.1 * kl[0] + 1e-6]
+        return low[-1] if low else None
+
+    def of_the_way(kl):
+        return _reached(kl, float(kl.min() + 0.1 * (kl[0] - kl.min())))
 
     return check(
         lambda: number(lambda kl: features_needed(kl, 0.9)),
-        number(lambda kl: reached(kl, 0.1 * float(kl[0]))),
+        number(right),
         {
             "(1 - share) of what it was, not share": number(
-                lambda kl: reached(kl, 0.9 * float(kl[0]))
+                lambda kl: _reached(kl, 0.9 * float(kl[0]))
             ),
-            "relative to KL with none patched": number(lambda kl: reached(kl, 0.1)),
-            "count features, not entries: none patched is 0": number(
-                lambda kl: None if (k := reached(kl, 0.1 * float(kl[0]))) is None else k + 1
-            ),
-            "None where it never falls so far": number(
-                lambda kl: len(kl) - 1 if (k := reached(kl, 0.1 * float(kl[0]))) is None else k
-            ),
-            "the first time, not the last": number(
-                lambda kl: next(
-                    (k for k in range(len(kl) - 1, -1, -1) if kl[k] <= 0.1 * kl[0] + 1e-6), None
-                )
-            ),
+            "relative to KL with none patched": number(lambda kl: _reached(kl, 0.1)),
+            "count features, not entries: none patched is 0": number(one_more),
+            "None where it never falls so far": number(to_the_end),
+            "the first time, not the last": number(last),
             "fallen by the share of what there was, not of the way to the lowest": number(
-                lambda kl: reached(kl, float(kl.min() + 0.1 * (kl[0] - kl.min())))
+                of_the_way
             ),
         },
     )
 
 
+_WORTH = dict(a=3.0, b=0.2, c=-0.5, d=0.3, e=0.25, f=1.0)
+
+
+def _kl_of(some):  # d and e stand in for one another
+    some = set(some)
+    return 10 - sum(_WORTH[f] for f in some) - (1.0 if some & {"d", "e"} else 0.0)
+
+
+def _passed(features, least, *, stale=False, size=False, fresh=True, back=False):
+    "One pass that drops what matters less than `least`, right or with a mistake."
+    left, now, every = list(features), _kl_of(features), _kl_of(features)
+    for f in features[::-1] if back else features:
+        rise = _kl_of(set(features) - {f}) - every if stale else _kl_of(set(left) - {f}) - now
+        if (abs(rise) if size else rise) < least:
+            left.remove(f)
+            if fresh:
+                now = _kl_of(left)
+    return left
+
+
 def check_acdc_pass(acdc_pass):
     "Exercise 10.5."
-    worth, features, threshold = (
-        dict(a=3.0, b=0.2, c=-0.5, d=0.3, e=0.25, f=1.0),
-        list("abcdef"),
-        0.5,
-    )
+    features = list(_WORTH)
+    threshold = 0.5
 
-    def kl_of(some):  # d and e stand in for one another
-        some = set(some)
-        return 10 - sum(worth[f] for f in some) - (1.0 if some & {"d", "e"} else 0.0)
+    def text(some):
+        return " ".join(some) or "nothing"
 
-    def passed(stale=False, least=threshold, size=False, fresh=True, back=False):
-        left, now = list(features), kl_of(features)
-        for f in features[::-1] if back else features:
-            rise = (
-                kl_of(set(left) - {f}) - now
-                if not stale
-                else kl_of(set(features) - {f}) - kl_of(features)
-            )
-            if (abs(rise) if size else rise) < least:
-                left.remove(f)
-                if fresh:
-                    now = kl_of(left)
-        return left
+    def passed(**mistake):
+        return text(_passed(features, threshold, **mistake))
 
-    text = lambda some: " ".join(some) or "nothing"
+    right = _passed(features, threshold)
+    wrong_sign = [
+        f for f in features if _kl_of(features) - _kl_of(set(features) - {f}) > -threshold
+    ]
     return check(
-        lambda: text(acdc_pass(kl_of, list(features), threshold)),
-        text(passed()),
+        lambda: text(acdc_pass(_kl_of, list(features), threshold)),
+        text(right),
         {
-            "against the set as it is by then: what was dropped before is gone": text(
-                passed(stale=True)
+            "against the set as it is by then: what was dropped before is gone": passed(stale=True),
+            "renew KL at every drop": passed(fresh=False),
+            "a feature that makes KL rise is dropped as well: the rise is signed": passed(
+                size=True
             ),
-            "renew KL at every drop": text(passed(fresh=False)),
-            "a feature that makes KL rise is dropped as well: the rise is signed": text(
-                passed(size=True)
-            ),
-            "visit them in the order given": text(passed(back=True)),
-            "the features left, not those dropped": text(
-                [f for f in features if f not in passed()]
-            ),
-            "drop what matters less than the threshold, keep the others": text(
-                [f for f in features if kl_of(features) - kl_of(set(features) - {f}) > -threshold]
-            ),
+            "visit them in the order given": passed(back=True),
+            "the features left, not those dropped": text([f for f in features if f not in right]),
+            "drop what matters less than the threshold, keep the others": text(wrong_sign),
         },
     )
 
@@ -180,22 +197,28 @@ def check_answer_10_6(answer):
     return check_choice(
         answer,
         "a",
-        "right: what does the same in another language of features cannot be said to be the model's own (here, ICA does)",
-        {
-            "b": "That is a reason to ask for a control with as many features, not yet an answer: it may help or not. Coordinates and random directions may choose as well, and need more.",
-            "c": "The floor says that something of the answer passes by the dictionary, a little here. It does not say that the features patched do nothing.",
+        "right: what does the same in another language of features cannot "
+        "be said to be the model's own (here, ICA does)",
+        why_not={
+            "b": (
+                "That is a reason to ask for a control with as many features, not "
+                "yet an answer: it may help or not. Coordinates and random "
+                "directions may choose as well, and need more."
+            ),
+            "c": (
+                "The floor says that something of the answer passes by the dictionary, a little "
+                "here. It does not say that the features patched do nothing."
+            ),
         },
     )
 
 
 def check_month_prompts(month_prompts):
     "Exercise 10.7."
-    months, text = (
-        ["May", "June", "July"],
-        "It was {}, and the rain fell all day long. It was still",
-    )
+    months = ["May", "June", "July"]
+    text = "It was {}, and the rain fell all day long. It was still"
 
-    def joined(shift=1, answers=0, cut=0, at=0):
+    def joined(*, shift=1, answers=0, cut=0, at=0):
         a = months[: len(months) - cut]
         b = (months[shift:] + months[:shift])[: len(a)]
         lists = [[text.format(m) for m in a], [text.format(m) for m in b], a, b]

@@ -18,7 +18,10 @@ from .core import Verdict, check, check_choice
 def check_added(added):
     "14.1"
     cases = [(512, 1000, 1), (1024, 10_000, 1), (96, 300, 6), (2560, 10_000, 32)]
-    of = lambda fn: torch.tensor([float(fn(*c)) for c in cases], dtype=torch.float64)
+
+    def of(fn):
+        return torch.tensor([float(fn(*c)) for c in cases], dtype=torch.float64)
+
     return check(
         lambda: of(added),
         of(lambda d, C, g: C / (6 * d)),
@@ -37,12 +40,15 @@ def check_added(added):
 
 def check_fit_prices(fit_prices):
     "14.2"
+    from scipy.optimize import nnls
+
     g = np.random.default_rng(0)
     counts = np.exp(g.normal(0, 2, (40, 3))) * [1e9, 1e8, 1e3]
     taken = counts @ [2e-11, 0, 3e-5] * np.exp(g.normal(0, 0.2, 40))
-    from scipy.optimize import nnls
 
-    log = lambda p: torch.as_tensor(np.asarray(p, float) * [1e11, 1e11, 1e5])
+    def log(p):
+        return torch.as_tensor(np.asarray(p, float) * [1e11, 1e11, 1e5])
+
     relative = counts / taken[:, None]
     return check(
         lambda: log(fit_prices(counts.copy(), taken.copy())),
@@ -64,61 +70,55 @@ def check_fit_prices(fit_prices):
 def check_training_state(training_state):
     "14.3"
     cases = [(1000, 0, False), (1000, 500, False), (1000, 500, True), (0, 300, True)]
-    of = lambda fn: torch.tensor([float(fn(*c)) for c in cases], dtype=torch.float64)
+
+    def of(fn):
+        return torch.tensor([float(fn(*c)) for c in cases], dtype=torch.float64)
+
+    def numbers(weight, code, ema_code):  # how many numbers are kept of each
+        return of(lambda w, c, ema: weight * w + (ema_code if ema else code) * c)
+
+    right = 4 * numbers(4, 4, 3)
     return check(
         lambda: of(training_state),
-        of(lambda w, c, ema: 4 * (4 * w + (3 if ema else 4) * c)),
+        right,
         {
-            "four bytes a number in float32": of(lambda w, c, ema: 4 * w + (3 if ema else 4) * c),
-            "AdamW keeps two moments a weight": of(lambda w, c, ema: 4 * (3 * w + 3 * c)),
-            "codes that learn by averages have no gradient and no moments, but two buffers": of(
-                lambda w, c, ema: 16 * (w + c)
-            ),
-            "their two buffers count as well": of(
-                lambda w, c, ema: 4 * (4 * w + (1 if ema else 4) * c)
-            ),
-            "the weights themselves are held too": of(
-                lambda w, c, ema: 4 * (3 * w + (2 if ema else 3) * c)
-            ),
+            "four bytes a number in float32": right / 4,
+            "AdamW keeps two moments a weight": 4 * numbers(3, 3, 3),
+            "codes that learn by averages have no gradient and no moments, but two buffers": 4
+            * numbers(4, 4, 4),
+            "their two buffers count as well": 4 * numbers(4, 4, 1),
+            "the weights themselves are held too": 4 * numbers(3, 3, 2),
         },
     )
 
 
-def check_precision_change(precision_change):
-    "14.4"
+def _firing_and_truth():  # of five concepts, then and now
     g = seeded(0)
-    some = lambda n, p: torch.rand(n, 5, generator=g) < p
-    on_was, truth_was, on_now, truth_now = (
-        some(40, 0.4),
-        some(40, 0.5),
-        some(60, 0.3),
-        some(60, 0.6),
-    )
+    draws = ((40, 0.4), (40, 0.5), (60, 0.3), (60, 0.6))
+    on_was, truth_was, on_now, truth_now = (torch.rand(n, 5, generator=g) < p for n, p in draws)
     on_was[:, 1] = False
     on_now[:, 3] = False
-    rate = lambda on, truth: (on & truth).sum(0) / on.sum(0)
-    was, now = rate(on_was, truth_was), rate(on_now, truth_now)
+    return on_was, truth_was, on_now, truth_now
+
+
+def check_precision_change(precision_change):
+    "14.4"
+    on_was, truth_was, on_now, truth_now = data = _firing_and_truth()
+    hits_was, hits_now = (on_was & truth_was).sum(0), (on_now & truth_now).sum(0)
+    was, now = hits_was / on_was.sum(0), hits_now / on_now.sum(0)
     both = on_was.any(0) & on_now.any(0)
-    recall = lambda on, truth: (on & truth).sum(0) / truth.sum(0)
+    recalls = hits_now / truth_now.sum(0) - hits_was / truth_was.sum(0)
+    as_zero = now.nan_to_num() - was.nan_to_num()
     return check(
-        lambda: torch.as_tensor(
-            float(
-                precision_change(
-                    on_was.clone(), truth_was.clone(), on_now.clone(), truth_now.clone()
-                )
-            )
-        ),
+        lambda: torch.as_tensor(float(precision_change(*(t.clone() for t in data)))),
         (now - was)[both].mean(),
         {
-            "the two means are over different concepts: ask the same ones in both": now.nanmean()
-            - was.nanmean(),
-            "a feature that never fires has no precision, not one of 0": (
-                now.nan_to_num() - was.nan_to_num()
-            ).mean(),
+            "the two means are over different concepts: ask the same ones in both": (
+                now.nanmean() - was.nanmean()
+            ),
+            "a feature that never fires has no precision, not one of 0": as_zero.mean(),
             "that is was - now": (was - now)[both].mean(),
-            "that is recall: divide by where the feature fires": (
-                recall(on_now, truth_now) - recall(on_was, truth_was)
-            )[both].mean(),
+            "that is recall: divide by where the feature fires": recalls[both].mean(),
         },
     )
 
@@ -128,8 +128,9 @@ def check_answer_14_5(answer):
     return check_choice(
         answer,
         "b",
-        "right: two sites a block cost 4 C d, the block 24 d². What a wide model needs in codes is an open question, which costs do not answer",
-        {
+        "right: two sites a block cost 4 C d, the block 24 d². What a wide model needs "
+        "in codes is an open question, which costs do not answer",
+        why_not={
             "a": "More sites, but more blocks as well: the ratio is a matter of one block.",
             "c": "A look-up is added; the block still does all its products.",
         },
@@ -138,20 +139,16 @@ def check_answer_14_5(answer):
 
 def check_renamed(renamed):
     "14.6"
-    girls, boys, ids = (
-        torch.tensor([4, 7, 9, 12]),
-        torch.tensor([5, 6, 15]),
-        torch.randint(0, 20, (6, 30), generator=seeded(0)),
-    )
+    girls = torch.tensor([4, 7, 9, 12])
+    boys = torch.tensor([5, 6, 15])
+    ids = torch.randint(0, 20, (6, 30), generator=seeded(0))
     try:
         new = renamed(ids.clone(), girls.clone(), boys.clone(), 3)
     except Exception as e:
         return Verdict(False, f"your code stopped with {type(e).__name__}: {e}")
     if not torch.is_tensor(new) or new.shape != ids.shape:
-        return Verdict(
-            False,
-            f"expected ids of shape {list(ids.shape)}, got {list(new.shape) if torch.is_tensor(new) else type(new).__name__}",
-        )
+        got = list(new.shape) if torch.is_tensor(new) else type(new).__name__
+        return Verdict(False, f"expected ids of shape {list(ids.shape)}, got {got}")
     names = torch.cat([girls, boys])
     if (new != ids)[~torch.isin(ids, names)].any():
         return Verdict(False, "not yet: a token that is no name has changed")
@@ -162,7 +159,8 @@ def check_renamed(renamed):
     if any(a == b for a, b in table.items()):
         return Verdict(
             False,
-            "not yet: a name has stayed itself (a random order leaves some in place; a step round the circle does not)",
+            "not yet: a name has stayed itself (a random order leaves some "
+            "in place; a step round the circle does not)",
         )
     for some, who in ((girls, "girl"), (boys, "boy")):
         if any(table[a] not in some.tolist() for a in some.tolist()):

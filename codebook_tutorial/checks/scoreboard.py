@@ -20,15 +20,17 @@ def check_set_f1(set_f1):
     "13.1"
     g = seeded(0)
     fires, truth = torch.rand(40, 3, generator=g) < 0.25, torch.rand(40, generator=g) < 0.5
-    f1 = lambda some: 2 * (some & truth).sum() / (some.sum() + truth.sum())
+
+    def f1(some):
+        return 2 * (some & truth).sum() / (some.sum() + truth.sum())
+
     return check(
         lambda: torch.as_tensor(float(set_f1(fires.clone(), truth.clone()))),
         f1(fires.any(1)),
         {
             "that fires only where all of them do": f1(fires.all(1)),
-            "that is the mean of the single features' F1: a set may be better than each of its members": torch.stack(
-                [f1(c) for c in fires.T]
-            ).mean(),
+            "that is the mean of the single features' F1: a set may "
+            "be better than each of its members": torch.stack([f1(c) for c in fires.T]).mean(),
             "that is the precision alone": (fires.any(1) & truth).sum() / fires.any(1).sum(),
             "that is the recall alone": (fires.any(1) & truth).sum() / truth.sum(),
         },
@@ -39,16 +41,8 @@ def check_next_feature(next_feature):
     "13.2"
     g = seeded(1)
     base = torch.randn(60, 4, generator=g)
-    z = torch.stack(
-        [
-            base[:, 0],
-            base[:, 0] + 0.2 * base[:, 1],
-            base[:, 2],
-            -base[:, 3],
-            base[:, 1] + base[:, 2],
-        ],
-        1,
-    )
+    a, b, c, d = base.T
+    z = torch.stack([a, a + 0.2 * b, c, -d, b + c], 1)
     z = z - z.mean(0)
     z = z / z.norm(dim=0)
     y = 3 * z[:, 0] + 0.5 * z[:, 2] - z[:, 3]
@@ -56,51 +50,52 @@ def check_next_feature(next_feature):
         lambda: torch.as_tensor(float(next_feature(z.clone(), y.clone(), [0]))),
         torch.tensor(3.0),
         {
-            "feature 1 goes with y, but feature 0 has said all of that already: look at what is left over": torch.tensor(
-                1.0
-            ),
-            "feature 2 has the largest positive product; a negative one counts as much": torch.tensor(
-                2.0
-            ),
+            "feature 1 goes with y, but feature 0 has said all of that "
+            "already: look at what is left over": torch.tensor(1.0),
+            "feature 2 has the largest positive product; a "
+            "negative one counts as much": torch.tensor(2.0),
             "that one is chosen already": torch.tensor(0.0),
         },
     )
 
 
+def _firing_case(at_child, at_rest, outside=10):  # shares of 6, of 14, and how many of the others
+    parent, child = torch.arange(40) < 20, torch.arange(40) < 6
+    fires = torch.zeros(40, dtype=torch.bool)
+    fires[:at_child] = fires[6 : 6 + at_rest] = fires[20 : 20 + outside] = True
+    return fires, parent, child
+
+
 def check_is_absorbed(is_absorbed):
     "13.3"
-    parent = torch.arange(40) < 20
+    sizes = [(0, 10), (2, 9), (2, 8), (4, 9), (6, 3), (2, 10, 0)]
+    cases = [_firing_case(*some) for some in sizes]
 
-    def case(at_child, at_rest, outside=10):
-        child, fires = torch.arange(40) < 6, torch.zeros(40, dtype=torch.bool)
-        fires[:at_child] = fires[6 : 6 + at_rest] = fires[20 : 20 + outside] = True
-        return fires, parent.clone(), child
+    def share(fires, where):
+        return fires[where].float().mean()
 
-    cases = [
-        case(0, 10),
-        case(2, 9),
-        case(2, 8),
-        case(4, 9),
-        case(6, 3),
-        case(2, 10, 0),
-    ]  # shares of 6 and of 14
-    of = lambda fn: torch.tensor([float(fn(*c)) for c in cases])
-    share = lambda fires, where: fires[where].float().mean()
+    def of(rule):  # of the shares at: the child, the parent's rest, the parent, elsewhere
+        found = []
+        for f, p, c in cases:
+            found.append(rule(share(f, c), share(f, p & ~c), share(f, p), share(f, ~p)))
+        return torch.tensor([float(x) for x in found])
+
     return check(
-        lambda: torch.tensor([float(bool(is_absorbed(*case_))) for case_ in cases]),
-        of(lambda f, p, c: share(f, c) < share(f, p & ~c) / 2),
+        lambda: torch.tensor([float(bool(is_absorbed(*case))) for case in cases]),
+        of(lambda child, rest, *_: child < rest / 2),
         {
-            "you compare with all tokens of the parent; the child's own are among them and hide part of the hole": of(
-                lambda f, p, c: share(f, c) < share(f, p) / 2
+            "you compare with all tokens of the parent; the child's own "
+            "are among them and hide part of the hole": of(
+                lambda child, rest, parent, _: child < parent / 2
             ),
             "you compare with tokens outside the parent: there the feature should be silent": of(
-                lambda f, p, c: share(f, c) < share(f, ~p) / 2
+                lambda child, rest, parent, outside: child < outside / 2
             ),
             "less than half as often, not just less often": of(
-                lambda f, p, c: share(f, c) < share(f, p & ~c)
+                lambda child, rest, *_: child < rest
             ),
             "the other way round: the hole is at the child": of(
-                lambda f, p, c: share(f, p & ~c) < share(f, c) / 2
+                lambda child, rest, *_: rest < child / 2
             ),
         },
     )
@@ -108,26 +103,32 @@ def check_is_absorbed(is_absorbed):
 
 def check_paired_interval(paired_interval):
     "13.4"
-    a, b, t = torch.tensor([0.33, 0.29, 0.36]), torch.tensor([0.31, 0.28, 0.33]), 4.303
-    both = lambda mean, half: torch.stack([mean - half, mean + half])
-    d, apart = a - b, (a.var() / 3 + b.var() / 3) ** 0.5
+    a, b = torch.tensor([0.33, 0.29, 0.36]), torch.tensor([0.31, 0.28, 0.33])
+    t = 4.303
+    d = a - b
+    mean, half = d.mean(), t * d.std() / 3**0.5
+    apart = (a.var() / 3 + b.var() / 3) ** 0.5
+
+    def both(mean, half):
+        return torch.stack([mean - half, mean + half])
+
+    def mine():
+        return [
+            torch.as_tensor(v, dtype=torch.float) for v in paired_interval(a.clone(), b.clone(), t)
+        ]
+
     return check(
-        lambda: torch.stack(
-            [
-                torch.as_tensor(v, dtype=torch.float)
-                for v in paired_interval(a.clone(), b.clone(), t)
-            ]
-        ),
-        both(d.mean(), t * d.std() / 3**0.5),
+        lambda: torch.stack(mine()),
+        both(mean, half),
         {
-            "the seeds are paired: take the differences first, then their spread": both(
-                d.mean(), t * apart
+            "the seeds are paired: take the differences first, then their spread": (
+                both(mean, t * apart)
             ),
-            "the standard deviation of three numbers has n - 1 in its denominator": both(
-                d.mean(), t * d.std(correction=0) / 3**0.5
+            "the standard deviation of three numbers has n - 1 in its denominator": (
+                both(mean, t * d.std(correction=0) / 3**0.5)
             ),
-            "the error of a mean is s / sqrt(n)": both(d.mean(), t * d.std()),
-            "that is b - a": both(-d.mean(), t * d.std() / 3**0.5),
+            "the error of a mean is s / sqrt(n)": both(mean, t * d.std()),
+            "that is b - a": both(-mean, half),
         },
         tol=1e-3,
     )
@@ -138,50 +139,61 @@ def check_answer_13_5(answer):
     return check_choice(
         answer,
         "b",
-        "right: with all features allowed, any set of directions that spans the space does as well, and a dictionary that does worse has thrown something away",
-        {
+        "right: with all features allowed, any set of directions that spans the space does as "
+        "well, and a dictionary that does worse has thrown something away",
+        why_not={
             "a": "Random directions would report nearly the same: section 2 shows it.",
-            "c": "A probe on all features sees through every hole; single features may be full of them.",
+            "c": (
+                "A probe on all features sees through every hole; "
+                "single features may be full of them."
+            ),
         },
     )
 
 
-def check_my_dictionary(my_dictionary):
-    "13.6"
+def _made_up_world():  # -> states [9000, 24] of 64 parts, which parts are there
     g = seeded(3)
     true = torch.nn.functional.normalize(torch.randn(64, 24, generator=g), dim=-1)
     on = torch.rand(9000, 64, generator=g) < 0.03
-    x = (on * (0.5 + torch.rand(9000, 64, generator=g))) @ true
+    return (on * (0.5 + torch.rand(9000, 64, generator=g))) @ true, on
+
+
+def _no_dictionary(d):  # -> what is wrong with it, or None
+    if not isinstance(d, Dictionary):
+        return f"expected a Dictionary, got a {type(d).__name__}: write your code, and return it"
+    if d.directions.shape[1] != 24 or len(d.directions) > 96:
+        return f"expected directions [at most 96, 24], got {list(d.directions.shape)}"
+    return None
+
+
+@torch.no_grad()
+def check_my_dictionary(my_dictionary):
+    "13.6"
+    x, on = _made_up_world()
     try:
-        d = my_dictionary(x[:6000].clone(), 96, 3)
+        with torch.enable_grad():
+            d = my_dictionary(x[:6000].clone(), 96, 3)
     except Exception as e:
         return Verdict(False, f"your code stopped with {type(e).__name__}: {e}")
-    if not isinstance(d, Dictionary):
-        return Verdict(
-            False,
-            f"expected a Dictionary, got a {type(d).__name__}: write your code, and return it",
-        )
-    if d.directions.shape[1] != 24 or len(d.directions) > 96:
-        return Verdict(
-            False, f"expected directions [at most 96, 24], got {list(d.directions.shape)}"
-        )
+    if wrong := _no_dictionary(d):
+        return Verdict(False, wrong)
+    x, on = x[6000:], on[6000:]
 
     def f1(one):
-        with torch.no_grad():
-            return float(
-                concept_scores(one.encode(x[6000:]).numpy(), on[6000:].numpy())["f1"].mean()
-            )
+        return float(concept_scores(one.encode(x).numpy(), on.numpy())["f1"].mean())
 
-    with torch.no_grad():
-        active = (d.encode(x[6000:]) != 0).float().sum(1).mean().item()
+    active = (d.encode(x) != 0).float().sum(1).mean().item()
     if active > 9:
         return Verdict(
             False,
-            f"{active:.0f} features are active in the mean, three were asked for: a dense dictionary is compared with sparse ones here",
+            f"{active:.0f} features are active in the mean, three were asked for: "
+            "a dense dictionary is compared with sparse ones here",
         )
     score, blind = f1(d), f1(random_directions(96, 24, seed=5))
+    passed = score > blind + 0.15
     return Verdict(
-        score > blind + 0.15,
-        f"{'right' if score > blind + 0.15 else 'not yet'}: F1 {score:.2f} for the parts of a made-up world; as many random directions have {blind:.2f}"
-        + ("; now the board" if score > blind + 0.15 else ", and you should be .15 above them"),
+        passed,
+        f"{'right' if passed else 'not yet'}: F1 {score:.2f} for the parts of a made-up world; "
+        f"as many random directions have {blind:.2f}"
+        + ("; now the board" if passed else ", and you should be .15 above them"),
     )

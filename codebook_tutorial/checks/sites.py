@@ -22,13 +22,10 @@ def _x(seed=0, d=8):
 def check_zero_last(zero_last):
     "Exercise 00.1."
     x = _x()
-    right = x.clone()
+    right, first, d, fed = (x.clone() for _ in range(4))
     right[:, -1] = 0
-    first = x.clone()
     first[:, 0] = 0
-    d = x.clone()
     d[..., -1] = 0
-    fed = x.clone()
     verdict = check(
         lambda: zero_last(fed),
         right,
@@ -42,7 +39,8 @@ def check_zero_last(zero_last):
     if verdict and not torch.equal(fed, x):
         return Verdict(
             False,
-            "right values, but you wrote into x itself, which the model still needs: work on x.clone()",
+            "right values, but you wrote into x itself, which the "
+            "model still needs: work on x.clone()",
         )
     return verdict
 
@@ -68,18 +66,18 @@ def check_keep_head(keep_head):
 def check_moved_share(moved_share):
     "Exercise 00.3."
     p, a, b = (torch.randn(50, 10, generator=seeded(s)).mul(2).softmax(-1) for s in range(3))
+    left = jsd(p, b).mean() / jsd(a, b).mean()
+    ratios = 1 - jsd(p, b) / jsd(a, b)
     return check(
         lambda: moved_share(p, a, b),
-        1 - jsd(p, b).mean() / jsd(a, b).mean(),
+        1 - left,
         {
-            "that is the share that is *left*; the share moved is one minus it": jsd(p, b).mean()
-            / jsd(a, b).mean(),
-            "you took the mean of the ratios; take the ratio of the means": (
-                1 - jsd(p, b) / jsd(a, b)
-            ).mean(),
-            "you compared with a; the question is how near to b it came": 1
-            - jsd(p, a).mean() / jsd(a, b).mean(),
-            "one number is wanted: take means": 1 - jsd(p, b) / jsd(a, b),
+            "that is the share that is *left*; the share moved is one minus it": left,
+            "you took the mean of the ratios; take the ratio of the means": ratios.mean(),
+            "you compared with a; the question is how near to b it came": (
+                1 - jsd(p, a).mean() / jsd(a, b).mean()
+            ),
+            "one number is wanted: take means": ratios,
         },
     )
 
@@ -90,7 +88,7 @@ def check_answer_00_4(answer):
         answer,
         "b",
         "yes: a bar that could not have come out otherwise tells nothing about this model",
-        {
+        why_not={
             "a": "an untrained model has the same bar; what could have come out otherwise?",
             "c": "it answers as walk b does, and b differs from pair to pair",
         },
@@ -101,43 +99,51 @@ def check_adder(adder):
     "Exercise 00.5."
     x, v = _x(), torch.arange(1.0, 9.0)
     n = x.norm(dim=-1, keepdim=True)
+    short = 0.5 * v / v.norm()
     return check(
         lambda: adder(v, 0.5)(x.clone()),
         x + 0.5 * n * v / v.norm(),
         {
             "you added the scale times v itself; make v one long, then as long as x": x + 0.5 * v,
-            "the added vector must be as long as x at that position, times scale": x
-            + 0.5 * v / v.norm(),
+            "the added vector must be as long as x at that position, times scale": x + short,
             "v is not one long yet: divide by v.norm()": x + 0.5 * n * v,
             "you returned the addition alone, without x": 0.5 * n * v / v.norm(),
         },
     )
 
 
-def check_attention_share(attention_share):
-    "Exercise 00.6."
+def _small_llama():
     from transformers import AutoModelForCausalLM, LlamaConfig
 
+    config = LlamaConfig(
+        vocab_size=11,
+        hidden_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        intermediate_size=48,
+        bos_token_id=10,
+        eos_token_id=None,
+        pad_token_id=None,
+    )
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        model = AutoModelForCausalLM.from_config(
-            LlamaConfig(
-                vocab_size=11,
-                hidden_size=32,
-                num_hidden_layers=2,
-                num_attention_heads=4,
-                num_key_value_heads=2,
-                intermediate_size=48,
-                bos_token_id=10,
-                eos_token_id=None,
-                pad_token_id=None,
-            )
-        ).eval()
+        return AutoModelForCausalLM.from_config(config).eval()
+
+
+def check_attention_share(attention_share):
+    "Exercise 00.6."
+    model = _small_llama()
     ids = torch.randint(10, (2, 7), generator=seeded(0))
     with capture(model, "*") as acts, torch.no_grad():
         model(ids)
-    size = lambda site: acts[site].norm(dim=-1)
-    share = lambda a, b: (size(a) / (size(a) + size(b))).mean()
+
+    def size(site):
+        return acts[site].norm(dim=-1)
+
+    def share(a, b):
+        return (size(a) / (size(a) + size(b))).mean()
+
     return check(
         lambda: attention_share(model, ids, 1),
         share("attn.1", "mlp.1"),
@@ -145,7 +151,8 @@ def check_attention_share(attention_share):
             "that is the MLP's share": share("mlp.1", "attn.1"),
             "that is another layer": share("attn.0", "mlp.0"),
             "divide by what both add, not by the stream": (size("attn.1") / size("resid.1")).mean(),
-            "take the share at each position, then the mean": size("attn.1").mean()
-            / (size("attn.1") + size("mlp.1")).mean(),
+            "take the share at each position, then the mean": (
+                size("attn.1").mean() / (size("attn.1") + size("mlp.1")).mean()
+            ),
         },
     )

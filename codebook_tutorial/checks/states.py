@@ -131,9 +131,12 @@ def check_answer_03_5(answer):
         answer,
         "b",
         "yes: a control should differ in the one thing the claim is about",
-        {
+        why_not={
             "a": "they also break the model: the distance stays large whatever the codes mean",
-            "c": "the untouched model shows that something happened, not that it was b's codes' meaning",
+            "c": (
+                "the untouched model shows that something happened, "
+                "not that it was b's codes' meaning"
+            ),
         },
     )
 
@@ -172,8 +175,9 @@ def check_answer_03_7(answer):
     return check_choice(
         answer,
         "a",
-        "yes: on true walks it knows the next state, so what fails is the sampling; the beat is the first suspect",
-        {
+        "yes: on true walks it knows the next state, so what fails is "
+        "the sampling; the beat is the first suspect",
+        why_not={
             "b": "more codes mend what codes lose, and on true walks little is lost",
             "c": "that compares detectors; it does not explain the sampling",
         },

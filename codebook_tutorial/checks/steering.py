@@ -16,11 +16,9 @@ from .core import check, check_choice
 def check_add_where(add_where):
     "12.1"
     g = torch.Generator().manual_seed(0)
-    x, v, where = (
-        torch.randn(2, 4, 3, generator=g),
-        torch.randn(3, generator=g),
-        torch.rand(2, 4, generator=g) > 0.5,
-    )
+    x = torch.randn(2, 4, 3, generator=g)
+    v = torch.randn(3, generator=g)
+    where = torch.rand(2, 4, generator=g) > 0.5
     return check(
         lambda: add_where(x.clone(), v.clone(), where.clone()),
         x + where[..., None] * v,
@@ -37,11 +35,9 @@ def check_best_feature(best_feature):
     "12.2"
     g = torch.Generator().manual_seed(1)
     marked = torch.rand(400, generator=g) < 0.2
-    often, one, part = (
-        torch.ones(400, dtype=torch.bool),
-        torch.zeros(400, dtype=torch.bool),
-        marked & (torch.rand(400, generator=g) < 0.8),
-    )
+    often = torch.ones(400, dtype=torch.bool)
+    one = torch.zeros(400, dtype=torch.bool)
+    part = marked & (torch.rand(400, generator=g) < 0.8)
     one[marked.nonzero()[0]] = True
     part |= torch.rand(400, generator=g) < 0.05
     fires = torch.stack([torch.zeros(400, dtype=torch.bool), often, part, one, ~marked], 1)
@@ -63,12 +59,10 @@ def check_best_feature(best_feature):
 
 def check_switch_table(switch_table):
     "12.3"
-    owner, gates, write, target = (
-        torch.tensor([-1, 0, 1, 2, -1, 1, 0, 2]),
-        torch.tensor([False] * 4 + [True, True] + [False] * 2),
-        torch.tensor([6, 2, 3]),
-        1,
-    )
+    owner = torch.tensor([-1, 0, 1, 2, -1, 1, 0, 2])
+    gates = torch.tensor([False] * 4 + [True, True] + [False] * 2)
+    write = torch.tensor([6, 2, 3])
+    target = 1
 
     def table(change):
         t = torch.arange(8)
@@ -139,20 +133,27 @@ def check_answer_12_6(answer):
         answer,
         "b",
         "right: direction and place, and the place can be known in more than one way",
-        {
-            "a": "The vector where the model is about to say a topic word uses no feature, and works.",
-            "c": "Edits as long in a random direction were made at the same places, and brought no topic.",
+        why_not={
+            "a": (
+                "The vector where the model is about to say a topic "
+                "word uses no feature, and works."
+            ),
+            "c": (
+                "Edits as long in a random direction were made at the "
+                "same places, and brought no topic."
+            ),
         },
     )
 
 
 def check_word_lists(word_lists):
     "12.7"
-    groups, ids = (
-        {"wet": ["rain", "drizzle", "grey", "flood"], "dry": ["sun", "grey", "dust"]},
-        {"rain": 3, "drizzle": 4, "grey": 5, "sun": 6, "dust": 7},
-    )
-    flat = lambda d: torch.tensor([float(t) for name in groups for t in [*d.get(name, []), -1]])
+    groups = {"wet": ["rain", "drizzle", "grey", "flood"], "dry": ["sun", "grey", "dust"]}
+    ids = {"rain": 3, "drizzle": 4, "grey": 5, "sun": 6, "dust": 7}
+
+    def flat(d):
+        return torch.tensor([float(t) for name in groups for t in [*d.get(name, []), -1]])
+
     return check(
         lambda: flat(word_lists({k: list(v) for k, v in groups.items()}, dict(ids))),
         torch.tensor([3.0, 4, -1, 6, 7, -1]),

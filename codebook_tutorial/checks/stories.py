@@ -31,9 +31,8 @@ def check_story_nats(story_nats):
             "the sign: a surprise is positive": -right,
             "that is the probability; its surprise is -log of it": ps.prod(),
             "probabilities of choices that follow one another multiply": -ps.sum().log(),
-            "p log p belongs to an entropy, a mean over what could have come; these choices were made": -(
-                ps * ps.log()
-            ).sum(),
+            "p log p belongs to an entropy, a mean over what could "
+            "have come; these choices were made": -(ps * ps.log()).sum(),
         },
     )
 
@@ -59,9 +58,8 @@ def check_lowest_loss(lowest_loss):
             )
             / 6,
             "the sign: an entropy is positive": -right,
-            "0 times log 0 is nan in floating point; such an alternative never comes and costs nothing": torch.tensor(
-                math.nan
-            ),
+            "0 times log 0 is nan in floating point; such an "
+            "alternative never comes and costs nothing": torch.tensor(math.nan),
         },
     )
 
@@ -92,14 +90,14 @@ def check_mean_loss(mean_loss):
         {
             "padding is counted": nats.mean(),
             "the first BOS of a row is counted; nothing predicts it": nats[ids != 0].mean(),
-            "roll carried the last token of a full row to the front: a row's first BOS never counts": nats[
-                rolled
-            ].mean(),
+            "roll carried the last token of a full row to the "
+            "front: a row's first BOS never counts": nats[rolled].mean(),
             "a BOS right behind a BOS ends nothing": nats[no_first].mean(),
             "the end of a document is to be predicted, too: the BOS behind an ordinary token": nats[
                 word
             ].mean(),
-            "you took the mean of the rows' means; a token of a short row would count for more": torch.stack(
+            "you took the mean of the rows' means; a token of a "
+            "short row would count for more": torch.stack(
                 [n[c].mean() for n, c in zip(nats, counts)]
             ).mean(),
         },
@@ -108,10 +106,11 @@ def check_mean_loss(mean_loss):
 
 def check_one_stream(one_stream):
     "Exercise 04.4."
-    docs, cut = (
-        [[5, 6, 7, 7], [8, 9], [5, 5, 5, 5, 6, 6]],
-        lambda flat: torch.tensor(flat[: len(flat) // 4 * 4]).view(-1, 4),
-    )
+    docs = [[5, 6, 7, 7], [8, 9], [5, 5, 5, 5, 6, 6]]
+
+    def cut(flat):
+        return torch.tensor(flat[: len(flat) // 4 * 4]).view(-1, 4)
+
     right = [1, 5, 6, 7, 7, 1, 8, 9, 1, 5, 5, 5, 5, 6, 6, 1]
     return check(
         lambda: one_stream(docs, 4, 1),
@@ -135,20 +134,21 @@ def check_answer_04_5(answer):
         answer,
         "b",
         "yes: a control removes what the claim is about, and nothing else",
-        {
+        why_not={
             "a": "that would be true of 'who receives?' as well, where shuffling serves",
-            "c": "one could shuffle only the sentences before; their words would still tell the topic",
+            "c": (
+                "one could shuffle only the sentences before; their "
+                "words would still tell the topic"
+            ),
         },
     )
 
 
 def check_counterfactual(counterfactual):
     "Exercise 04.6."
-    ids, receiver, other = (
-        torch.tensor([[1, 20, 4, 21, 5, 21, 6], [1, 22, 4, 20, 5, 22, 20]]),
-        torch.tensor([20, 20]),
-        torch.tensor([30, 31]),
-    )
+    ids = torch.tensor([[1, 20, 4, 21, 5, 21, 6], [1, 22, 4, 20, 5, 22, 20]])
+    receiver = torch.tensor([20, 20])
+    other = torch.tensor([30, 31])
     right = torch.tensor([[1, 30, 4, 21, 5, 21, 6], [1, 22, 4, 31, 5, 22, 31]])
     first, fed = right.clone(), ids.clone()
     first[1, 6] = 20

@@ -11,6 +11,7 @@ __all__ = ['script_json', 'export_page']
 import json
 from pathlib import Path
 
+from ..files import write_text
 from .html import escape
 
 # %% ../../nbs/lib/show_pages.ipynb #show-pages-4
@@ -38,9 +39,7 @@ def export_page(
         script = _SCRIPT % (script_json(data), script)
     allowed = "script-src 'unsafe-inline'; " if script else ""
     text = _PAGE.format(title=escape(title), allowed=allowed, style=style, body=body, script=script)
-    part = path.with_name(path.name + ".part")
-    part.write_text(text, encoding="utf-8")
-    part.replace(path)
+    write_text(path, text)
     return path
 
 # %% ../../nbs/lib/show_pages.ipynb #show-pages-5

@@ -13,8 +13,8 @@ from dataclasses import dataclass
 
 import numpy as np
 from .protocol import Explainer, make_cases
-from .scores import interpret
 from .rules import inside, story_words, word_places
+from .scores import interpret
 from ...world.grammar import LISTS, NAMES
 
 # %% ../../../nbs/lib/feature_explain_puzzles.ipynb #feature-explain-puzzles-4
@@ -28,11 +28,14 @@ class Puzzle:
     wrong: list
 
 
+_NAMES = set(NAMES)
+
+
 def _is(*some):
     return lambda words: [w in some for w in words]
 
 
-def _behind(holds):
+def _after(holds):
     return lambda words: [False, *holds(words)[:-1]]
 
 
@@ -40,94 +43,119 @@ def _again(words):
     return [w in _NAMES and w in words[:i] for i, w in enumerate(words)]
 
 
-_NAMES, _DRAGONS = set(NAMES), story_words()["topics"]["dragon"]
+def _in_parentheses(words):
+    return inside(words, "(", ")")
 
+
+def _in_quotes(words):
+    return inside(words, "“", "”")
+
+
+def _first(words):
+    return [p == 1 for p in word_places(words)]
+
+
+def _name_after_to(words):
+    return [w in _NAMES and i > 0 and words[i - 1] == "to" for i, w in enumerate(words)]
+
+
+def _has_w(words):
+    return ["w" in w.lower() for w in words]
+
+
+def _long(words):
+    return [len(w) > 7 for w in words]
+
+# %% ../../../nbs/lib/feature_explain_puzzles.ipynb #feature-explain-puzzles-6
 PUZZLES = [
-    Puzzle("the word gave", _is("gave"), '"gave"', ['after "gave"', "any verb", '"handed"']),
-    Puzzle("months", _is(*LISTS["month"]), "any month", ["any name", 'after "In"', "any number"]),
-    Puzzle(
-        "inside parentheses",
-        lambda words: inside(words, "(", ")"),
-        "inside parentheses",
-        ['"("', 'after "("', "inside quotation marks"],
-    ),
-    Puzzle(
-        "inside quotation marks",
-        lambda words: inside(words, "“", "”"),
-        "inside quotation marks",
-        ['"“"', '"said"', "inside parentheses"],
-    ),
-    Puzzle(
-        "the word after the",
-        _behind(_is("the")),
-        'after "the"',
-        ['"the"', "after any article", "any noun"],
-    ),
-    Puzzle(
-        "words about dragons",
-        _is(*_DRAGONS),
-        "any word about dragon",
-        ['"dragon"', "any noun", "any word about ship"],
-    ),
-    Puzzle(
-        "first word of a sentence",
-        lambda words: [p == 1 for p in word_places(words)],
-        "word 1 of a sentence",
-        ["word 2 of a sentence", 'after "the"', "any name"],
-    ),
-    Puzzle("a name", _is(*NAMES), "any name", ["any pronoun", "word 1 of a sentence", "any month"]),
-    Puzzle(
-        "a name after to",
-        lambda words: [w in _NAMES and i > 0 and words[i - 1] == "to" for i, w in enumerate(words)],
-        'any name after "to"',
-        ["any name", 'after "to"', '"to"'],
-    ),
-    Puzzle(
-        "the second mention of a name",
-        _again,
-        "any name that the text has had before",
-        ["any name", "any pronoun", "word 1 of a sentence"],
-    ),
-    Puzzle(
-        "the letter w",
-        lambda words: ["w" in w.lower() for w in words],
-        "any word with the letter w",
-        ['"was"', "any verb", '"two"'],
-    ),
-    Puzzle(
-        "a long word",
-        lambda words: [len(w) > 7 for w in words],
-        "any word of more than seven letters",
-        ["any adverb", "any noun", "any name"],
-    ),
+    Puzzle(*row)
+    for row in (
+        ("the word gave", _is("gave"), '"gave"', ['after "gave"', "any verb", '"handed"']),
+        ("months", _is(*LISTS["month"]), "any month", ["any name", 'after "In"', "any number"]),
+        (
+            "inside parentheses",
+            _in_parentheses,
+            "inside parentheses",
+            ['"("', 'after "("', "inside quotation marks"],
+        ),
+        (
+            "inside quotation marks",
+            _in_quotes,
+            "inside quotation marks",
+            ['"“"', '"said"', "inside parentheses"],
+        ),
+        (
+            "the word after the",
+            _after(_is("the")),
+            'after "the"',
+            ['"the"', "after any article", "any noun"],
+        ),
+        (
+            "words about dragons",
+            _is(*story_words()["topics"]["dragon"]),
+            "any word about dragon",
+            ['"dragon"', "any noun", "any word about ship"],
+        ),
+        (
+            "first word of a sentence",
+            _first,
+            "word 1 of a sentence",
+            ["word 2 of a sentence", 'after "the"', "any name"],
+        ),
+        ("a name", _is(*NAMES), "any name", ["any pronoun", "word 1 of a sentence", "any month"]),
+        (
+            "a name after to",
+            _name_after_to,
+            'any name after "to"',
+            ["any name", 'after "to"', '"to"'],
+        ),
+        (
+            "the second mention of a name",
+            _again,
+            "any name that the text has had before",
+            ["any name", "any pronoun", "word 1 of a sentence"],
+        ),
+        ("the letter w", _has_w, "any word with the letter w", ['"was"', "any verb", '"two"']),
+        (
+            "a long word",
+            _long,
+            "any word of more than seven letters",
+            ["any adverb", "any noun", "any name"],
+        ),
+    )
 ]
 
 # %% ../../../nbs/lib/feature_explain_puzzles.ipynb #feature-explain-puzzles-5
 def puzzle_cases(
-    words: list, puzzles: list = PUZZLES, seed: int = 0
-) -> list:  # pieces(text, tok), of the stories
+    words: list,  # pieces(text, tok), of the stories
+    puzzles: list = PUZZLES,
+    seed: int = 0,
+) -> list:
     "A Case for each puzzle (None where the text has it in too few fragments)."
     bare = [[w.strip() for w in some] for some in words]
-    return make_cases(
-        np.concatenate([np.array([p.acts(some) for p in puzzles], np.float32).T for some in bare]),
-        words,
-        seed=seed,
-    )
+    acts = [np.array([p.acts(some) for p in puzzles], np.float32).T for some in bare]
+    return make_cases(np.concatenate(acts), words, seed=seed)
 
 
-def solve(explainer: Explainer, cases: list, puzzles: list = PUZZLES) -> list:
-    "For each puzzle r of the explainer's own explanation, of the right one (None: it cannot read it, or there is no score), of the best wrong one; whether the right one, and its own, are above all wrong ones."
+def _above(r, others):  # scores, None where there is none
+    return r is not None and all(o is None or r > o for o in others)
+
+
+def solve(
+    explainer: Explainer,
+    cases: list,  # of puzzle_cases
+    puzzles: list = PUZZLES,
+) -> list:  # dicts: puzzle, explanation, own, right, wrong, right_first, own_first
+    "For each puzzle r of its own explanation, the right one, the best wrong one; who is first."
+    # None: the explainer cannot read an explanation, or there is no score
     there = [(p, c) for p, c in zip(puzzles, cases, strict=True) if c]
     own = explainer.explain([c.explain for _, c in there])
-    asks = [
-        (c, why)
-        for (p, c), mine in zip(there, own)
-        for why in (mine, *(f"{w} (10)" for w in (p.right, *p.wrong)))
-    ]
+    asks = []
+    for (p, c), mine in zip(there, own):
+        asks += [(c, why) for why in (mine, *(f"{w} (10)" for w in (p.right, *p.wrong)))]
     readable = [ask for ask in asks if explainer.reads(ask[1])]
     found = iter(interpret([c for c, _ in readable], explainer, [why for _, why in readable]))
     scores = iter([next(found)["r"] if explainer.reads(why) else None for _, why in asks])
-    above = lambda r, others: r is not None and all(o is None or r > o for o in others)
     rows = []
     for (puzzle, _), mine in zip(there, own):
         r, right, *wrong = [next(scores) for _ in range(2 + len(puzzle.wrong))]
@@ -138,8 +166,8 @@ def solve(explainer: Explainer, cases: list, puzzles: list = PUZZLES) -> list:
                 own=r,
                 right=right,
                 wrong=max((w for w in wrong if w is not None), default=None),
-                right_first=above(right, wrong),
-                own_first=above(r, wrong),
+                right_first=_above(right, wrong),
+                own_first=_above(r, wrong),
             )
         )
     return rows

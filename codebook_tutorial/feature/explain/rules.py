@@ -52,24 +52,22 @@ PREDICATES = {  # what the explainer can say of a token: kind -> example
 
 def story_words() -> dict:
     "The stories' word classes and topic words: PredicateExplainer(**story_words())."
-    return dict(
-        classes=CLASSES,
-        topics={
-            t: sum(
-                (LISTS[f"topic_{part}"][t] for part in ("noun", "plural", "verb", "adj", "place")),
-                [],
-            )
-            for t in TOPICS
-        },
-    )
+    parts = ("noun", "plural", "verb", "adj", "place")
+    topics = {t: [w for part in parts for w in LISTS[f"topic_{part}"][t]] for t in TOPICS}
+    return dict(classes=CLASSES, topics=topics)
 
 
 def _quoted(word):
     return json.dumps(word, ensure_ascii=False)
 
 
-def inside(words, opening, closing):  # -> [n] bool: between the marks, neither counts
-    "Where the text begins behind an opening mark is told by the first mark."
+def inside(
+    words: list,
+    opening: str,  # a mark
+    closing: str,
+) -> list:  # [n] bool
+    "Which words are between the marks; the marks themselves are not."
+    # the first mark shows whether the text begins after an opening one
     first = next((w for w in words if w in (opening, closing)), opening)
     out, now = [], first == closing
     for w in words:
@@ -81,9 +79,8 @@ def inside(words, opening, closing):  # -> [n] bool: between the marks, neither 
     return out
 
 
-def word_places(
-    words,
-):  # -> [n] number of the word in its sentence, from 1; 0 where its beginning is not in the text
+def word_places(words: list) -> list:  # [n]
+    "Each word's number in its sentence, from 1; 0 where the sentence begins before the text."
     out, at = [], 0
     for w in words:
         out.append(at)
@@ -92,8 +89,11 @@ def word_places(
 
 # %% ../../../nbs/lib/feature_explain_rules.ipynb #feature-explain-rules-5
 class PredicateExplainer(Explainer):
-    """Explains by rule: a few of the PREDICATES, each with the strength that it adds, as in `"gave" (9); after any name (3)`; fitted on the explaining fragments alone. It is no language model: it cannot say anything else.
-    Deterministic, offline, some milliseconds a feature. Words are compared without the spaces around them."""
+    'Explains by rule: a few PREDICATES with strengths, as in `"gave" (9); after any name (3)`.'
+
+    # Fitted on the explaining fragments alone. It is no language model: it cannot say anything
+    # else. Deterministic, offline, some milliseconds a feature. Words are compared without the
+    # spaces around them.
 
     way = "predicates"
 
@@ -103,43 +103,30 @@ class PredicateExplainer(Explainer):
         topics: dict | None = None,  # name -> its words
         without: tuple = (),  # kinds of PREDICATES that are not used
         *,
-        n: int = 4,
-    ):  # predicates in an explanation, at most (beside `any word`)
-        if wrong := set(without) - PREDICATES.keys() | {"any"} & set(without):
-            raise ValueError(
-                f"PredicateExplainer: without={sorted(wrong)}, expected some of {', '.join(list(PREDICATES)[1:])}"
-            )
+        n: int = 4,  # predicates in an explanation, at most (beside `any word`)
+    ):
         classes = SHAPES if classes is None else classes
-        if wrong := [
-            name for name in (*classes, *(topics or ())) if not re.fullmatch(r"[\w -]+", name)
-        ]:
-            raise ValueError(
-                f"PredicateExplainer: names of classes and topics hold letters, digits, - and spaces alone, got {wrong}"
-            )
+        topics = topics or {}
+        _check_names(classes, topics, without)
         self.patterns = {name: re.compile(c) for name, c in classes.items() if isinstance(c, str)}
-        self.lists = {
-            f"any {name}": set(c) for name, c in classes.items() if not isinstance(c, str)
-        }
-        self.topics = {f"any word about {name}": set(c) for name, c in (topics or {}).items()}
-        self.without, self.n, self.names, self.seen = set(without), n, {}, {}
-        known = [re.escape(f"any {name}") for name in classes] + [
-            re.escape(name) for name in self.topics
-        ]
-        word = r'"(?:[^"\\]|\\.)*"'
-        self.phrase = re.compile(
-            rf"any word|{word}(?: after {word})?|after {word}|(?:after )?(?:{'|'.join(known) or word})|word [123] of (?:a sentence|the text)|inside (?:quotation marks|parentheses)"
-        )
+        lists = {name: c for name, c in classes.items() if not isinstance(c, str)}
+        self.lists = {f"any {name}": set(c) for name, c in lists.items()}
+        self.topics = {f"any word about {name}": set(c) for name, c in topics.items()}
+        self.without = set(without)
+        self.n = n
+        self.names = {}  # word -> its classes and topics
+        self.seen = {}  # tokens -> what holds at each
+        self.phrase = _grammar([f"any {name}" for name in classes] + list(self.topics))
 
     def _sorts(self, word):  # -> the classes of a word, its topics
         if word not in self.names:
-            self.names[word] = (
-                [n for n, some in self.lists.items() if word in some]
-                + [f"any {n}" for n, p in self.patterns.items() if p.fullmatch(word)],
-                [n for n, some in self.topics.items() if word in some],
-            )
+            listed = [n for n, some in self.lists.items() if word in some]
+            shaped = [f"any {n}" for n, p in self.patterns.items() if p.fullmatch(word)]
+            topics = [n for n, some in self.topics.items() if word in some]
+            self.names[word] = (listed + shaped, topics)
         return self.names[word]
 
-    def holds(self, tokens) -> list:  # -> [n] sets of phrases
+    def holds(self, tokens: list) -> list:  # [n] sets of phrases
         "The predicates that hold at each token."
         key = tuple(tokens)
         if key not in self.seen:
@@ -149,41 +136,53 @@ class PredicateExplainer(Explainer):
         return self.seen[key]
 
     def _holds(self, words):
-        quotes, brackets, places, out = (
-            inside(words, "“", "”"),
-            inside(words, "(", ")"),
-            word_places(words),
-            [],
-        )
+        quotes, brackets = inside(words, "“", "”"), inside(words, "(", ")")
+        places = word_places(words)
+        out = []
         for i, w in enumerate(words):
-            classes, topics = self._sorts(w)
-            found = {
-                "any": ["any word"],
-                "word": [_quoted(w)],
-                "class": classes,
-                "topic": topics,
-                "inside": ["inside quotation marks"] * quotes[i]
-                + ["inside parentheses"] * brackets[i],
-                "position": [f"word {places[i]} of a sentence"] * (0 < places[i] < 4)
-                + [f"word {i + 1} of the text"] * (i < 3),
-            }
-            if i:
-                before, (classes, topics) = _quoted(words[i - 1]), self._sorts(words[i - 1])
-                found |= {
-                    "previous word": [f"after {before}"],
-                    "bigram": [f"{_quoted(w)} after {before}"],
-                    "previous class": [f"after {c}" for c in classes],
-                    "previous topic": [f"after {c}" for c in topics],
-                }
-            out.append(
-                frozenset(
-                    p
-                    for kind, phrases in found.items()
-                    if kind not in self.without
-                    for p in phrases
-                )
-            )
+            found = self._of_word(w) | (self._of_previous(words[i - 1], w) if i else {})
+            found["inside"] = ["inside quotation marks"] * quotes[i]
+            found["inside"] += ["inside parentheses"] * brackets[i]
+            found["position"] = [f"word {places[i]} of a sentence"] * (0 < places[i] < 4)
+            found["position"] += [f"word {i + 1} of the text"] * (i < 3)
+            said = [phrases for kind, phrases in found.items() if kind not in self.without]
+            out.append(frozenset(p for phrases in said for p in phrases))
         return out
+
+    def _of_word(self, word):
+        classes, topics = self._sorts(word)
+        return {"any": ["any word"], "word": [_quoted(word)], "class": classes, "topic": topics}
+
+    def _of_previous(self, before, word):
+        classes, topics = self._sorts(before)
+        return {
+            "previous word": [f"after {_quoted(before)}"],
+            "bigram": [f"{_quoted(word)} after {_quoted(before)}"],
+            "previous class": [f"after {c}" for c in classes],
+            "previous topic": [f"after {c}" for c in topics],
+        }
+
+
+def _check_names(classes, topics, without):
+    if wrong := set(without) - PREDICATES.keys() | {"any"} & set(without):
+        raise ValueError(
+            f"PredicateExplainer: without={sorted(wrong)}, "
+            f"expected some of {', '.join(list(PREDICATES)[1:])}"
+        )
+    if wrong := [name for name in (*classes, *topics) if not re.fullmatch(r"[\w -]+", name)]:
+        raise ValueError(
+            "PredicateExplainer: names of classes and topics hold letters, digits, - and spaces "
+            f"alone, got {wrong}"
+        )
+
+
+def _grammar(names):  # phrases of classes and topics -> a pattern for any phrase
+    word = r'"(?:[^"\\]|\\.)*"'
+    known = "|".join(map(re.escape, names)) or word
+    return re.compile(
+        rf"any word|{word}(?: after {word})?|after {word}|(?:after )?(?:{known})|"
+        r"word [123] of (?:a sentence|the text)|inside (?:quotation marks|parentheses)"
+    )
 
 # %% ../../../nbs/lib/feature_explain_rules.ipynb #feature-explain-rules-6
 @patch
@@ -195,43 +194,42 @@ def explain(self: PredicateExplainer, features: list) -> list:
 
 @patch
 def _explain(self: PredicateExplainer, fragments):
-    part, y = (
-        np.repeat(range(len(fragments)), [len(f.tokens) for f in fragments]),
-        np.concatenate([f.acts for f in fragments]).astype(float),
-    )
-    where = {}
-    for i, phrases in enumerate(p for f in fragments for p in self.holds(f.tokens)):
-        for phrase in phrases:
-            where.setdefault(phrase, []).append(i)
-    names = ["any word"] + sorted(
-        p
-        for p, at in where.items()
-        if p != "any word" and y[at].any() and (len(fragments) == 1 or len(set(part[at])) > 1)
-    )  # what one fragment alone shows is no rule
-    M = np.zeros((len(y), len(names)))
-    for j, name in enumerate(names):
-        M[where[name], j] = 1
-    error = (
-        sum(_errors(M, y, part == left, n=self.n) for left in range(len(fragments)))
-        if len(fragments) > 1
-        else np.arange(self.n + 1)[::-1]
-    )
+    sizes = [len(f.tokens) for f in fragments]
+    part = np.repeat(range(len(fragments)), sizes)  # [tokens] which fragment
+    y = np.concatenate([f.acts for f in fragments]).astype(float)
+    names, M = self._predicates(fragments, part, y)
+    error = np.arange(self.n + 1)[::-1]
+    if len(fragments) > 1:
+        error = sum(_errors(M, y, part == left, n=self.n) for left in range(len(fragments)))
     chosen, weights = greedy_rules(M, y, int(error.argmin()))[-1]
-    said = sorted(
-        ((round(w), names[j]) for j, w in zip(chosen, weights) if round(w) > 0),
-        key=lambda pair: (-pair[0], pair[1]),
-    )
+    said = [(round(w), names[j]) for j, w in zip(chosen, weights) if round(w) > 0]
+    said.sort(key=lambda pair: (-pair[0], pair[1]))
     return "; ".join(f"{name} ({min(w, 10)})" for w, name in said) or "any word (0)"
 
 
-def _errors(
-    M, y, left, *, n
-):  # left: [tokens] bool, one fragment -> [n + 1] squared error there, fitted on the others
+@patch
+def _predicates(self: PredicateExplainer, fragments, part, y):
+    "Phrases that hold where the feature is active, [tokens, phrases] where each of them holds."
+    at = {}  # phrase -> tokens
+    for i, phrases in enumerate(p for f in fragments for p in self.holds(f.tokens)):
+        for phrase in phrases:
+            at.setdefault(phrase, []).append(i)
+    places = at.pop("any word")
+    single = len(fragments) == 1  # else what one fragment alone shows is no rule
+    kept = sorted(p for p, i in at.items() if y[i].any() and (single or len(set(part[i])) > 1))
+    names = ["any word", *kept]
+    M = np.zeros((len(y), len(names)))
+    for j, name in enumerate(names):
+        M[at[name] if j else places, j] = 1
+    return names, M
+
+
+def _errors(M, y, left, *, n):  # left: [tokens] bool, one fragment
+    "Squared error [n + 1] there with 0..n predicates, fitted on the others."
     path = greedy_rules(M[~left], y[~left], n)
     path += path[-1:] * (n + 1 - len(path))
-    return np.array(
-        [((y[left] - M[left][:, chosen] @ weights) ** 2).sum() for chosen, weights in path]
-    )
+    fits = [M[left][:, chosen] @ weights for chosen, weights in path]
+    return np.array([((y[left] - fit) ** 2).sum() for fit in fits])
 
 # %% ../../../nbs/lib/feature_explain_rules.ipynb #feature-explain-rules-7
 _PART = re.compile(r'((?:[^"();]|"(?:[^"\\]|\\.)*")+) \((\d+)\)(?:; |$)')
@@ -239,17 +237,18 @@ _PART = re.compile(r'((?:[^"();]|"(?:[^"\\]|\\.)*")+) \((\d+)\)(?:; |$)')
 
 @patch
 def read(self: PredicateExplainer, explanation: str) -> dict:
-    "An explanation in the language of predicates -> {phrase: strength}; Unreadable (a ValueError) for any other."
+    "An explanation in its own language -> {phrase: strength}; Unreadable for any other."
     found, at = {}, 0
-    while (
-        at < len(explanation)
-        and (m := _PART.match(explanation, at))
-        and self.phrase.fullmatch(m[1])
-    ):
-        found[m[1]], at = int(m[2]), m.end()
+    while at < len(explanation):
+        m = _PART.match(explanation, at)
+        if not m or not self.phrase.fullmatch(m[1]):
+            break
+        found[m[1]] = int(m[2])
+        at = m.end()
     if not found or at < len(explanation):
         raise Unreadable(
-            f"PredicateExplainer: cannot read {explanation[at : at + 80]!r}; expected predicates with their strengths, as in '\"gave\" (9); after any name (3)'"
+            f"PredicateExplainer: cannot read {explanation[at : at + 80]!r}; expected predicates "
+            "with their strengths, as in '\"gave\" (9); after any name (3)'"
         )
     return found
 
@@ -264,16 +263,15 @@ def reads(self: PredicateExplainer, explanation: str) -> bool:
 
 
 @patch
-def simulate(self: PredicateExplainer, asks: list) -> list:
+def simulate(
+    self: PredicateExplainer,
+    asks: list,  # [(explanation, tokens)]
+) -> list:  # [[0..10 for each token]]
     "At each token the strengths of the predicates that hold there, added up, at most 10."
     check_asks("PredicateExplainer.simulate", asks)
-    rules, out = {why: self.read(why) for why in {why for why, _ in asks}}, []
-    for why, tokens in asks:
-        rule = rules[why]
-        out.append(
-            [
-                float(min(10, sum(rule[p] for p in rule.keys() & phrases)))
-                for phrases in self.holds(tokens)
-            ]
-        )
-    return out
+    rules = {why: self.read(why) for why in {why for why, _ in asks}}
+    return [_strengths(rules[why], self.holds(tokens)) for why, tokens in asks]
+
+
+def _strengths(rule, held):  # {phrase: strength}, [n] sets of phrases
+    return [float(min(10, sum(rule[p] for p in rule.keys() & phrases))) for phrases in held]
