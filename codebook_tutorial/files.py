@@ -109,9 +109,9 @@ def unseal(folder, marks: dict, call: str, *, todo: str = "copy or make it again
 def same_settings(
     call: str,
     folder,
+    *,
     old: dict,  # what the folder was started with
     new: dict,
-    *,
     todo: str = "choose another folder, or delete this one",
 ):
     'ValueError naming the settings that differ: "steps: 4 then, 8 now".'

@@ -749,7 +749,8 @@ def numbered(large, monkeypatch):
     "The same store, whose rows read as their own numbers; and a note of how many were read."
     read, first = [0], list(itertools.accumulate([n for _, n in large.shards], initial=0))
 
-    def number(self, site, i, begin, end):
+    def number(self, site, run):
+        i, begin, end = run
         assert 0 <= begin < end <= self.shards[i][1]
         read[0] += end - begin
         return torch.arange(first[i] + begin, first[i] + end, dtype=torch.float)[:, None]

@@ -104,9 +104,10 @@ def test_a_flipped_byte_and_a_missing_file_are_named(tmp_path):
 
 def test_settings_that_differ_are_named_and_the_others_not():
     old = dict(steps=4, site="mlp.0", text="a" * 64, gone=1)
-    same_settings("f", "there", old, dict(old))
+    same_settings("f", "there", old=old, new=dict(old))
     with pytest.raises(ValueError) as e:
-        same_settings("f", "there", old, dict(steps=8, site="mlp.0", text="b" * 64, added=None))
+        new = dict(steps=8, site="mlp.0", text="b" * 64, added=None)
+        same_settings("f", "there", old=old, new=new)
     says = str(e.value)
     assert says.startswith("f: there was started with different settings (steps: 4 then, 8 now, ")
     assert "text: aaaaaaaa... then, bbbbbbbb... now" in says and "site" not in says

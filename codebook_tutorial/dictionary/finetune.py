@@ -118,7 +118,7 @@ def same_run(trainer, text, last):
     if last:
         began = read_json(file, "finetune", f"copy it again, {OTHERWISE}")
         began = {name: began[name] for name in now if name in began}
-        same_settings("finetune", last, began, now, todo=OTHERWISE)
+        same_settings("finetune", last, old=began, new=now, todo=OTHERWISE)
     if trainer.is_world_process_zero():
         sweep(file.parent, ("checkpoint-*/*.part", "checkpoint-*/.tmp??????"))
         write_json(file, now)

@@ -86,7 +86,8 @@ def _check_folder(folder, info, overwrite):
         raise ValueError(f"harvest: {folder} holds no activations; choose a new folder")
     old = store_info(folder, "harvest") if HEAD in there else info
     if not overwrite:
-        same_settings("harvest", folder, old, info, todo="overwrite=True replaces the activations")
+        todo = "overwrite=True replaces the activations"
+        same_settings("harvest", folder, old=old, new=info, todo=todo)
 
 # %% ../../nbs/lib/dictionary_harvest.ipynb #dictionary-harvest-6
 def _mb(size):

@@ -60,7 +60,7 @@ class Run:
                 raise ValueError("its checksum differs")
         old, new = json.loads(info["began"]), json.loads(json.dumps(vars(self.settings)))
         todo = "give another folder, or delete it"
-        same_settings("train_sae", self.file, old, new, todo=todo)
+        same_settings("train_sae", self.file, old=old, new=new, todo=todo)
         for name, t in self.tensors().items():
             t.copy_(kept[name])
         for name, p in self.sae.named_parameters():

@@ -8,7 +8,7 @@ Docs: https://codebook-tutorial.github.io/codebook_tutorial/lib/dictionary_store
 __all__ = ['HEAD', 'COLUMNS', 'DTYPES', 'shard_path', 'shard_done', 'store_info', 'Activations', 'open_activations']
 
 # %% ../../nbs/lib/dictionary_store.ipynb #dictionary-store-3
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 
 import torch
@@ -47,7 +47,7 @@ def _fill(
     free,  # [m] slots to be filled
     runs,  # a stack of (shard, begin, end)
     *,
-    read,  # fn(shard, begin, end) -> [.., d]
+    read,  # fn((shard, begin, end)) -> [.., d]
 ):
     "Read runs off the stack into free slots until either is used up; returns the filled slots."
     at = 0
@@ -56,7 +56,7 @@ def _fill(
         stop = min(end, begin + len(free) - at)
         if stop < end:
             runs.append((i, stop, end))
-        buffer[free[at : at + stop - begin]] = read(i, begin, stop).to(buffer.dtype)
+        buffer[free[at : at + stop - begin]] = read((i, begin, stop)).to(buffer.dtype)
         at += stop - begin
     return free[:at]
 
@@ -90,8 +90,9 @@ class Activations:
             f"{self.info['dtype']}; {sites}"
         )
 
-    def _read(self, site, i, begin, end):  # -> [end - begin, d]
+    def _read(self, site, run):  # (shard, begin, end) -> [end - begin, d]
         "Some rows of a shard; the file is memory-mapped, so only these are read."
+        i, begin, end = run
         return self.shards[i][0].get_slice(site)[begin:end]
 
     def _runs(self, site, length, call):  # -> [(shard, begin, end)] of at most `length` rows
@@ -113,7 +114,7 @@ class Activations:
         if not 0 <= n <= self.n:
             raise ValueError(f"load: n={n}, expected 0 to {self.n}")
         out = torch.empty(n, self.sites[site])
-        _fill(out, torch.arange(n), runs[::-1], read=lambda *run: self._read(site, *run))
+        _fill(out, torch.arange(n), runs[::-1], read=partial(self._read, site))
         return out
 
     def batches(
@@ -138,16 +139,12 @@ class Activations:
 
     def _batches(self, site, runs, size, *, draw, hold, epochs, dtype):
         buffer = torch.empty(min(hold, self.n), self.sites[site], dtype=dtype)
-
-        def read(*run):
-            return self._read(site, *run)
-
         for _ in range(epochs):
             left = [runs[i] for i in torch.randperm(len(runs), generator=draw).tolist()]
             full = torch.arange(0)
             free = torch.arange(len(buffer))
             while left or len(full):
-                full = torch.cat([full, _fill(buffer, free, left, read=read)])
+                full = torch.cat([full, _fill(buffer, free, left, read=partial(self._read, site))])
                 full = full[torch.randperm(len(full), generator=draw)]
                 give = max(1, len(full) // 2 // size) * size
                 free, full = full[:give], full[give:]
