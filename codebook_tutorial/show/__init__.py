@@ -1,3 +1,3 @@
 from .figures import *
-from .figures import plt
+from .figures import plt as plt
 from .html import *
