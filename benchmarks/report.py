@@ -1,92 +1,242 @@
 """The page of benchmarks: tables, bounds and pictures from benchmarks/results/<device>.json.
 
-    python benchmarks/report.py FOLDER            # writes benchmarks.md and its pictures there (`course.py docs` does)"""
-import json, sys
+python benchmarks/report.py FOLDER            writes benchmarks.md and its pictures there
+"""
+
+import json
+import sys
 from pathlib import Path
+from typing import NamedTuple
+
 import matplotlib
+
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt  # noqa: E402
 import numpy as np  # noqa: E402
-from codebook_tutorial import show  # noqa: E402
+
+from codebook_tutorial.show.figures import PALETTE, style  # noqa: E402
 
 RESULTS = Path(__file__).resolve().parent / "results"
-OURS, PEERS, FLOOR = show.PALETTE["orange"], show.PALETTE["blue"], show.PALETTE["black"]
+OURS, PEERS, FLOOR = PALETTE["orange"], PALETTE["blue"], PALETTE["black"]
+RACES = {
+    "codebook": "The codebook layer, forward and backward",
+    "lookup": "Looking up the nearest codes (floor: faiss)",
+    "sae": "A training step of an autoencoder",
+}
+PARTS = {
+    "harvest": "Harvesting beside the bare forward pass",
+    "patching": "Ordering features by what patching them does",
+    "steering": "Generation under steering",
+    "index": "The index of codes",
+    "neurons": "Codes beside neurons",
+    "autointerp": "Explaining and scoring features of eight dictionaries",
+    "chapters": "Chapters, FAST, after set-up",
+}
+ABOUT = """# Benchmarks
+
+The course beside its peers and beside bare floors, each race in one run: each contestant in
+processes (a peer in an environment) of its own, several one after the other, taking turns; medians
+and ranges of the processor's own seconds (the clock's on a GPU, and for harvest, patching, index,
+neurons, explanations and chapters). On Linux the C library is told to keep freed memory, for all
+alike: otherwise it is luck whether a process asks the system for the same pages at each step, which
+moves a short step by up to a third. Repeat it with `python course.py bench`. A *floor* is the least
+code that does the same work: nothing checked, counted or edited. What is measured, and how, is in
+`benchmarks/`.
+
+"""
 
 
 def name(row):
     "Who, and of which kind."
-    return " ".join(str(v) for v in (row["who"].split("/")[-1], row.get("kind"), row.get("optimizer"), "dense" if row.get("use_sparse_activations") is False else None) if v)
+    dense = "dense" if row.get("use_sparse_activations") is False else None
+    words = (row["who"].split("/")[-1], row.get("kind"), row.get("optimizer"), dense)
+    return " ".join(str(word) for word in words if word)
 
 
-def is_ours(row): return row["who"].endswith("/course")
-def ratio(row): return f"{row['x_floor']:.2f} ({row['low'] * row['x_floor'] / row['seconds']:.2f} to {row['high'] * row['x_floor'] / row['seconds']:.2f})" if "x_floor" in row else "failed: " + row.get("failed", "")[-80:].replace("\n", " ").replace("|", "/")
-def table(head, rows): return "\n".join(["| " + " | ".join(head) + " |", "|" + "---|" * len(head), *("| " + " | ".join(map(str, r)) + " |" for r in rows)])
+def size_of(row):
+    "Number of codes, where there are any."
+    return f"C={row['C']:,} k={row['k']}: " if "C" in row else ""
+
+
+def is_ours(row):
+    "Is it the course's?"
+    return row["who"].endswith("/course")
+
+
+def ratio(row):
+    "Times the floor, with its range; or why there is none."
+    if "x_floor" not in row:
+        why = row.get("failed", "")[-80:].replace("\n", " ").replace("|", "/")
+        return f"failed: {why}"
+    low, high = (row[key] * row["x_floor"] / row["seconds"] for key in ("low", "high"))
+    return f"{row['x_floor']:.2f} ({low:.2f} to {high:.2f})"
+
+
+def table(head, rows):
+    "A Markdown table."
+    lines = ["| " + " | ".join(map(str, row)) + " |" for row in (head, *rows)]
+    return "\n".join([lines[0], "|" + "---|" * len(head), *lines[1:]])
+
+
+class Bound(NamedTuple):
+    what: str
+    measured: float
+    bound: float
+    met: bool
+
+
+def at_most(what, measured, bound):
+    "A bound from above."
+    return Bound(what, measured, bound, measured <= bound)
+
+
+def codebook_bounds(found):
+    "Time of the layer, and its memory."
+    for row in [row for race in found.get("codebook", []) for row in race]:
+        if is_ours(row) and "x_floor" in row:
+            what = f"codebook layer, C={row['C']:,}, k={row['k']}: time, times the bare floor's"
+            yield at_most(what, row["x_floor"], 1.1)
+            if row["k"] == 100 and row["C"] == 10_000:
+                what = "codebook layer, C=10,000, k=100: peak memory, MB"
+                yield at_most(f"{what} (0.4 of the original's 1546)", row["peak_mb"], 618)
+
+
+def sae_bounds(found):
+    "Time of a training step."
+    for race in found.get("sae", []):
+        done = [row for row in race if "x_floor" in row and row["who"] != "sae/floor"]
+        kinds = {row["kind"]: row["x_floor"] for row in done if is_ours(row)}
+        for kind, most in (("tied", 1.15), ("untied", 1.15), ("topk", 0.85)):
+            if kind in kinds:
+                what = f"autoencoder, {kind}: a training step, times the bare floor's"
+                yield at_most(what, kinds[kind], most)
+        theirs = [row for row in done if not is_ours(row) and row["kind"] == "topk"]
+        peers = {name(row): row["x_floor"] for row in theirs}
+        if peers and "topk" in kinds:
+            best = min(peers, key=peers.get)
+            what = f"autoencoder, topk: faster than every peer (the fastest: {best})"
+            yield Bound(what, kinds["topk"], peers[best], kinds["topk"] < peers[best])
 
 
 def bounds(found):
-    "(what, measured, bound, met) for all that was promised and measured."
-    for race in found.get("codebook", []):
-        for row in race:
-            if is_ours(row) and "x_floor" in row:
-                yield f"codebook layer, C={row['C']:,}, k={row['k']}: time, times the bare floor's", row["x_floor"], 1.1, row["x_floor"] <= 1.1
-                if row["k"] == 100 and row["C"] == 10_000: yield "codebook layer, C=10,000, k=100: peak memory, MB (0.4 of the original's 1546)", row["peak_mb"], 618, row["peak_mb"] <= 618
-    for race in found.get("sae", []):
-        kinds, others = {row["kind"]: row for row in race if is_ours(row) and "x_floor" in row}, [row for row in race if not is_ours(row) and "x_floor" in row and row["who"] != "sae/floor"]
-        for kind, most in (("tied", 1.15), ("untied", 1.15), ("topk", .85)):
-            if kind in kinds: yield f"autoencoder, {kind}: a training step, times the bare floor's", kinds[kind]["x_floor"], most, kinds[kind]["x_floor"] <= most
-        peers = {name(row): row["x_floor"] for row in others if row["kind"] == "topk"}
-        if peers and "topk" in kinds: yield f"autoencoder, topk: faster than every peer (the fastest: {min(peers, key=peers.get)})", kinds["topk"]["x_floor"], min(peers.values()), kinds["topk"]["x_floor"] < min(peers.values())
+    "All that was promised and measured."
+    yield from codebook_bounds(found)
+    yield from sae_bounds(found)
     for row in found.get("patching", []):
-        if row["who"] in ("attribution", "greedy", "acdc") and "fewer_layers" in row: yield f"ordering features for patching, {row['who']}: how many times fewer layers than naive", row["fewer_layers"], 20, row["fewer_layers"] >= 20
+        if row["who"] in ("attribution", "greedy", "acdc") and "fewer_layers" in row:
+            what = f"ordering features for patching, {row['who']}:"
+            what += " how many times fewer layers than naive"
+            yield Bound(what, row["fewer_layers"], 20, row["fewer_layers"] >= 20)
 
 
 def dots(races, title, path):
-    "Times the floor, a row a contestant, with their ranges; the races one above the other."
-    rows = [(label, row) for label, race in races for row in race if "x_floor" in row and not row["who"].endswith("/floor")]
-    fig, ax = plt.subplots(figsize=(7, .8 + .24 * len(rows)))
-    for y, (label, row) in enumerate(rows):
+    "Times the floor, a row per contestant, with their ranges; the races one above the other."
+    rows = [row for race in races for row in race if "x_floor" in row]
+    rows = [row for row in rows if not row["who"].endswith("/floor")]
+    fig, ax = plt.subplots(figsize=(7, 0.8 + 0.24 * len(rows)))
+    for y, row in enumerate(rows):
         scale, color = row["x_floor"] / row["seconds"], OURS if is_ours(row) else PEERS
-        ax.hlines(y, row["low"] * scale, row["high"] * scale, color=color, lw=1.5); ax.plot(row["x_floor"], y, "o", color=color, ms=5)
+        ax.hlines(y, row["low"] * scale, row["high"] * scale, color=color, lw=1.5)
+        ax.plot(row["x_floor"], y, "o", color=color, ms=5)
     ax.axvline(1, color=FLOOR, ls=":", lw=1.2)
-    ax.set_yticks(range(len(rows)), [f"{label}{name(row)}" for label, row in rows], fontsize=8); ax.invert_yaxis()
-    ax.set(title=title, xlabel="times the floor's time (dotted), median and range; orange: the course", xscale="log"); ticks = [.5, .7, 1, 1.5, 2, 3, 5]
-    ax.set_xticks(ticks, [f"{t:g}" for t in ticks]); ax.minorticks_off(); ax.grid(axis="y", visible=False)
-    fig.tight_layout(); fig.savefig(path, dpi=110); plt.close(fig)
+    ax.set_yticks(range(len(rows)), [size_of(row) + name(row) for row in rows], fontsize=8)
+    ax.invert_yaxis()
+    told = "times the floor's time (dotted), median and range; orange: the course"
+    ax.set(title=title, xlabel=told, xscale="log")
+    ticks = [0.5, 0.7, 1, 1.5, 2, 3, 5]
+    ax.set_xticks(ticks, [f"{t:g}" for t in ticks])
+    ax.minorticks_off()
+    ax.grid(axis="y", visible=False)
+    fig.tight_layout()
+    fig.savefig(path, dpi=110)
+    plt.close(fig)
 
 
 def slopes(races):
-    "(what, variable, sizes, slope): the power of the variable with which seconds grow, by least squares of the logarithms."
+    "Rows of the table: the power of a size with which seconds grow (least squares of logarithms)."
     for race in races:
-        varied = next(v for v in ("N", "C", "k", "d", "n_feats") if len({row.get(v) for row in race}) > 1)
-        sizes, taken = [row[varied] for row in race if "seconds" in row], [row["seconds"] for row in race if "seconds" in row]
-        yield name(race[0]) if race[0]["who"].startswith("sae") else "codebook layer", varied, sizes, float(np.polyfit(np.log(sizes), np.log(taken), 1)[0])
+        sizes = ("N", "C", "k", "d", "n_feats")
+        varied = next(v for v in sizes if len({row.get(v) for row in race}) > 1)
+        done = [(row[varied], row["seconds"]) for row in race if "seconds" in row]
+        power = float(np.polyfit(*np.log(np.array(done)).T, 1)[0])
+        what = name(race[0]) if race[0]["who"].startswith("sae") else "codebook layer"
+        low, high = min(done)[0], max(done)[0]
+        yield what, varied, f"{low:,} to {high:,}", f"{power:.2f}"
+
+
+def number(x):
+    "Two digits after the point where they matter."
+    return f"{x:,.2f}" if x < 100 else f"{x:,.0f}"
+
+
+def promised(found):
+    "The bounds."
+    rows = [
+        (b.what, number(b.measured), number(b.bound), "met" if b.met else "**not met**")
+        for b in bounds(found)
+    ]
+    return "### What was promised\n\n" + table(["what", "measured", "bound", ""], rows)
+
+
+def race_part(part, races, device, *, folder):
+    "Picture and table of one kind of race."
+    title, picture, size = RACES[part], f"bench_{part}_{device}.png", races[0][0]
+    dots(races, title, folder / picture)
+    alt = "time as a multiple of a bare floor's, a dot for each contestant with its range;"
+    alt = f"{title}: {alt} the table below has the numbers."
+    feats = f", {size['n_feats']:,} features" if "n_feats" in size else ""
+    rows = [row for race in races for row in race]
+    cells = [(size_of(row) + name(row), ratio(row), row.get("peak_mb", "")) for row in rows]
+    return (
+        f"### {title}\n\n![{alt}]({picture})\n\n"
+        f"{size['N']:,} rows of {size['d']} numbers{feats}.\n\n"
+        + table(["", "times the floor (range)", "peak memory, MB"], cells)
+    )
+
+
+def cell(value):
+    "A value in a table."
+    if isinstance(value, float):
+        return f"{value:,.2f}"
+    return f"{value:,}" if isinstance(value, int) else str(value or "").replace("|", "\\|")
+
+
+def own_part(title, rows):
+    "A table of what the course measures of itself."
+    keys = dict.fromkeys(key for row in rows for key in row)
+    keys = [key for key in keys if key not in ("low", "high", "site", "n_feats")]
+    head = [key.replace("_", " ").replace("x plain", "times plain") for key in keys]
+    cells = [[cell(row.get(key)) for key in keys] for row in rows]
+    return f"### {title}\n\n" + table(head, cells)
 
 
 def report(device, found, folder):
     "The part of the page for one device."
-    m, page = found["machine"], []
-    page.append(f"## {m['gpu'] if device != 'cpu' else 'CPU'}\n\n{m['cpu']}, {m['threads']} thread(s), torch {m['torch']}, Python {m['python']}; peers: {', '.join(f'{n} ({v})' for n, v in m['peers'].items())}. {m.get('note', '')}")
-    page.append("### What was promised\n\n" + table(["what", "measured", "bound", ""], [(w, f"{v:,.2f}" if v < 100 else f"{v:,.0f}", f"{b:,.2f}" if b < 100 else f"{b:,.0f}", "met" if ok else "**not met**") for w, v, b, ok in bounds(found)]))
-    for part, title, label in (("codebook", "The codebook layer, forward and backward", lambda r: f"C={r['C']:,} k={r['k']}: "), ("lookup", "Looking up the nearest codes (floor: faiss)", lambda r: f"C={r['C']:,} k={r['k']}: "), ("sae", "A training step of an autoencoder", lambda r: "")):
-        if part not in found: continue
-        dots([(label(race[0]), race) for race in found[part]], title, folder / f"bench_{part}_{device}.png")
-        size = found[part][0][0]
-        page.append(f"### {title}\n\n![{title}: time as a multiple of a bare floor's, a dot for each contestant with its range; the table below has the numbers.](bench_{part}_{device}.png)\n\n" + f"{size['N']:,} rows of {size['d']} numbers" + (f", {size['n_feats']:,} features" if "n_feats" in size else "") + ".\n\n"
-                    + table(["", "times the floor (range)", "peak memory, MB"], [(label(row) + name(row), ratio(row), row.get("peak_mb", "")) for race in found[part] for row in race]))
-    if "slopes" in found: page.append("### Cost against size\n\nSeconds grow as size to this power (1: in proportion).\n\n" + table(["what", "size", "from, to", "power"], [(w, v, f"{min(s):,} to {max(s):,}", f"{p:.2f}") for w, v, s, p in slopes(found["slopes"])]))
-    for part, title in (("harvest", "Harvesting beside the bare forward pass"), ("patching", "Ordering features by what patching them does"), ("steering", "Generation under steering"), ("index", "The index of codes"), ("chapters", "Chapters, FAST, after set-up")):
-        if rows := found.get(part):
-            keys = [k for k in dict.fromkeys(k for r in rows for k in r) if k not in ("low", "high", "site", "n_feats")]
-            page.append(f"### {title}\n\n" + table([k.replace("_", " ").replace("x plain", "times plain") for k in keys], [[f"{v:,.2f}" if isinstance(v, float) else f"{v:,}" if isinstance(v, int) else str(v if v is not None else "").replace("|", "\\|") for v in (r.get(k) for k in keys)] for r in rows]))
+    m = found["machine"]
+    peers = ", ".join(f"{peer} ({version})" for peer, version in m["peers"].items())
+    versions = f"torch {m['torch']}, Python {m['python']}; peers: {peers}. {m.get('note', '')}"
+    title = "CPU" if device == "cpu" else m["gpu"]
+    page = [f"## {title}\n\n{m['cpu']}, {m['threads']} thread(s), {versions}"]
+    page.append(promised(found))
+    for part in RACES:
+        if part in found:
+            page.append(race_part(part, found[part], device, folder=folder))
+    if "slopes" in found:
+        told = "Seconds grow as size to this power (1: in proportion)."
+        grows = table(["what", "size", "from, to", "power"], slopes(found["slopes"]))
+        page.append(f"### Cost against size\n\n{told}\n\n{grows}")
+    page += [own_part(title, found[part]) for part, title in PARTS.items() if found.get(part)]
     return "\n\n".join(page)
 
 
 def main(folder):
-    folder = Path(folder)
-    show.style()
-    parts = [report(path.stem, json.loads(path.read_text()), folder) for path in sorted(RESULTS.glob("*.json"))]
-    (folder / "benchmarks.md").write_text("# Benchmarks\n\nThe course beside its peers and beside bare floors, each race in one run: each contestant in processes (a peer in an environment) of its own, several one after the other, taking turns; medians and ranges of the processor's own seconds (the clock's on a GPU, and for harvest, patching, index and chapters). On Linux the C library is told to keep freed memory, for everybody alike: otherwise it is luck whether a process asks the system for the same pages at each step, which moves a short step by up to a third. Repeat it with `python course.py bench`. A *floor* is the least code that does the same work: nothing checked, counted or edited. "
-                                           "What is measured, and how, stands in `benchmarks/`.\n\n" + "\n\n".join(parts) + "\n", encoding="utf-8")
+    "Write the page."
+    style()
+    found = {path.stem: json.loads(path.read_text()) for path in sorted(RESULTS.glob("*.json"))}
+    parts = [report(device, rows, Path(folder)) for device, rows in found.items()]
+    page = ABOUT + "\n\n".join(parts) + "\n"
+    (Path(folder) / "benchmarks.md").write_text(page, encoding="utf-8")
 
 
-if __name__ == "__main__": main(sys.argv[1])
+if __name__ == "__main__":
+    main(sys.argv[1])

@@ -1,1 +1,4 @@
-"""What the chapters found, written by their last committed run; see CONTRIBUTING.md."""
+"""What the chapters found (NN.json) and their long runs (NN.full.json, by NN_name.py on grid.py).
+
+Only the numbers are installed; CONTRIBUTING.md says how they are made.
+"""

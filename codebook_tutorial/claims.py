@@ -8,42 +8,116 @@ Docs: https://codebook-tutorial.github.io/codebook_tutorial/lib/claims.html.md""
 __all__ = ['Claim', 'ClaimError', 'claim', 'full_claims']
 
 # %% ../nbs/lib/claims.ipynb #claims-3
-import json
 import math
 import os
+from dataclasses import KW_ONLY, dataclass
 from pathlib import Path
 
 import numpy as np
+from .files import read_json, write_json
+from fastcore.meta import delegates
 
 # %% ../nbs/lib/claims.ipynb #claims-5
-class Claim(dict):
+@dataclass(repr=False)
+class Claim:
     "One finding: value, seeds, interval, bound, control, paper. Shows itself as one line."
 
+    name: str  # "module.finding"
+    values: list | float | None  # a number per seed, or one; None: no score exists (see `note`)
+    at_least: float | None = None  # bounds, enforced for the shipped model only
+    _: KW_ONLY
+    at_most: float | None = None
+    control: float | None = None  # the same measure where the effect should be absent
+    paper: float | None = None  # the paper's figure, only where the setting is like for like
+    context: dict | None = None  # other figures to read it beside: {what: figure}
+    unit: str = "share"  # shares are 0-1
+    tolerance: float | None = None  # how far a fresh run may be off; at least the spread
+    interval: tuple | None = None  # 95 %; None: a t-interval over `values`; else say why in `note`
+    note: str = ""
+    # the finding in words, for the tables of README and of the site; recorded only where given
+    title: str | None = None  # the finding: "Dead codes"
+    setting: str | None = None  # what it holds for: "1000 codes from data, no training"
+    paper_said: str | None = None  # the last column: "0.93 to 0.997", "not reported", "none"
+    headline: bool = False  # is it shown at first sight in README?
+
+    def __post_init__(self):
+        self.values = [] if self.values is None else [float(v) for v in np.atleast_1d(self.values)]
+        self._check_values()
+        self.value = float(np.mean(self.values)) if self.values else None
+        if self.interval is None:
+            low, high = (0.0, 1.0) if self.unit == "share" else (-math.inf, math.inf)
+            self.interval = _interval(self.values, low, high)
+        elif not self.interval[0] <= self.interval[1]:
+            raise ValueError(
+                f"claim {self.name}: expected an interval (low, high), got {self.interval}"
+            )
+        else:
+            self.interval = [float(v) for v in self.interval]
+        if self.tolerance is None:
+            self.tolerance = 0.02 * abs(self.value or 0)
+        spread = float(np.ptp(self.values)) if self.values else 0.0
+        self.tolerance = max(spread, self.tolerance)
+        self.context = self.context or {}
+
+    def _check_values(self):
+        if not self.values and not self.note:
+            raise ValueError(
+                f"claim {self.name}: no value came; "
+                "expected numbers, or None with a note that says why"
+            )
+        if not np.isfinite(self.values).all():
+            raise ValueError(f"claim {self.name}: expected finite numbers, got {self.values}")
+        if self.unit == "share" and any(not 0 <= v <= 1 for v in self.values):
+            raise ValueError(
+                f"claim {self.name}: a share is between 0 and 1, got {self.values}; "
+                "another unit= has no such bounds"
+            )
+
+    def __getitem__(self, key):
+        return getattr(self, key)
+
     def __repr__(self):
-        num = lambda v: "none" if v is None else f"{v:,.4g}" if not isinstance(v, str) else v
-        parts = [f"{self['name']} = {num(self['value'])} {self['unit']}".rstrip()]
-        if len(self["values"]) > 1:
-            parts.append("seeds " + ", ".join(map(num, self["values"])))
-        for key, word in (
-            ("interval", "95 % interval"),
-            ("at_least", "at least"),
-            ("at_most", "at most"),
-            ("control", "control"),
-            ("paper", "paper"),
-        ):
-            v = self[key]
-            if v is not None:
-                parts.append(
-                    f"{word} " + (" to ".join(map(num, v)) if key == "interval" else num(v))
-                )
-        parts += [f"{k}: {num(v)}" for k, v in self["context"].items()]
-        return " | ".join(parts + ([self["note"]] if self["note"] else []))
+        parts = [f"{self.name} = {_number(self.value)} {self.unit}".rstrip()]
+        if len(self.values) > 1:
+            parts.append("seeds " + ", ".join(map(_number, self.values)))
+        if self.interval is not None:
+            parts.append("95 % interval " + " to ".join(map(_number, self.interval)))
+        for key in ("at_least", "at_most", "control", "paper"):
+            if self[key] is not None:
+                parts.append(f"{key.replace('_', ' ')} {_number(self[key])}")
+        parts += [f"{k}: {_number(v)}" for k, v in self.context.items()]
+        return " | ".join(parts + ([self.note] if self.note else []))
 
+    def entry(self) -> dict:
+        "What is recorded."
+        always = "value values interval unit at_least at_most tolerance paper context control note"
+        given = [key for key in ("title", "setting", "paper_said", "headline") if self[key]]
+        return {key: self[key] for key in [*always.split(), *given]}
 
+    def record(self):
+        "Add it to the claims file of this run, `$COURSE_CLAIMS`, if there is one."
+        if not (path := os.environ.get("COURSE_CLAIMS")):
+            return
+        kept = read_json(path, "claim", "delete it") if Path(path).exists() else {}
+        write_json(path, {**kept, self.name: self.entry()})
+
+    def check(self):
+        "ClaimError outside its bound; under `$COURSE_MODEL`, where other numbers hold, nothing."
+        if self.value is None or os.environ.get("COURSE_MODEL"):
+            return
+        low = -math.inf if self.at_least is None else self.at_least
+        high = math.inf if self.at_most is None else self.at_most
+        if not low <= self.value <= high:
+            raise ClaimError(
+                f"{self.name}: {self.value:.4g} lies outside its bound "
+                f"(at least {self.at_least}, at most {self.at_most})"
+            )
+
+# %% ../nbs/lib/claims.ipynb #claims-7
 class ClaimError(AssertionError):
     "A finding lies outside its bound."
 
-# %% ../nbs/lib/claims.ipynb #claims-7
+
 def _interval(values, low, high):
     "95 % t-interval for the mean, inside the unit's range; None for a single value."
     if len(values) < 2:
@@ -54,76 +128,22 @@ def _interval(values, low, high):
     return [max(low, float(np.mean(values) - half)), min(high, float(np.mean(values) + half))]
 
 
-def _record(name, entry):
-    "Add one entry to the claims file of this run, `$COURSE_CLAIMS`, if there is one."
-    if not (path := os.environ.get("COURSE_CLAIMS")):
-        return
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    kept = json.loads(path.read_text()) if path.exists() else {}
-    part = path.with_suffix(".part")
-    part.write_text(json.dumps({**kept, name: entry}, indent=1) + "\n")
-    part.replace(path)
+def _number(v):
+    return "none" if v is None else v if isinstance(v, str) else f"{v:,.4g}"
 
 # %% ../nbs/lib/claims.ipynb #claims-8
+@delegates(Claim)
 def claim(
     name: str,  # "module.finding"
-    values,  # one number a seed, or one number; None where no score exists (say why in `note`)
-    at_least=None,
-    *,
-    at_most=None,  # bounds, enforced for the shipped model only
-    control=None,  # the same measure where the effect should be absent
-    paper=None,  # the paper's figure, only where the setting is like for like
-    context: dict | None = None,  # other figures to read it beside
-    unit: str = "share",  # shares are 0-1
-    tolerance: float
-    | None = None,  # how far a fresh run may lie from the committed one; at least the spread
-    interval: tuple
-    | None = None,  # 95 %, (low, high), where it is not that of a mean over seeds (say in `note` over what); None: a t-interval over `values`
-    note: str = "",
+    values,  # a number per seed, or one; None: no score exists (say why in `note`)
+    at_least: float | None = None,  # bound, enforced for the shipped model only
+    **kwargs,  # the other fields of Claim
 ) -> Claim:
     "Record a finding and show it; ClaimError outside its bound."
-    values = [] if values is None else [float(v) for v in np.atleast_1d(values)]
-    if not values and not note:
-        raise ValueError(
-            f"claim {name}: no value came; expected numbers, or None with a note that says why"
-        )
-    if not np.isfinite(values).all():
-        raise ValueError(f"claim {name}: expected finite numbers, got {values}")
-    value, spread = (
-        (float(np.mean(values)) if values else None),
-        float(np.ptp(values)) if values else 0.0,
-    )
-    if unit == "share" and any(not 0 <= v <= 1 for v in values):
-        raise ValueError(f"claim {name}: a share lies between 0 and 1, got {values}")
-    low, high = (0.0, 1.0) if unit == "share" else (-math.inf, math.inf)
-    if interval is not None and not interval[0] <= interval[1]:
-        raise ValueError(f"claim {name}: expected an interval (low, high), got {interval}")
-    interval = _interval(values, low, high) if interval is None else [float(v) for v in interval]
-    entry = dict(
-        value=value,
-        values=values,
-        interval=interval,
-        unit=unit,
-        at_least=at_least,
-        at_most=at_most,
-        tolerance=max(spread, 0.02 * abs(value or 0) if tolerance is None else tolerance),
-        paper=paper,
-        context=context or {},
-        control=control,
-        note=note,
-    )
-    _record(name, entry)
-    inside = (
-        value is None
-        or (at_least is None or value >= at_least)
-        and (at_most is None or value <= at_most)
-    )
-    if not inside and not os.environ.get("COURSE_MODEL"):
-        raise ClaimError(
-            f"{name}: {value:.4g} lies outside its bound (at least {at_least}, at most {at_most})"
-        )
-    return Claim(name=name, **entry)
+    found = Claim(name, values, at_least, **kwargs)
+    found.record()
+    found.check()
+    return found
 
 # %% ../nbs/lib/claims.ipynb #claims-10
 def full_claims(number: str) -> dict:
@@ -133,4 +153,4 @@ def full_claims(number: str) -> dict:
     path = Path(str(files("codebook_tutorial.recorded"))) / f"{number}.full.json"
     if not path.exists():
         raise ValueError(f"full_claims: no long run of chapter {number} is recorded ({path.name})")
-    return json.loads(path.read_text())
+    return read_json(path, "full_claims")

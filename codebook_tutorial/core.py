@@ -20,7 +20,10 @@ import torch
 def jsd(p, q):  # [.., n] probabilities -> [..]
     "Jensen-Shannon divergence in bits: 0 for equal distributions, 1 for disjoint ones."
     m = (p + q) / 2
-    kl = lambda a: torch.special.xlogy(a, a / m.clamp(min=1e-30)).sum(-1)
+
+    def kl(a):
+        return torch.special.xlogy(a, a / m.clamp(min=1e-30)).sum(-1)
+
     return (kl(p) + kl(q)).clamp(min=0) / 2 / math.log(2)
 
 # %% ../nbs/lib/core.ipynb #core-6
@@ -32,7 +35,7 @@ def set_seed(seed: int = 0):
 
 
 def seeded(seed: int) -> torch.Generator:
-    "A generator of its own, so that drawing test data does not disturb the training stream."
+    "A separate generator, so that drawing test data does not disturb the training stream."
     return torch.Generator().manual_seed(seed)
 
 
@@ -46,7 +49,7 @@ FAST = os.environ.get("COURSE_FULL", "") in ("", "0")  # small sizes unless COUR
 
 # %% ../nbs/lib/core.ipynb #core-8
 def data_path(name: str = "") -> Path:
-    "Where a file or folder of the course's own data lies."
+    "The path of a file or folder of the course's own data."
     from importlib.resources import files
 
     root = Path(str(files("codebook_tutorial.data")))

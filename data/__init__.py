@@ -1,1 +1,1 @@
-"""Data and checkpoints made by this repository; README.md says how."""
+"""Data and checkpoints made by this repository; README.md says how. Scripts are not installed."""

@@ -1,7 +1,7 @@
 "What holds at every word of a story, found again from the words alone (the generator's records are not looked at)."
 
-from codebook_tutorial.world.concepts import CLASSES
 from codebook_tutorial.world.grammar import GIRLS, MARKS, NAMES, SENTENCE_KINDS
+from codebook_tutorial.world.words import CLASSES
 
 AGREEMENT, CLASS = (
     SENTENCE_KINDS.index("agreement"),

@@ -16,11 +16,11 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+import codebook_tutorial.dictionary.harvest as activations
 from codebook_tutorial.core import seeded
 from codebook_tutorial.dictionary import store as stores
 from codebook_tutorial.dictionary.bottleneck import add_codebooks
 from codebook_tutorial.dictionary.harvest import harvest
-from codebook_tutorial.dictionary.harvest import harvest as activations
 from codebook_tutorial.dictionary.store import open_activations
 from codebook_tutorial.model.hub import load_lm
 from codebook_tutorial.model.sites import capture, intervene

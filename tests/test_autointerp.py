@@ -11,12 +11,11 @@ from codebook_tutorial.core import data_path, seeded
 from codebook_tutorial.dictionary.base import random_directions
 from codebook_tutorial.dictionary.baselines import ica, pca
 from codebook_tutorial.dictionary.formats import load_sae
+from codebook_tutorial.feature.explain.concepts import concept_fit, feature_concepts
 from codebook_tutorial.feature.explain.protocol import (
     Case,
     Explainer,
     Fragment,
-    concept_fit,
-    feature_concepts,
     fragments,
     integers,
     make_cases,

@@ -7,15 +7,9 @@ import torch.nn.functional as F
 
 from codebook_tutorial.core import seeded
 from codebook_tutorial.dictionary.base import fvu, random_directions
-from codebook_tutorial.dictionary.baselines import (
-    NMF,
-    Affine,
-    ica,
-    keep_largest,
-    overlap,
-    pca,
-    pursue,
-)
+from codebook_tutorial.dictionary.nmf import NMF
+from codebook_tutorial.dictionary.baselines import Affine, ica, keep_largest, pca, pursue
+from codebook_tutorial.dictionary.base import overlap
 from codebook_tutorial.feature.detect import concept_scores
 
 X = torch.randn(3000, 8, generator=seeded(0)) @ torch.randn(8, 8, generator=seeded(1)) + 3

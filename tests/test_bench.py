@@ -13,7 +13,7 @@ def test_contestants_take_turns_and_one_that_fails_is_told():
     size = dict(N=64, d=16, C=50, k=2, device="cpu")
     floor, ours, none = bench.race(
         [
-            (bench.COURSE, dict(who=who, **size))
+            (sys.executable, dict(who=who, **size))
             for who in ("codebook/floor", "codebook/course", "codebook/vector-quantize-pytorch")
         ],
         rounds=2,
@@ -34,7 +34,7 @@ def test_contestants_take_turns_and_one_that_fails_is_told():
 def test_a_step_of_train_sae_is_timed_from_the_side_of_its_data():
     floor, ours = bench.race(
         [
-            (bench.COURSE, dict(who=who, N=64, d=16, n_feats=32, device="cpu", **kw))
+            (sys.executable, dict(who=who, N=64, d=16, n_feats=32, device="cpu", **kw))
             for who, kw in (("sae/floor", {}), ("sae/course", dict(kind="topk", k=4)))
         ],
         rounds=2,

@@ -14,10 +14,9 @@ import torch.nn.functional as F
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
-from workshop import books, learner  # noqa: E402
-
 from codebook_tutorial.core import jsd  # noqa: E402
 from codebook_tutorial.dictionary.base import random_directions  # noqa: E402
+from workshop import books, learner  # noqa: E402
 
 
 def raw(v):

@@ -1,4 +1,6 @@
-"""Reading a feature, taking it out, effects on logits, causal trees: against plain versions of themselves, for every kind of dictionary and family of models."""
+"""Reading a feature, taking it out, effects on logits, causal trees, against plain code.
+
+For every kind of dictionary and family of models."""
 
 import pytest
 import torch
@@ -6,35 +8,34 @@ from test_sites import CONFIGS, D, V, hooks
 from transformers import AutoModelForCausalLM
 
 from codebook_tutorial.core import seeded
-from codebook_tutorial.dictionary.base import basis, random_directions
+from codebook_tutorial.dictionary.base import Lens, basis, random_directions
 from codebook_tutorial.dictionary.baselines import Affine
 from codebook_tutorial.dictionary.bottleneck import add_codebooks
 from codebook_tutorial.dictionary.codebook import Codebook
 from codebook_tutorial.dictionary.kinds import KINDS
 from codebook_tutorial.dictionary.train import refit, train_sae
+from codebook_tutorial.feature.ablate import (
+    ablate_nodes,
+    check_tree,
+    edit_lengths,
+    others_active,
+)
 from codebook_tutorial.feature.read import (
     best_features,
-    draw_histogram,
-    feature_acts,
     strong_contexts,
     token_histogram,
 )
 from codebook_tutorial.feature.trace import (
-    Ablation,
     FeatureTree,
-    ablate_nodes,
     causal_tree,
-    check_tree,
     direct_effects,
-    draw_tree,
-    edit_lengths,
     feature_effects,
     logit_effects,
     nearest_across,
-    others_active,
 )
 from codebook_tutorial.model.sites import capture, intervene
 from codebook_tutorial.model.text import Text
+from codebook_tutorial.show import draw_histogram
 
 BOS, PAD = 1, 0
 
@@ -91,17 +92,17 @@ def test_activations_along_a_text_are_those_of_the_states(tiny):
         want = dictionary.encode(acts["resid.1"])
         if dictionary is book:
             want = (want != 0).float()
-        found = feature_acts(tiny, "resid.1", dictionary, text=text, batch=3)
+        found = Lens(tiny, "resid.1", dictionary).read(text, batch=3)
         assert (
             torch.allclose(found[text.mask], want[text.mask], atol=1e-5)
             and not found[~text.mask].any()
             and not found.requires_grad
         )
         assert torch.equal(
-            feature_acts(tiny, "resid.1", dictionary, text=text, features=[5, 2], batch=3),
+            Lens(tiny, "resid.1", dictionary).read(text, features=[5, 2], batch=3),
             found[..., [5, 2]],
         ) and torch.equal(
-            feature_acts(tiny, "resid.1", dictionary, text=text, features=5)[..., 0], found[..., 5]
+            Lens(tiny, "resid.1", dictionary).read(text, features=5)[..., 0], found[..., 5]
         )
 
 
@@ -116,13 +117,13 @@ def test_codes_of_a_codebook_model_are_those_of_the_pass(neox):
         torch.zeros(*text.ids.shape, len(book.directions)).scatter(-1, ids.flatten(2), 1.0)
         * text.mask[..., None]
     )
-    assert torch.equal(feature_acts(cb, "heads.1", book, text=text), want)
+    assert torch.equal(Lens(cb, "heads.1", book).read(text), want)
 
 
 def test_the_best_feature_is_the_one_that_was_made_to_be(neox):
     text = some_text(16)
     d = basis(D, relu=True)
-    f = feature_acts(neox, "resid.0", d, text=text)
+    f = Lens(neox, "resid.0", d).read(text)
     truth = (f[..., 3] >= 0.5 * f[:8, :, 3].max()) & (f[..., 3] > 0)
     found = best_features(
         neox, "resid.0", d, text=text, truths={"a": truth, "b": ~truth & text.mask}
@@ -138,7 +139,7 @@ def test_the_best_feature_is_the_one_that_was_made_to_be(neox):
 
 def test_the_best_code_is_found_by_counting(neox):
     text, book = some_text(16), Codebook(D, 6)
-    f = feature_acts(neox, "resid.0", book, text=text)
+    f = Lens(neox, "resid.0", book).read(text)
     j = int(f.sum((0, 1)).argmax())
     truth = f[..., j] > 0
     found = best_features(neox, "resid.0", book, text=text, truths={"a": truth})["a"]
@@ -206,7 +207,7 @@ def test_a_histogram_of_few_tokens_and_of_none():
         draw_histogram(token_histogram([1.0] * 12, [str(i) for i in range(12)], top=9), "t", "alt")
     with pytest.raises(ValueError, match="active at none"):
         token_histogram([0.0, 0.0], ["a", "b"])
-    with pytest.raises(ValueError, match=r"one activation a token, got \[2\] and 3 tokens"):
+    with pytest.raises(ValueError, match=r"one activation per token, got \[2\] and 3 tokens"):
         token_histogram([0.0, 0.0], ["a", "b", "c"])
 
 
@@ -270,12 +271,12 @@ def test_the_pre_activation_is_exactly_0_and_inactive_rows_untouched(kind, neox)
         if kind == "refitted"
         else train_sae(x, 40, kind, steps=30, batch=64, **settings)
     )
-    ablate, f = Ablation(neox, "resid.0", sae), sae.encode(x)
+    ablate, f = Lens(neox, "resid.0", sae), sae.encode(x)
     tried = [j for j in (f != 0).sum(0).topk(12).indices.tolist() if ablate.slope[j] > 0]
     assert len(tried) >= 6
     with torch.no_grad():
         for j in tried:
-            on, new = f[:, j] != 0, ablate.without(j)(x)
+            on, new = f[:, j] != 0, ablate.take_out(j)(x)
             assert (
                 sae.pre(new)[on, j].abs().max() < 2e-4 * sae.pre(x)[on, j].abs().max()
                 and not sae.encode(new)[on, j].abs().gt(1e-4 * f[:, j].max()).any()
@@ -291,7 +292,7 @@ def test_the_pre_activation_is_exactly_0_and_inactive_rows_untouched(kind, neox)
             )  # along its direction alone
     if kind == "tied":
         assert torch.allclose(
-            ablate.without(tried[0])(x), x - f[:, [tried[0]]] * sae.directions[tried[0]], atol=1e-5
+            ablate.take_out(tried[0])(x), x - f[:, [tried[0]]] * sae.directions[tried[0]], atol=1e-5
         )
 
 
@@ -309,10 +310,10 @@ def test_the_pre_activation_is_exactly_0_and_inactive_rows_untouched(kind, neox)
     ids=["random", "basis", "affine"],
 )
 def test_what_is_not_an_autoencoder_is_taken_out_as_well(dictionary, neox):
-    x, ablate = states(), Ablation(neox, "resid.0", dictionary)
+    x, ablate = states(), Lens(neox, "resid.0", dictionary)
     f = dictionary.encode(x)
     for j in (j for j in range(10) if ablate.slope[j] > 0):
-        on, new = f[:, j] != 0, ablate.without(j)(x)
+        on, new = f[:, j] != 0, ablate.take_out(j)(x)
         assert dictionary.encode(new)[on, j].abs().max() < 1e-4 * f[
             :, j
         ].abs().max() and torch.equal(new[~on], x[~on])
@@ -322,8 +323,8 @@ def test_a_feature_that_reads_against_what_it_writes_is_refused(neox):
     d = torch.eye(D)[:3]
     crossed = Affine(d, torch.stack([d[0], -d[1], d[0]]))
     with pytest.raises(ValueError, match=r"feature 1 reads against what it writes \(e.d = -1\)"):
-        Ablation(neox, "resid.0", crossed).without([0, 1])
-    assert not Ablation(neox, "resid.0", crossed).amounts(states())[:, 1:].any()
+        Lens(neox, "resid.0", crossed).take_out([0, 1])
+    assert not Lens(neox, "resid.0", crossed).amounts(states())[:, 1:].any()
 
 
 @pytest.mark.parametrize("combine,k", [("sum", 1), ("sum", 3), ("mean", 3)])
@@ -332,7 +333,7 @@ def test_a_code_gives_way_to_the_mean_of_its_book(combine, k, neox):
     with torch.no_grad():
         out, ids, _ = book(x)
     j, (g, own) = 13, (1, 3)
-    new = Ablation(neox, "resid.0", book).without(j)(x) - x
+    new = Lens(neox, "resid.0", book).take_out(j)(x) - x
     scale = 1 / k if combine == "mean" else 1.0
     want = torch.zeros_like(x)
     want[:, D // 2 :] = (book.weight[g].mean(0) - book.weight[g, own]).detach() * scale
@@ -342,28 +343,28 @@ def test_a_code_gives_way_to_the_mean_of_its_book(combine, k, neox):
 
 @pytest.mark.filterwarnings("ignore:Maximum number of iterations")
 def test_an_nmf_states_of_another_pass_and_numbers_that_are_not_there_are_refused(neox):
-    from codebook_tutorial.dictionary.baselines import NMF
+    from codebook_tutorial.dictionary.nmf import NMF
 
     with pytest.raises(ValueError, match="features of an NMF are read all together"):
-        Ablation(
+        Lens(
             neox,
             "neurons.0",
             NMF(torch.rand(50, 4, generator=seeded(0)) @ torch.eye(4, 8), 4, steps=400),
-        )
+        ).take_out(0)
     with pytest.raises(ValueError, match="resid.0 has features 0 to 31, got 2 to 32"):
-        feature_acts(neox, "resid.0", basis(D), text=some_text(), features=[2, 32])
+        Lens(neox, "resid.0", basis(D)).read(some_text(), features=[2, 32])
     cb = add_codebooks(neox, "mlp.1", n_codes=8).eval()
     with torch.no_grad():
         cb(input_ids=some_text().ids)
     with pytest.raises(
         ValueError, match=r"the pass that just ran at mlp.1, \[8, 24\], got \[2, 24\]"
     ):
-        Ablation(cb, "mlp.1", cb.codebooks["mlp.1"]).amounts(torch.zeros(2, 24, D))
+        Lens(cb, "mlp.1", cb.codebooks["mlp.1"]).amounts(torch.zeros(2, 24, D))
 
 
 def test_effects_on_logits_are_those_of_a_plain_hook(tiny):
     c, d = contexts_of(), random_directions(24, D, relu=True)
-    fn = Ablation(tiny, "resid.1", d).without([3, 4])
+    fn = Lens(tiny, "resid.1", d).take_out([3, 4])
     found, want = (
         logit_effects(tiny, "resid.1", fn, contexts=c),
         plain_ends(tiny, c, {"resid.1": fn}) - plain_ends(tiny, c),
@@ -407,7 +408,7 @@ def plain_effect(model, dicts, parent, child, contexts, at_end):
             else (f * contexts.there).sum()
         )
 
-    edit = at_words(contexts, Ablation(model, child[0], dicts[child[0]]).without(child[1]))
+    edit = at_words(contexts, Lens(model, child[0], dicts[child[0]]).take_out(child[1]))
     return (1 - strength({child[0]: edit}) / strength({})).item()
 
 
@@ -477,7 +478,7 @@ def test_codes_have_effects_by_whether_the_parent_is_still_chosen(neox):
     for j, e in zip(children.tolist(), effects.tolist()):
         with (
             torch.no_grad(),
-            intervene(cb, {"mlp.0": at_words(c, Ablation(cb, "mlp.0", books["mlp.0"]).without(j))}),
+            intervene(cb, {"mlp.0": at_words(c, Lens(cb, "mlp.0", books["mlp.0"]).take_out(j))}),
         ):
             cb(input_ids=c.ids)
         now = ((cb.ids["heads.2"][..., 0] + 6 * torch.arange(4) == parent).any(-1) & c.there).sum()
@@ -530,7 +531,7 @@ def test_a_feature_with_two_sides_counts_by_its_size(neox):
         neox, dicts, ("resid.1", 5), child_site="resid.0", contexts=c, most=None, min_active=1
     )
     for j, e in list(zip(children.tolist(), effects.tolist()))[::6]:
-        edit = at_words(c, Ablation(neox, "resid.0", dicts["resid.0"]).without(j))
+        edit = at_words(c, Lens(neox, "resid.0", dicts["resid.0"]).take_out(j))
         assert e == pytest.approx(
             1
             - (
@@ -551,9 +552,11 @@ def test_dictionaries_out_of_order_or_of_another_width_are_refused(neox):
         causal_tree(neox, dict(reversed(dicts.items())), ("resid.1", 0), contexts=c)
     with pytest.raises(ValueError, match="resid.0 has 32 numbers, its dictionary is for 16"):
         causal_tree(neox, dicts | {"resid.0": random_directions(5, 16)}, ("resid.1", 0), contexts=c)
-    with pytest.raises(ValueError, match="expected one dictionary a site, got one for 'resid.[*]'"):
+    with pytest.raises(
+        ValueError, match="expected one dictionary per site, got one for 'resid.[*]'"
+    ):
         causal_tree(neox, {"resid.*": dicts["resid.0"]}, ("resid.1", 0), contexts=c)
-    with pytest.raises(ValueError, match="Tail: expected a site behind resid.1, got 'resid.0'"):
+    with pytest.raises(ValueError, match="rerun: expected a site after resid.1, got 'resid.0'"):
         feature_effects(neox, dicts, ("resid.0", 0), child_site="resid.1", contexts=c)
 
 
@@ -567,17 +570,17 @@ def test_half_precision_does(neox):
             logit_effects(
                 model,
                 "resid.0",
-                Ablation(model, "resid.0", dicts["resid.0"]).without(3),
+                Lens(model, "resid.0", dicts["resid.0"]).take_out(3),
                 contexts=c,
             )
         ).all()
     )
     cb = add_codebooks(model, "mlp.1", n_codes=8).eval()
     assert (
-        feature_acts(cb, "mlp.1", cb.codebooks["mlp.1"], text=text).sum() == text.mask.sum()
+        Lens(cb, "mlp.1", cb.codebooks["mlp.1"]).read(text).sum() == text.mask.sum()
         and torch.isfinite(
             logit_effects(
-                cb, "mlp.1", Ablation(cb, "mlp.1", cb.codebooks["mlp.1"]).without(3), contexts=c
+                cb, "mlp.1", Lens(cb, "mlp.1", cb.codebooks["mlp.1"]).take_out(3), contexts=c
             )
         ).all()
     )
@@ -605,7 +608,7 @@ def test_nodes_are_taken_out_together_and_controls_have_edits_as_long(neox):
     with torch.no_grad(), capture(neox, ["resid.0"]) as acts:
         neox(input_ids=c.ids)
     x = acts["resid.0"]
-    plain = Ablation(neox, "resid.0", dicts["resid.0"]).without([1, 2])(x)
+    plain = Lens(neox, "resid.0", dicts["resid.0"]).take_out([1, 2])(x)
     edits = ablate_nodes(neox, dicts, nodes, contexts=c)
     lengths = edit_lengths(neox, c, edits)
     like = edit_lengths(neox, c, ablate_nodes(neox, dicts, others, contexts=c, lengths=lengths))
@@ -699,8 +702,8 @@ def test_a_tree_is_drawn_and_likeness_is_cosine(neox):
     )
     assert tree.nodes == [("resid.1", 3), ("resid.0", 2)]
     assert (
-        draw_tree(tree, "t", "alt", labels={("resid.0", 2): "a <b>"})._repr_png_()[:4] == b"\x89PNG"
-        and draw_tree(FeatureTree(("mlp.0", 1)), "t", "alt").alt == "alt"
+        tree.draw("t", "alt", labels={("resid.0", 2): "a <b>"})._repr_png_()[:4] == b"\x89PNG"
+        and FeatureTree(("mlp.0", 1)).draw("t", "alt").alt == "alt"
     )
     dicts = {
         "resid.0": random_directions(9, D, seed=1),

@@ -265,7 +265,7 @@ def test_moving_averages_by_hand(select, combine, k):
     before, x = book.weight[0].clone(), X.flatten(0, 1)
     assert not book.weight.requires_grad
     _, ids, _ = book(X)
-    book.step(decay=0.9)
+    book.ema_step(decay=0.9)
     share = 1 / k if combine == "sum" and select != "residual" else 1.0
     size, total, left = torch.full((6,), 0.9), 0.9 * before, x.clone()
     for j in range(k):
@@ -280,10 +280,10 @@ def test_moving_averages_by_hand(select, combine, k):
 def test_moving_averages_do_not_care_how_a_batch_is_cut():
     whole, cut = (layer(k=1, learn="ema", groups=2).train() for _ in range(2))
     whole(X)
-    whole.step()
+    whole.ema_step()
     for part in X.split(1):
         cut(part)
-    cut.step()
+    cut.ema_step()
     assert torch.allclose(whole.weight, cut.weight, atol=1e-6)
 
 
@@ -291,7 +291,7 @@ def test_moving_averages_stand_still_in_eval():
     book = layer(k=1, learn="ema").eval()
     before = book.weight.clone()
     book(X)
-    book.step()
+    book.ema_step()
     assert torch.allclose(book.weight, before, atol=1e-6)
 
 
@@ -311,7 +311,7 @@ def test_revival_moves_dead_codes_onto_inputs_and_resets_their_moments(by):
     book.reset_counts()
     book(X)
     dead, before = book.counts == 0, book.weight.detach().clone()
-    moved = book.revive(X, by=by, optimizer=opt, generator=seeded(0))
+    moved = book.resample(X, by=by, optimizer=opt, generator=seeded(0))
     assert moved == dead.sum() > 0 and torch.equal(book.weight.detach()[~dead], before[~dead])
     for g in range(2):
         inputs = X.flatten(0, 1)[:, 8 * g : 8 * (g + 1)]
@@ -329,7 +329,7 @@ def test_revival_of_residual_codes_moves_some_onto_what_earlier_codes_leave_over
     book.reset_counts()
     book(X)
     dead = book.counts == 0
-    assert book.revive(X, generator=seeded(0)) == dead.sum() >= 60
+    assert book.resample(X, generator=seeded(0)) == dead.sum() >= 60
     for g in range(2):
         left, stages = X.flatten(0, 1)[:, 8 * g : 8 * (g + 1)], []
         for slot in range(3):
@@ -359,7 +359,7 @@ def test_guided_revival_goes_where_the_error_is():
     book.reset_counts()
     book(X)
     dead = (book.counts[0] == 0).nonzero()[:, 0]
-    moved = book.revive(X, error=error, generator=seeded(0))
+    moved = book.resample(X, error=error, generator=seeded(0))
     assert 0 < moved <= 10 < len(dead)
     targets = distances(book.weight.detach()[0, dead[:moved]], X.flatten(0, 1)).argmin(1)
     assert ((targets >= 20) & (targets < 30)).all()
@@ -396,14 +396,14 @@ def test_nan_is_refused_where_data_enters(bad):
         ValueError, match="init_from: expected finite numbers, got 1 NaN or infinite of 960"
     ):
         layer().init_from(x)
-    with pytest.raises(ValueError, match="revive: expected finite"):
-        layer().revive(x)
+    with pytest.raises(ValueError, match="resample: expected finite"):
+        layer().resample(x)
     with pytest.raises(ValueError, match="kmeans: expected finite"):
         kmeans(x.flatten(0, 1), 3)
     book = layer(learn="ema", k=1).train()
     book(x)
-    with pytest.raises(ValueError, match="step: expected finite"):
-        book.step()
+    with pytest.raises(ValueError, match="ema_step: expected finite"):
+        book.ema_step()
 
 
 def test_too_little_data_to_begin_from():
@@ -691,7 +691,7 @@ def test_moving_averages_keep_their_digits_in_bf16(base):
     book.total.fill_(1.0)
     for _ in range(600):
         book(torch.full((64, 32), 1.25, dtype=torch.bfloat16))
-        book.step()
+        book.ema_step()
     assert book.weight.float().mean() == pytest.approx(1.25, abs=0.01)
 
 
@@ -703,7 +703,7 @@ def test_unused_codes_stay_where_they_are():
     before = book.weight[0, 1].clone()
     for _ in range(1500):
         book(x)
-        book.step()
+        book.ema_step()
     assert torch.allclose(book.weight[0, 1], before, rtol=1e-2)
 
 
@@ -713,7 +713,7 @@ def test_beginning_from_data_forgets_what_was_seen_before():
         book(X + 40)
     book.init_from(X, generator=seeded(0))
     before = book.weight.clone()
-    book.step()
+    book.ema_step()
     assert torch.allclose(book.weight, before, atol=1e-5) and book.counts.sum() == 0
 
 

@@ -21,10 +21,11 @@ import codebook_tutorial.feature.indexing as index_module
 from codebook_tutorial.core import seeded
 from codebook_tutorial.dictionary.base import Directions, random_directions
 from codebook_tutorial.dictionary.bottleneck import add_codebooks
+from codebook_tutorial.feature.detect import scores
 from codebook_tutorial.feature.index import open_index
 from codebook_tutorial.feature.indexing import build_index
 from codebook_tutorial.feature.neurons import against_neurons, neuron_acts, unit_scores
-from codebook_tutorial.feature.search import nearest_features, scores, shared
+from codebook_tutorial.feature.search import nearest_features, shared
 from codebook_tutorial.feature.states import neuron_precision
 from codebook_tutorial.feature.surface import Surface
 from codebook_tutorial.model.hub import load_lm

@@ -3,6 +3,7 @@
 import html
 import json
 import re
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -54,6 +55,32 @@ def test_bounds_hold_for_the_shipped_model_only(monkeypatch):
 def test_a_claim_needs_finite_numbers_or_a_reason(values):
     with pytest.raises(ValueError, match="claim x.none"):
         claim("x.none", values)
+
+
+def test_words_of_a_finding_are_recorded_only_where_given(claims_file):
+    claim("x.plain", 0.5)
+    words = dict(title="Dead codes", setting="1000 codes", paper_said="0.93", headline=True)
+    shown = claim("x.told", 0.5, **words)
+    kept = json.loads(claims_file.read_text())
+    assert kept["x.told"] == kept["x.plain"] | words == shown.entry()
+    assert not kept["x.plain"].keys() & words.keys()
+    assert claim("x.told", 0.5, title="Dead codes", headline=False).entry().keys() == {
+        *kept["x.plain"],
+        "title",
+    }
+    with pytest.raises(TypeError):
+        claim("x.wrong", 0.5, heading="not a field")
+
+
+def test_committed_claims_are_entries_of_today():
+    fields = set(claim("x.y", 0.5).entry()) | {"title", "setting", "paper_said", "headline"}
+    for path in sorted((Path(__file__).parents[1] / "claims").glob("[0-9][0-9].json")):
+        for name, kept in json.loads(path.read_text()).items():
+            assert kept.keys() <= fields, name
+            args = {k: v for k, v in kept.items() if k not in ("value", "values")}
+            again = claim(name, kept["values"] or None, **args).entry()
+            assert again == kept or again | dict(value=kept["value"]) == kept
+            assert again["value"] == pytest.approx(kept["value"])
 
 
 def test_no_score_with_a_reason_is_a_claim():
@@ -176,5 +203,5 @@ def test_every_picture_needs_alt_text():
 
 
 def test_a_share_outside_0_and_1_is_no_share():
-    with pytest.raises(ValueError, match="a share lies between 0 and 1"):
+    with pytest.raises(ValueError, match="a share is between 0 and 1"):
         claim("x.share", [0.5, 1.2])

@@ -1,8 +1,19 @@
 """The one command, as people use it and as it fails: subprocesses on small stand-in chapters."""
 
-import ast, argparse, json, os, re, shutil, signal, subprocess, sys, time
+import argparse
+import ast
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
 from pathlib import Path
-import nbformat, pytest
+
+import nbformat
+import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))

@@ -15,7 +15,7 @@ import pytest
 import torch
 import transformers
 
-from codebook_tutorial.feature.explain import api as endpoint
+from codebook_tutorial.feature.explain import answers, wire
 from codebook_tutorial.feature.explain import local as explainers
 from codebook_tutorial.feature.explain import protocol as autointerp
 from codebook_tutorial.feature.explain.api import APIExplainer
@@ -772,7 +772,7 @@ def test_waits_as_long_as_it_is_told(tmp_path):
             at(api, tmp_path / "2").explain(FEATURES[:1])
         assert len(api.asked) == 1
     soon = time.strftime("%a, %d %b %Y %H:%M:%S GMT", time.gmtime(time.time() + 60))
-    assert 50 < endpoint._seconds(soon) <= 60
+    assert 50 < wire.wait_seconds(soon) <= 60
     for value, seconds in [
         (None, 0),
         ("2", 2),
@@ -782,18 +782,17 @@ def test_waits_as_long_as_it_is_told(tmp_path):
         ("nan", 0),
         ("Wed, 01 Jan 2020 00:00:00", 0),
     ]:
-        assert endpoint._seconds(value) == seconds
+        assert wire.wait_seconds(value) == seconds
 
 
 def test_waits_longer_each_time_and_never_the_same():
-    explainer = APIExplainer("m", backoff=0.5)
     for n in range(1, 6):
-        waits = [explainer._delay(n) for _ in range(50)]
+        waits = [wire.delay(n, 0.5) for _ in range(50)]
         assert (
             0.25 * 2 ** (n - 1) <= min(waits) < max(waits) <= 0.75 * 2 ** (n - 1)
             and len(set(waits)) > 40
         )
-    assert explainer._delay(30) <= explainer.LONGEST and explainer._delay(1, after=7.0) == 7.0
+    assert wire.delay(30, 0.5) <= wire.LONGEST and wire.delay(1, 0.5, after=7.0) == 7.0
 
 
 def test_gives_up_after_so_many_retries(tmp_path):
@@ -831,8 +830,11 @@ def test_refusals_are_final(status, says, tmp_path):
 
 
 def test_what_a_refusal_says_and_whether_it_may_pass():
-    explainer = APIExplainer("m")
-    says = lambda *refusal: (lambda t: (t.kind, t.says))(explainer._refusal(*refusal))
+
+    def says(*refusal):
+        trouble = wire.refusal(*refusal, host="h", model="m")
+        return trouble.kind, trouble.says
+
     assert (
         "top_logprobs=0 asks for no log-probabilities"
         in says(400, "logprobs are not supported", 0.0)[1]
@@ -876,7 +878,7 @@ def test_a_useless_answer_is_asked_again_and_then_named_and_the_others_are_kept(
             match=r"'why 1': expected a token, a tab and a number 0..10 on each line, got 'no number'.* 5 of 6 answers are done",
         ):
             explainer.simulate(MANY)
-        assert len(api.asked) == 5 + 1 + explainer.BAD_ANSWERS and len(files(tmp_path)) == 5
+        assert len(api.asked) == 5 + 1 + wire.BAD_ANSWERS and len(files(tmp_path)) == 5
         api.faults = []
         assert len(explainer.simulate(MANY)) == 6 and len(api.asked) == 9
     for text, says in [
@@ -888,21 +890,19 @@ def test_a_useless_answer_is_asked_again_and_then_named_and_the_others_are_kept(
         ("x" * 999, "xxx ..."),
     ]:
         with pytest.raises(ValueError) as e:
-            endpoint._read_numbers(dict(text=text, tokens=None), ["x", "y"])
+            answers.read_numbers(dict(text=text, tokens=None), ["x", "y"])
         assert says in str(e.value) and len(str(e.value)) < 300
     for text in ("x\t1\ny\t2.5\n", "```\nx\t1\ny\t2.5\n```", "<think>\n3\n</think>\n1\n\n2.5\r\n"):
-        assert endpoint._read_numbers(dict(text=text, tokens=None), ["x", " y"]) == (
+        assert answers.read_numbers(dict(text=text, tokens=None), ["x", " y"]) == (
             [1.0, 2.5],
             None,
         )
-    assert endpoint._read_numbers(dict(text="```\t1\n\\n\t2.5", tokens=None), ["```", "\n"])[0] == [
+    assert answers.read_numbers(dict(text="```\t1\n\\n\t2.5", tokens=None), ["```", "\n"])[0] == [
         1.0,
         2.5,
     ]
     with pytest.raises(ValueError, match="expected a line for 'b', got one for 'c'"):
-        endpoint._read_numbers(
-            dict(text="a\t0\nc\t9\nd\t0\nd\t0", tokens=None), ["a", "b", "c", "d"]
-        )
+        answers.read_numbers(dict(text="a\t0\nc\t9\nd\t0\nd\t0", tokens=None), ["a", "b", "c", "d"])
 
 
 @pytest.mark.parametrize("workers", [1, 4])
@@ -1039,10 +1039,10 @@ def test_no_key_says_where_it_belongs(tmp_path):
         ("https://example.com/v1", False),
         ("http://10.0.0.1/v1", False),
     ]:
-        assert endpoint._loopback(endpoint.urlsplit(url).hostname) == here
+        assert wire.is_loopback(wire.urlsplit(url).hostname) == here
         if not here:
             with pytest.raises(ValueError, match="no key for"):
-                APIExplainer("m", url, tmp_path)._client()
+                wire.open_client(url, 60.0)
     with Endpoint() as api:
         at(api, tmp_path).explain(FEATURES[:1])
         assert api.keys == ["Bearer none"]
@@ -1270,8 +1270,8 @@ def test_a_judge_behind_an_address(tmp_path):
         text='"Yes"', tokens=[[1, {"no": 0.001}], [3, {"yes": 0.99, "no": 0.01}], [1, {}]]
     )
     assert (
-        endpoint._read_yes(quoted) == pytest.approx(0.99)
-        and endpoint._read_yes(dict(text="<think>no</think>\n\nYes.", tokens=None)) == 1.0
+        answers.read_yes(quoted) == pytest.approx(0.99)
+        and answers.read_yes(dict(text="<think>no</think>\n\nYes.", tokens=None)) == 1.0
     )
     with Endpoint(*[json.dumps(body(["perhaps"])).encode()] * 9) as api:
         with pytest.raises(ValueError, match="expected yes or no, got 'perhaps'"):

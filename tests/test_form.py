@@ -2,7 +2,9 @@
 
 import sys
 from pathlib import Path
-import nbformat, pytest
+
+import nbformat
+import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))

@@ -1,4 +1,4 @@
-"A dictionary at a site of a model, of every kind; and a new kind in ten lines, which everything works with."
+"A dictionary at a site of a model; a new kind in ten lines, which everything works with."
 
 from collections import Counter
 
@@ -12,8 +12,13 @@ from codebook_tutorial.dictionary.base import Dictionary, Feature, Lens, basis
 from codebook_tutorial.dictionary.bottleneck import add_codebooks
 from codebook_tutorial.dictionary.codebook import Codebook
 from codebook_tutorial.dictionary.codelens import CodeLens, aligned
+from codebook_tutorial.feature.ablate import check_tree
+from codebook_tutorial.feature.patch import patch_curve
+from codebook_tutorial.feature.read import best_features, strong_contexts
+from codebook_tutorial.feature.trace import causal_tree
 from codebook_tutorial.model.sites import capture, intervene
 from codebook_tutorial.model.text import Text
+from codebook_tutorial.world.tasks import Pairs
 
 BOS, PAD = 1, 0
 
@@ -166,6 +171,33 @@ def test_a_new_kind_is_read_and_taken_out(neox):
     with intervene(neox, {"resid.1": lens.take_out(3)}):
         gone = lens.read(text, 3)[..., 0]
     assert gone.max() < 1e-4 * f[..., 3].max() and not f[~text.mask].any()
+
+
+def test_a_new_kind_is_patched(neox):
+    base = torch.randint(2, V, (6, 7), generator=seeded(0))
+    target, last = base.clone(), torch.full((6,), 6)
+    target[:, 2] = (base[:, 2] + 1) % V
+    answers = torch.ones(6, 1, dtype=torch.long)
+    pairs = Pairs(base, target, last, answers, answers + 1)
+    curve = patch_curve(neox, "resid.1", Longer(D, 20), pairs=pairs, n_feats=3, check=False)
+    assert curve.kl.shape == (4, 3) and len(curve.features) == 3 and curve.edit[1:].min() > 0
+
+
+def test_a_new_kind_has_a_tree(neox):
+    dictionaries = {"resid.0": Longer(D, 20), "resid.1": Longer(D, 20)}
+    text = some_text(16)
+    f = Lens(neox, "resid.1", dictionaries["resid.1"]).read(text)
+    root = int(f.mean((0, 1)).argmax())
+    truth = f[..., root] > 0.5 * f[..., root].max()
+    found = best_features(
+        neox, "resid.1", dictionaries["resid.1"], text=text, truths={"own": truth}
+    )["own"]
+    assert torch.equal(found.acts, f[..., found.feature].clamp(min=0))
+    contexts = strong_contexts(text, f[..., root], 6)
+    tree = causal_tree(neox, dictionaries, ("resid.1", root), contexts=contexts, least=0.0)
+    assert all(isinstance(node, Feature) for node in tree.nodes) and len(tree.nodes) > 1
+    checked = check_tree(neox, dictionaries, tree, contexts=contexts, draws=1)
+    assert checked["root"]["act"] < 1e-4 * checked["clean"]["act"] and checked["below"]["edit"] > 0
 
 
 def test_any_module_may_be_loaded_first():

@@ -1,4 +1,4 @@
-"""Pairs of prompts, patches by vectors and by codes, the tail of a model, and the three orders against plain versions of themselves."""
+"""Pairs of prompts, patches by vectors and codes, rerun, and the three orders, against plain code."""
 
 import pytest
 import torch
@@ -11,17 +11,15 @@ from codebook_tutorial.dictionary.baselines import Affine
 from codebook_tutorial.dictionary.bottleneck import CodebookModel, add_codebooks
 from codebook_tutorial.dictionary.codebook import Codebook
 from codebook_tutorial.dictionary.formats import load_sae
-from codebook_tutorial.feature.patch import (
-    Patch,
-    Tail,
+from codebook_tutorial.feature.orders import (
     acdc_order,
     attribution_order,
-    check_task,
     greedy_order,
     nested_sets,
-    patch_curve,
 )
+from codebook_tutorial.feature.patch import Patch, check_task, patch_curve
 from codebook_tutorial.model.hub import load_lm
+from codebook_tutorial.model.rerun import rerun
 from codebook_tutorial.model.sites import capture, intervene
 from codebook_tutorial.world.tasks import (
     TASKS,
@@ -234,13 +232,13 @@ def test_the_model_does_what_it_can(lm):
     assert max(task_score(lm[0], swapped).values()) < 0.1
 
 
-# ---------- the tail
+# ---------- rerun
 @pytest.mark.parametrize("kind", ["resid", "attn", "mlp", "heads", "neurons"])
-def test_the_tail_gives_what_the_whole_model_gives(tiny, kind):
+def test_rerun_gives_what_the_whole_model_gives(tiny, kind):
     pairs = some_pairs()
     for layer in range(LAYERS):
         site = f"{kind}.{layer}"
-        tail = Tail(tiny, site, pairs.base, last=pairs.last)
+        tail = rerun(tiny, site, pairs.base, last=pairs.last)
         assert tail.n_layers == LAYERS - layer - (kind == "resid")
         edits = torch.randn(2, *tail.x.shape, generator=seeded(1))
         with torch.no_grad():
@@ -254,11 +252,11 @@ def test_padding_changes_nothing(tiny):
     pairs = some_pairs()
     edit = torch.randn(1, 3, 7, 32, generator=seeded(1))
     with torch.no_grad():
-        tail = Tail(tiny, "resid.1", pairs.base, last=pairs.last)
+        tail = rerun(tiny, "resid.1", pairs.base, last=pairs.last)
         together = tail(tail.x + edit)[0]
         for i in range(3):
             n = int(pairs.last[i]) + 1
-            alone = Tail(tiny, "resid.1", pairs.base[i : i + 1, :n], last=pairs.last[i : i + 1])
+            alone = rerun(tiny, "resid.1", pairs.base[i : i + 1, :n], last=pairs.last[i : i + 1])
             assert torch.allclose(
                 alone(alone.x + edit[:, i : i + 1, :n])[0, 0], together[i], atol=1e-5
             )
@@ -266,15 +264,15 @@ def test_padding_changes_nothing(tiny):
 
 def test_nothing_is_left_behind_even_by_an_error(tiny):
     pairs = some_pairs()
-    tail = Tail(tiny, "mlp.1", pairs.base, last=pairs.last)
+    tail = rerun(tiny, "mlp.1", pairs.base, last=pairs.last)
     with pytest.raises(Exception):
         tail(torch.zeros(1, 3, 7, 5))
     assert hooks(tiny) == 0 and overrides(tiny) == 0
     kept = tiny.base_model.forward
-    block = Tail(tiny, "resid.0", pairs.base, last=pairs.last).skipped[0]
+    block = rerun(tiny, "resid.0", pairs.base, last=pairs.last).skipped[0]
     block.forward = own = block.forward  # as some library may have wrapped it
     with torch.no_grad():
-        tail = Tail(tiny, "resid.0", pairs.base, last=pairs.last)
+        tail = rerun(tiny, "resid.0", pairs.base, last=pairs.last)
         tail(tail.x[None])
     assert block.__dict__["forward"] is own and tiny.base_model.forward == kept
 
@@ -350,7 +348,6 @@ def test_codes_are_written_over_codes(lm, pairs, settings):
         y = acts["resid.1"]
     book = Codebook(96, 24, **settings).init_from(x.flatten(0, 1), generator=seeded(0)).eval()
     patch, a, b = Patch(model, "resid.1", book, pairs=pairs), book.choose(x), book.choose(y)
-    number = b + 24 * torch.arange(len(book.weight))[:, None]
     chosen = torch.rand(2, len(pairs), len(patch.features), generator=seeded(0)) < 0.5
     for some, edits in zip(chosen, patch.writes.edit(chosen)):
         for i in range(len(pairs)):
@@ -386,7 +383,7 @@ def test_codes_are_written_over_codes(lm, pairs, settings):
 
 
 def written(codes, a, b, chosen):
-    "One place by hand: what both hold stays, of the rest the target's chosen codes push the base's out, slot by slot."
+    "One place by hand: what both hold stays; the target's chosen codes push out the base's others."
     slots, rest = list(a), list(b)
     for code in a:
         if code in rest:
@@ -399,24 +396,6 @@ def written(codes, a, b, chosen):
     )
 
 
-def test_codes_in_another_order_are_no_difference():
-    from codebook_tutorial.feature.patch import _aligned
-
-    a, b = (
-        torch.tensor([[1, 2, 3], [5, 5, 7], [1, 1, 2], [4, 4, 9]]),
-        torch.tensor([[3, 4, 1], [7, 5, 6], [2, 1, 1], [4, 8, 4]]),
-    )
-    assert _aligned(a, b).tolist() == [[1, 4, 3], [5, 6, 7], [1, 1, 2], [4, 4, 8]]
-    draw = seeded(0)
-    a, b = (torch.randint(4, (200, 5), generator=draw) for _ in range(2))
-    c = _aligned(a, b)
-    assert torch.equal(c.sort(-1).values, b.sort(-1).values)
-    from collections import Counter
-
-    for x, y in zip(a, c):
-        assert (x != y).sum() == 5 - (Counter(x.tolist()) & Counter(y.tolist())).total()
-
-
 def F_one(patch, j):
     return (
         torch.nn.functional.one_hot(torch.tensor(j), len(patch.features))
@@ -427,7 +406,7 @@ def F_one(patch, j):
 
 def test_codes_of_a_finetuned_network_stay_codes(lm, pairs):
     coded = CodebookModel.from_pretrained(data_path("codes/residual")).eval()
-    book, seen = coded.codebooks["mlp.0"], {}
+    book = coded.codebooks["mlp.0"]
     patch = Patch(coded, "mlp.0", book, pairs=pairs)
     logp = patch.run(patch.writes.edit(~patch.none)).detach()
     with torch.no_grad():
@@ -472,7 +451,7 @@ def test_another_codebook_at_the_site_reads_the_states_itself(lm, pairs):
 def test_codebooks_between_the_blocks_do_not_touch_what_is_patched(tiny):
     coded, pairs = add_codebooks(tiny, ["resid.*", "mlp.*"], n_codes=12, k=2).eval(), some_pairs()
     for site in ("resid.0", "resid.1", "mlp.1", "neurons.2"):
-        tail = Tail(coded, site, pairs.base, last=pairs.last)
+        tail = rerun(coded, site, pairs.base, last=pairs.last)
         edits = (
             torch.randn(2, *tail.x.shape, generator=seeded(1))
             * torch.tensor([0.0, 1.0])[:, None, None, None]
@@ -526,7 +505,7 @@ def pca_like():
 # ---------- orders
 def test_greedy_is_the_plain_loop(lm, pairs):
     patch = Patch(lm[0], "resid.1", pca_like(), pairs=pairs)
-    chosen, want = [], []
+    chosen = []
     for _ in range(3):
         kl = {
             j: patch.measure(patch.chosen(patch.features[chosen + [j]]))["kl"].mean().item()

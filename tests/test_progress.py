@@ -1,8 +1,11 @@
 """course.py progress and figures: what passes, hangs or dies; a bad notebook costs only itself."""
 
-import subprocess, sys
+import subprocess
+import sys
 from pathlib import Path
-import nbformat, pytest
+
+import nbformat
+import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))

@@ -19,17 +19,18 @@ from scipy import stats
 from codebook_tutorial import show
 from codebook_tutorial.core import jsd, seeded
 from codebook_tutorial.dictionary.base import Directions, fvu
-from codebook_tutorial.dictionary.baselines import overlap, pca, pursue
+from codebook_tutorial.dictionary.base import overlap
+from codebook_tutorial.dictionary.baselines import pca, pursue
 from codebook_tutorial.dictionary.codebook import Codebook
 from codebook_tutorial.dictionary.kinds import KINDS
 from codebook_tutorial.dictionary.kmeans import kmeans, nearest
 from codebook_tutorial.dictionary.sae import KeepK
 from codebook_tutorial.feature.detect import concept_scores
+from codebook_tutorial.feature.explain.concepts import feature_concepts
 from codebook_tutorial.feature.explain.protocol import (
     Case,
     Explainer,
     Fragment,
-    feature_concepts,
     integers,
     make_cases,
 )
@@ -42,6 +43,7 @@ from codebook_tutorial.feature.explain.scores import (
     moments,
     summary,
 )
+from codebook_tutorial.model.text import fill_rows
 from codebook_tutorial.score.concepts import sparse_probes
 from codebook_tutorial.score.metrics import measure
 from codebook_tutorial.score.scoreboard import stability
@@ -54,7 +56,7 @@ from codebook_tutorial.world.fsm import (
     state_labels,
 )
 from codebook_tutorial.world.grammar import VOCABULARY
-from codebook_tutorial.world.stories import fill_rows, make_tokenizer, stories
+from codebook_tutorial.world.stories import make_tokenizer, stories
 
 set_hypothesis_home_dir(Path(tempfile.gettempdir()) / "hypothesis")
 settings.register_profile("course", max_examples=25, deadline=None, derandomize=True, database=None)

@@ -65,7 +65,7 @@ def finetune(cb, train, steps=100, batch=8):
         loss.backward()
         torch.nn.utils.clip_grad_norm_(cb.parameters(), 1.0)
         opt.step()
-        cb.step()
+        cb.ema_step()
     return cb.eval()
 
 

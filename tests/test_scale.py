@@ -8,9 +8,9 @@ import torch
 
 from codebook_tutorial.dictionary.base import Directions
 from codebook_tutorial.dictionary.bottleneck import add_codebooks
+from codebook_tutorial.feature.detect import fires
 from codebook_tutorial.score import robust
 from codebook_tutorial.score.robust import (
-    fires,
     in_cipher,
     one_word_attack,
     relied_on,
@@ -54,7 +54,7 @@ def test_blank_models_are_as_large_as_the_published_ones(name, parameters):
 def test_a_count_without_computing_is_that_of_the_real_run(codes, train):
     found = {}
     for where in ("meta", "cpu"):
-        model = blank(*SMALL, where=where)
+        model = blank(*SMALL, device=where)
         if codes:
             model = add_codebooks(model, ["heads.*", "mlp.*"], **codes)
         found[where] = count(one_pass(model, 2, 32, train=train))

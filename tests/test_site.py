@@ -4,15 +4,22 @@ Search, static pages, phone, dark mode; nothing is asked of another host. A warn
 fails the build itself.
 """
 
-import functools, http.server, importlib, re, sys, threading
+import functools
+import http.server
+import importlib
+import re
+import sys
+import threading
 from pathlib import Path
+
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 bs4 = pytest.importorskip("bs4", reason="no docs packages: pip install -e .[docs]")
-from workshop import api, books, pages, site_chapters  # noqa: E402
 from test_browser import browser  # noqa: E402, F401
+
+from workshop import api, books, pages, site_chapters  # noqa: E402
 
 STEMS = [p.stem for p in pages.chapters()]
 

@@ -17,7 +17,7 @@ from codebook_tutorial.feature.states import (
     owners,
     purity,
     random_codes,
-    record,
+    record_codes,
     situation_labels,
     walks_to,
     write_state,
@@ -127,7 +127,11 @@ def test_purity_counts_codes_in_one_situation():
 
 def test_modal_codes_are_the_most_frequent(cb):
     ids = FSM.sample(60, 64, seeded(1))
-    table, codes, labels = modal_codes(cb, ids), record(cb, ids, rows=7), situation_labels(ids)
+    table, codes, labels = (
+        modal_codes(cb, ids),
+        record_codes(cb, ids, rows=7),
+        situation_labels(ids),
+    )
     for site, g in (("mlp.1", 0), ("heads.0", 1)):
         assert table[site].shape == (1100, len(cb.codebooks[site].weight), 1)
         for situation in (17, 42, 100 + 10 * 17 + int(FSM.successors[17, 0]) // 10):
@@ -214,7 +218,7 @@ def test_walks_to_nowhere_are_refused():
 
 
 def test_the_same_id_in_two_heads_is_two_codes(cb):
-    numbers = feature_numbers(cb, record(cb, FSM.sample(4, 32, seeded(0))), "heads.0")
+    numbers = feature_numbers(cb, record_codes(cb, FSM.sample(4, 32, seeded(0))), "heads.0")
     assert numbers.shape == (128, 2) and numbers[:, 0].max() < 40 <= numbers[:, 1].min()
 
 

@@ -14,6 +14,7 @@ from codebook_tutorial.dictionary.bottleneck import CodebookModel, add_codebooks
 from codebook_tutorial.dictionary.codebook import Codebook
 from codebook_tutorial.dictionary.formats import load_sae
 from codebook_tutorial.feature.choices import find_choices, split_words
+from codebook_tutorial.feature.detect import precision_coverage
 from codebook_tutorial.feature.force import force_codes, token_codes, write_codes
 from codebook_tutorial.feature.steer import (
     Switch,
@@ -23,7 +24,6 @@ from codebook_tutorial.feature.steer import (
     steer,
     topic_features,
 )
-from codebook_tutorial.feature.tmp_pc import precision_coverage
 from codebook_tutorial.model.generate import generate, text_nats
 from codebook_tutorial.model.hub import load_lm
 from codebook_tutorial.model.run import token_losses
@@ -38,8 +38,8 @@ from codebook_tutorial.score.effects import (
     recognise,
     topic_words,
 )
-from codebook_tutorial.world.concepts import WORD_TABLES
 from codebook_tutorial.world.grammar import ID, LISTS, TOPICS
+from codebook_tutorial.world.words import WORD_TABLES
 
 BOS, PAD = 1, 0
 

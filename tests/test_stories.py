@@ -14,15 +14,8 @@ from stories_truth import truth
 
 from codebook_tutorial.core import data_path
 from codebook_tutorial.model.run import next_probs
-from codebook_tutorial.model.text import load_text
-from codebook_tutorial.world.concepts import (
-    ATOMS,
-    CONCEPTS,
-    WORD_TABLES,
-    atoms,
-    concept_table,
-    story_text,
-)
+from codebook_tutorial.model.text import fill_rows, load_text
+from codebook_tutorial.world.concepts import ATOMS, CONCEPTS, atoms, concept_table, story_text
 from codebook_tutorial.world.grammar import (
     GIRLS,
     GRAMMAR,
@@ -37,22 +30,11 @@ from codebook_tutorial.world.grammar import (
     flat,
     plural,
 )
+from codebook_tutorial.world.prompts import gift_prompts, needs_stories, prompts, role
 from codebook_tutorial.world.questions import QUESTIONS, ask, exchanged, recalls, score, shuffled
-from codebook_tutorial.world.stories import (
-    FACTS,
-    ROLES,
-    Choice,
-    Teller,
-    fill_rows,
-    gift_prompts,
-    held_out,
-    make_tokenizer,
-    needs_stories,
-    prompts,
-    role,
-    stories,
-    uniform,
-)
+from codebook_tutorial.world.slots import FACTS, Choice, held_out, uniform
+from codebook_tutorial.world.stories import ROLES, Teller, make_tokenizer, stories
+from codebook_tutorial.world.words import WORD_TABLES
 
 SOME = list(islice(stories(seed=11), 1500))
 
@@ -243,7 +225,7 @@ def test_the_language_is_the_one_the_model_was_trained_on():
         np.concatenate([s.ids for s in islice(stories(0), 2000)]).astype("<i4").tobytes()
     ).hexdigest()
     assert digest[:16] == DIGEST, (
-        "the grammar or the teller changed: train the shipped model anew (scripts/make_stories.py), then change this"
+        "the grammar or the teller changed: train the shipped model anew (data/make_stories.py), then change this"
     )
 
 

@@ -74,15 +74,18 @@ def test_the_wheel_holds_library_data_and_claims_and_no_more(wheel):
 
     names = zipfile.ZipFile(wheel).namelist()
     assert {
-        "codebook_tutorial/sites.py",
+        "codebook_tutorial/model/sites.py",
         "codebook_tutorial/checks/fsm.py",
         "codebook_tutorial/data/stories/model.safetensors",
-        "codebook_tutorial/claims/13.full.json",
+        "codebook_tutorial/recorded/13.full.json",
     } <= set(names)
     assert {n.split("/")[0] for n in names} == {
         "codebook_tutorial",
         next(n for n in names if ".dist-info" in n).split("/")[0],
     } and not any(n.endswith((".ipynb", ".bin", ".pkl", ".pt")) for n in names)
+    # what made them stays in the repository
+    made = [n for n in names if re.match(r"codebook_tutorial/(data|recorded)/.*\.py$", n)]
+    assert all(n.endswith("/__init__.py") for n in made) and len(made) == 2
     assert wheel.stat().st_size < 40e6
 
 

@@ -8,11 +8,10 @@ Docs: https://codebook-tutorial.github.io/codebook_tutorial/lib/dictionary_fetch
 __all__ = ['fetch_sae']
 
 # %% ../../nbs/lib/dictionary_fetch.ipynb #dictionary-fetch-3
-from contextlib import contextmanager
 from pathlib import Path
 
 from .layouts import FILES
-from ..model.hub import WAYS_OUT, error_names, reach
+from ..model.remote import Ask, explain_error, reach
 
 # %% ../../nbs/lib/dictionary_fetch.ipynb #dictionary-fetch-4
 def fetch_sae(
@@ -38,7 +37,10 @@ def fetch_sae(
             f"load_sae: no folder {name!r}; "
             "expected one with an autoencoder, or owner/name on the Hub"
         )
-    with _asking(name, revision):
+    keeps = f"load_sae({name!r}, ...)"
+    unread = "expected files of an autoencoder"
+    ask = Ask("load_sae", name, name, revision, keeps=keeps, offline="a folder", unread=unread)
+    with explain_error(ask):
         info, cached = reach(name, "model", revision)
         if cached:
             return _local(Path(cached), path, name)
@@ -83,28 +85,3 @@ def _find(files, path, name):  # the paths of all files there -> folder, layout
     wanted = ", or ".join(" and ".join(needs) for needs in FILES.values())
     seen = f"only {listed} found" if listed else "none of these files were found"
     raise ValueError(f"load_sae: no autoencoder in {place}; expected {wanted}; {seen}")
-
-# %% ../../nbs/lib/dictionary_fetch.ipynb #dictionary-fetch-6
-@contextmanager
-def _asking(id, revision):
-    "Turn what the Hub's library raises into an error that says the way out; ours pass as they are."
-    try:
-        yield
-    except Exception as e:
-        if str(e).startswith("load_sae: "):
-            raise
-        ways = (way for way in WAYS_OUT if way[0] & error_names(e))
-        _, kind, says = next(ways)
-        says = says.format(
-            name=id,
-            id=id,
-            revision=revision,
-            known="autoencoders have none",
-            near="",
-            once=f"load_sae({id!r}, ...) or ",
-            options=f" --revision {revision}" if revision else "",
-            offline="a folder",
-            detail=f"{type(e).__name__}: {' '.join(str(e).split())[:200]}",
-            last="expected files of an autoencoder",
-        )
-        raise kind(f"load_sae: {says}") from e

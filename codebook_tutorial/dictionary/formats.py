@@ -61,7 +61,7 @@ def export_sae(
 ):
     """Write another library's own files, for it to load.
 
-    A tied autoencoder is written as an untied one, and for SAELens the BatchTopK kinds as JumpReLU."""
+    A tied autoencoder is written as an untied one; for SAELens, the BatchTopK kinds as JumpReLU."""
     from safetensors.torch import save_file
 
     _check(sae, "export_sae")

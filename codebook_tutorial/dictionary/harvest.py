@@ -27,8 +27,8 @@ from codebook_tutorial.dictionary.store import (
     store_info,
 )
 from ..files import checksum, same_settings, sweep, write, write_json
-from ..model.run import check_length, evaluating
-from ..model.sites import capture, site_dims
+from ..model.run import check_length, passes
+from ..model.sites import site_dims
 from ..model.text import Text
 from safetensors import SafetensorError
 from safetensors.torch import save_file
@@ -165,25 +165,22 @@ def _harvest_rows(
     bar,
 ):  # -> {name: [n, ..]}
     "The activations at the rows' ordinary tokens, and which tokens these are."
-    base = getattr(model, "base_model", model)  # without the language-model head
-    device = next(model.parameters()).device
     keep = text.mask
     row, position = keep.nonzero(as_tuple=True)
     out = {site: torch.empty(len(row), width, dtype=dtype) for site, width in sites.items()}
     at = 0
-    with capture(model, list(sites)) as acts:
-        for i in range(0, len(text), batch):
-            base(input_ids=text.ids[i : i + batch].to(device), use_cache=False)
-            here = keep[i : i + batch].flatten().nonzero()[:, 0].to(device)
-            span = slice(at, at + len(here))
-            for site in sites:
-                x = acts[site].flatten(0, 1)[here]
-                kept = x.to(dtype)
-                if not kept.isfinite().all():
-                    _refuse(site, x, kept, row=row[span] + first, position=position[span])
-                out[site][span] = kept
-            at = span.stop
-            bar.update(len(here))
+    for _, part, acts in passes(model, text, list(sites), batch=batch, call="harvest"):
+        here = part.mask.flatten().nonzero()[:, 0]
+        span = slice(at, at + len(here))
+        for site in sites:
+            x = acts[site].flatten(0, 1)
+            x = x[here.to(x.device)]
+            kept = x.to(dtype)
+            if not kept.isfinite().all():
+                _refuse(site, x, kept, row=row[span] + first, position=position[span])
+            out[site][span] = kept
+        at = span.stop
+        bar.update(len(here))
     columns = (text.ids[keep], document[keep], row + first, position)
     return out | {name: x.int() for name, x in zip(COLUMNS, columns)}
 
@@ -217,7 +214,7 @@ def _harvest_shards(model, text, folder, *, info, mine, batch, verbose):
     total = sum(text[rows].n_tokens for rows in spans.values())
     bar = tqdm(total=total, desc="harvest", unit="token", delay=2, disable=not verbose)
     kw = dict(sites=info["sites"], dtype=dtype, batch=batch, bar=bar)
-    with evaluating(model), bar:
+    with bar:
         for i, rows in spans.items():
             part = _harvest_rows(model, text[rows], i * k, document=document[rows], **kw)
             _save(folder, i, part, info=info)

@@ -12,42 +12,44 @@ import torch
 import torch.nn.functional as F
 
 # %% ../../nbs/lib/dictionary_kmeans.ipynb #dictionary-kmeans-4
-def finite(x, where: str):
+def finite(x, call: str):
     "ValueError if x holds NaN or infinity."
-    if (
-        not x.sum().isfinite() and not torch.isfinite(x).all()
-    ):  # the sum is quick, and finite only if all are; of large numbers it may not be
+    if x.sum().isfinite():  # quick, and finite only if all are; of large numbers it may not be
+        return
+    if not torch.isfinite(x).all():
+        bad = int((~torch.isfinite(x)).sum())
         raise ValueError(
-            f"{where}: expected finite numbers, got {int((~torch.isfinite(x)).sum())} NaN or infinite of {x.numel()}"
+            f"{call}: expected finite numbers, got {bad} NaN or infinite of {x.numel()}"
         )
 
 
 @torch.no_grad()
 def nearest(
-    x, codes, cosine: bool = True, *, k: int = 1, rows: int = 256
-):  # [N, d], [C, d] -> ids [N, k]
-    "Ids of the k codes nearest to each row, by angle or by distance, best first; [rows, C] is the most it holds."
+    x,  # [N, d]
+    codes,  # [C, d]
+    cosine: bool = True,  # by angle, or by distance
+    *,
+    k: int = 1,
+    rows: int = 256,  # at once: [rows, C] is the most that it holds
+):
+    "Ids [N, k] of the k codes nearest to each row, nearest first."
     if x.shape[-1] != codes.shape[-1] or not 1 <= k <= len(codes):
         raise ValueError(
-            f"nearest: expected rows and codes of one width and k from 1 to {len(codes)}, got {list(x.shape)}, {list(codes.shape)} and k={k}"
+            f"nearest: expected rows and codes of one width and k from 1 to {len(codes)}, "
+            f"got {list(x.shape)}, {list(codes.shape)} and k={k}"
         )
-    keys = (
-        F.normalize(codes, dim=-1) if cosine else codes
-    ).T.contiguous()  # lying so, the product is twice as fast
-    shift = (
-        None if cosine else -0.5 * (codes**2).sum(-1)
-    )  # |x - c|^2 is least where x.c - |c|^2 / 2 is largest
+    keys = F.normalize(codes, dim=-1) if cosine else codes
+    keys = keys.T.contiguous()  # in this layout the product is twice as fast
+    # |x - c|^2 is least where x.c - |c|^2 / 2 is largest
+    shift = None if cosine else -0.5 * (codes**2).sum(-1)
 
     def best(part):
         score = part @ keys if cosine else torch.addmm(shift, part, keys)
         if k > 1:
             return score.topk(k, -1).indices
-        plain = score.device.type == "cpu" and score.dtype == torch.float32
-        return (
-            torch.from_numpy(score.numpy().argmax(-1))[:, None]
-            if plain
-            else score.argmax(-1, keepdim=True)
-        )  # on a CPU numpy's is ten times as fast
+        if score.device.type == "cpu" and score.dtype == torch.float32:
+            return torch.from_numpy(score.numpy().argmax(-1))[:, None]  # ten times as fast
+        return score.argmax(-1, keepdim=True)
 
     return torch.cat([best(part) for part in x.split(rows)])
 
@@ -55,24 +57,30 @@ def nearest(
 def _distance(x, codes, cosine):
     "Distance of each row from its nearest code: 1 - cosine, or squared."
     own = codes[nearest(x, codes, cosine)[:, 0]]
-    return (
-        (1 - F.cosine_similarity(x, own, dim=-1)).clamp(min=0)
-        if cosine
-        else ((x - own) ** 2).sum(-1)
-    )
+    if cosine:
+        return (1 - F.cosine_similarity(x, own, dim=-1)).clamp(min=0)
+    return ((x - own) ** 2).sum(-1)
 
 
 @torch.no_grad()
 def kmeans_parallel(
-    x, n_codes: int, rounds: int = 8, *, cosine: bool = True, generator=None
-):  # [N, d] -> seeds [n_codes, d]
-    "Seeds drawn in rounds, in proportion to the distance from the nearest seed so far (k-means||, arXiv 1203.6402)."
+    x,  # [N, d]
+    n_codes: int,
+    rounds: int = 8,
+    *,
+    cosine: bool = True,
+    generator=None,
+):
+    """Seeds [n_codes, d] drawn in rounds (k-means||, arXiv 1203.6402).
+
+    A row is drawn in proportion to its distance from the nearest seed so far."""
     weight, seeds = torch.ones(len(x)), x[:0]
     for r in range(rounds):
         size = n_codes // rounds + (r < n_codes % rounds)
         if not size:
             continue
-        new = x[torch.multinomial(weight.clamp(min=1e-9), size, generator=generator).to(x.device)]
+        rows = torch.multinomial(weight.clamp(min=1e-9), size, generator=generator)
+        new = x[rows.to(x.device)]
         far = _distance(x, new, cosine).cpu()
         weight = torch.minimum(weight, far) if len(seeds) else far
         seeds = torch.cat([seeds, new])
@@ -81,19 +89,24 @@ def kmeans_parallel(
 
 @torch.no_grad()
 def kmeans(
-    x, n_codes: int, iters: int = 10, *, cosine: bool = True, generator=None, seeds=None
-):  # [n_codes, d]; None: drawn by k-means||
-    "Codes [n_codes, d] by Lloyd's iterations on x [N, d]; cosine: states are assigned by angle (spherical), codes are still plain means."
+    x,  # [N, d]
+    n_codes: int,
+    iters: int = 10,
+    *,
+    cosine: bool = True,  # rows are assigned by angle; codes are plain means all the same
+    generator=None,
+    seeds=None,  # [n_codes, d]; None: drawn by k-means||
+):
+    "Codes [n_codes, d] by Lloyd's iterations: assign rows to codes, move codes to their means."
     finite(x, "kmeans")
     if not 1 <= n_codes <= len(x):
         raise ValueError(f"kmeans: expected at least n_codes={n_codes} rows of data, got {len(x)}")
-    codes = (
-        kmeans_parallel(x, n_codes, cosine=cosine, generator=generator) if seeds is None else seeds
-    )
+    codes = seeds
+    if codes is None:
+        codes = kmeans_parallel(x, n_codes, cosine=cosine, generator=generator)
     for _ in range(iters):
         ids = nearest(x, codes, cosine)[:, 0]
         count = torch.bincount(ids, minlength=n_codes)[:, None]
-        codes = torch.where(
-            count > 0, torch.zeros_like(codes).index_add_(0, ids, x) / count.clamp(min=1), codes
-        )
+        mean = torch.zeros_like(codes).index_add_(0, ids, x) / count.clamp(min=1)
+        codes = torch.where(count > 0, mean, codes)
     return codes

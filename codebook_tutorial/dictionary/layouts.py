@@ -123,7 +123,7 @@ ALPHA_UNITS = dict(
 def convert_alpha(
     alpha: float,
     d_model: int,
-    begin: str = "equation",  # |x - x^|^2 + alpha |f|_1, mean over rows; "paper_code": mean over d too
+    begin: str = "equation",  # |x - x^|^2 + alpha |f|_1, mean over rows; "paper_code": and over d
     *,
     end: str = "equation",  # or "paper_code", "saelens", "dictionary_learning"
     scale: float = 1.0,  # `alpha` was for activations divided by this before training

@@ -75,6 +75,8 @@ def open_index(
     verify: bool = True,  # compare all checksums, which reads everything once
 ) -> Index:
     "The index in a folder, memory-mapped; ValueError if damaged or of another tokenizer."
+    from codebook_tutorial.feature import search  # noqa: F401 (gives an Index its methods: search, best, contexts, ...)
+
     folder = Path(folder)
     if not (folder / HEAD).exists():
         half = half_folder(folder).exists()
@@ -120,7 +122,3 @@ def _adds_up(arrays, name, info):
     ends = own["starts"][-1], own["offsets"][-1], len(own["features"]), len(own["positions"])
     active = info["sites"][name]["active"]
     return set(map(int, ends)) == {active} and len(own["starts"]) == np.prod(shape) + 1
-
-# %% ../../nbs/lib/feature_index.ipynb #feature-index-23
-# gives an Index its methods: search, mark, contexts, ...
-from . import search  # noqa: E402, F401

@@ -10,8 +10,18 @@ __all__ = ['neuron_acts', 'unit_scores', 'against_neurons']
 # %% ../../nbs/lib/feature_neurons.ipynb #feature-neurons-3
 import numpy as np
 import torch
+from codebook_tutorial.feature.detect import (
+    Best,
+    Truth,
+    check_by,
+    hits_by_bin,
+    often,
+    scores,
+    scores_of,
+    search_value,
+    sparse_truth,
+)
 from .index import Index
-from .search import check_by, scores, search_value
 from ..model.run import passes
 from ..model.sites import match_sites
 from ..model.text import Text
@@ -26,7 +36,7 @@ def neuron_acts(
     *,
     batch: int = 16,
 ):
-    "[text.n_tokens, units]: activations at ordinary tokens (4 bytes each: take some 50,000 tokens)."
+    "Activations at ordinary tokens, [text.n_tokens, units] (4 bytes each: take 50,000 tokens)."
     kept = []
     found = match_sites(model, names)
     call = "neuron_acts"
@@ -37,121 +47,98 @@ def neuron_acts(
 
 # %% ../../nbs/lib/feature_neurons.ipynb #feature-neurons-6
 def _best_units(
-    acts, at, concept, *, targets
-):  # [n, units], marked pairs [p] twice, [T, n_concepts] tokens to find -> signed units [T, n_concepts]
-    "The units, either sign, with the best precision where they find as many tokens as each target says, to within bins: single tokens at both ends, 7 % wide towards the middle."
+    acts,  # [n, units]
+    truth: Truth,
+    targets,  # [T, n_concepts] tokens to find
+):  # -> units [T, n_concepts]; plus the number of units: fires at low values
+    """The units with the best precision where they find as many tokens as each target says.
+
+    To within bins: single tokens at both ends, 7 % wide towards the middle."""
     n, units = acts.shape
     ends = np.unique(np.geomspace(1, max(n // 2, 1), 150).astype(int))
     cuts = np.unique(np.append(ends, n - ends))
-    n_concepts = targets.shape[1]
-    bins, best, who, each = (
-        len(cuts) + 1,
-        np.full(targets.shape, -1.0),
-        np.zeros(targets.shape, int),
-        np.arange(n_concepts),
-    )
+    each, best = np.arange(targets.shape[1]), Best()
     for u in tqdm(range(units), desc="best units", delay=5):
         values = np.ascontiguousarray(acts[:, u])
-        bin = np.sort(values)[cuts].searchsorted(values, "right")
-        hits = np.bincount(concept * bins + bin[at], minlength=n_concepts * bins).reshape(
-            n_concepts, bins
-        )
-        total = np.bincount(bin, minlength=bins)
-        for sign in (0, 1):  # fires at high values, at low values
-            found, fired = (hits[:, ::-1], total[::-1]) if sign == 0 else (hits, total)
-            found, fired = found.cumsum(1), fired.cumsum()
-            for t, target in enumerate(targets):
-                first = (found >= target[:, None]).argmax(1)
-                precision = found[each, first] / np.maximum(fired[first], 1)
-                who[t], best[t] = (
-                    np.where(precision > best[t], u + sign * units, who[t]),
-                    np.maximum(best[t], precision),
-                )
-    return who
+        bins = np.sort(values)[cuts].searchsorted(values, "right")
+        hits = hits_by_bin(bins, len(cuts) + 1, truth)
+        total = np.bincount(bins, minlength=len(cuts) + 1)
+        for sign, way in ((0, slice(None, None, -1)), (1, slice(None))):  # from high, from low
+            found, fired = hits[:, way].cumsum(1), total[way].cumsum()
+            first = np.stack([(found >= target[:, None]).argmax(1) for target in targets])
+            best.offer(found[each, first] / fired[first].clip(1), unit=u + sign * units)
+    return best["unit"]
 
 # %% ../../nbs/lib/feature_neurons.ipynb #feature-neurons-7
 def unit_scores(
-    acts, truth, recalls, *, half: int
-) -> list:  # [n, units], [n, n_concepts] bool, [T, n_concepts], int -> T dicts of [n_concepts]
-    "For each concept and each of its recalls the unit most precise there; it and its threshold are chosen before `half`, precision and recall measured behind it."
+    acts,  # [n, units]
+    truth,  # [n, n_concepts] bool
+    recalls,  # [T, n_concepts]
+    *,
+    half: int,  # where the second half begins
+) -> list:
+    """T dicts of [n_concepts]: for each concept and recall the most precise unit (either sign).
+
+    Unit and threshold are chosen before `half`; precision and recall are of the rest."""
     acts, truth = np.asarray(acts), np.asarray(truth)
-    at, concept = np.nonzero(truth[:half])
-    targets = np.ceil(np.asarray(recalls) * truth[:half].sum(0) - 1e-9).clip(min=1).astype(int)
+    known = sparse_truth(truth[:half])
+    targets = np.ceil(np.asarray(recalls) * known.counts - 1e-9).clip(min=1).astype(int)
+    units = _best_units(acts[:half], known, targets)
     return [
-        _held_out(acts, truth, target, who=who, half=half)
-        for target, who in zip(targets, _best_units(acts[:half], at, concept, targets=targets))
+        _held_out(acts, truth, target, units=some, half=half)
+        for target, some in zip(targets, units)
     ]
 
 
-def _held_out(
-    acts, truth, target, *, who, half
-):  # [n_concepts] tokens to find, [n_concepts] signed units
-    "Precision and recall behind `half` of units whose threshold finds the target before it."
-    n_units, out = (
-        acts.shape[1],
-        dict(precision=np.full(len(target), np.nan), recall=np.full(len(target), np.nan), unit=who),
-    )
-    for c, (unit, t) in enumerate(zip(who, target)):
-        values = acts[:, unit % n_units] * (1 if unit < n_units else -1)
+def _held_out(acts, truth, target, *, units, half):  # target, units: [n_concepts]
+    "Scores after `half` of units whose threshold finds the target before it."
+    out = {key: np.full(len(target), np.nan) for key in ("precision", "recall")}
+    for c, (unit, t) in enumerate(zip(units, target)):
+        values = acts[:, unit % acts.shape[1]] * (1 if unit < acts.shape[1] else -1)
         own = np.sort(values[:half][truth[:half, c]])
-        if not len(own):
-            continue
-        fires = values[half:] >= own[-t]  # exactly where t tokens are found
-        hits = (fires & truth[half:, c]).sum()
-        out["precision"][c], out["recall"][c] = (
-            hits / max(fires.sum(), 1),
-            hits / max(truth[half:, c].sum(), 1),
-        )
-    return out
+        if len(own):  # fires exactly where t tokens are found
+            s = scores_of(values[half:] >= own[-t], truth[half:, c])
+            out["precision"][c], out["recall"][c] = s["precision"], s["recall"]
+    return out | dict(unit=units)
 
 # %% ../../nbs/lib/feature_neurons.ipynb #feature-neurons-8
 @patch
 def _best_codes(
-    self: Index, truth, half, rows, *, min_recall, by, pool
-):  # [tokens, n_concepts] -> dict of [n_concepts]
+    self: Index,
+    truth,  # [tokens, n_concepts] bool
+    half,
+    rows,
+    *,
+    min_recall,
+    by,
+    pool,
+):  # -> dict of [n_concepts]
     from scipy.sparse import csr_array
 
-    n, marked = truth.shape[1], [truth[:half].sum(0), truth[half:].sum(0)]
-    truth = csr_array(truth, dtype=np.int32)
-    out = dict(
-        value=np.full(n, -np.inf),
-        **{k: np.zeros(n) for k in ("first_recall", "precision", "recall")},
-        site=np.full(n, "", object),
-        feature=np.zeros(n, int),
-    )
+    n, halves = truth.shape[1], (slice(half), slice(half, None))
+    marked = [truth[part].sum(0) for part in halves]
+    truth, best = csr_array(truth, dtype=np.int32), Best()
+    start = dict(value=-np.inf, feature=0, first_recall=0.0, precision=0.0, recall=0.0)
+    best.offer(**{key: np.full(n, v) for key, v in start.items()}, site=np.full(n, "", object))
     for site, allowed in self._allowed(pool).items():
-        codes = self.matrix(site, rows)
-        active = [np.asarray(part.sum(0)).ravel() for part in (codes[:half], codes[half:])]
+        codes, parts = self.matrix(site, rows), []
+        active = [np.asarray(codes[part].sum(0)).ravel() for part in halves]
         for c in np.array_split(np.arange(n), n // 64 + 1):  # [64, n_feats] at a time
-            hits = [
-                (truth[:, c][part].T @ codes[part]).toarray()
-                for part in (slice(half), slice(half, None))
-            ]
-            value, each = (
-                search_value(
-                    hits[0],
-                    active[0],
-                    marked[0][c, None],
-                    min_recall=min_recall,
-                    by=by,
-                    allowed=allowed,
-                ),
-                np.arange(len(c)),
+            hits = [(truth[:, c][part].T @ codes[part]).toarray() for part in halves]
+            value = search_value(
+                hits[0],
+                active[0],
+                marked[0][c, None],
+                min_recall=min_recall,
+                by=by,
+                allowed=allowed,
             )
-            f = value.argmax(1)
+            f, each = value.argmax(1), np.arange(len(c))
             first, later = (scores(h[each, f], a[f], m[c]) for h, a, m in zip(hits, active, marked))
-            new = dict(
-                value=value[each, f],
-                first_recall=first["recall"],
-                precision=later["precision"],
-                recall=later["recall"],
-                site=site,
-                feature=f,
-            )
-            better = new["value"] > out["value"][c]
-            for k, v in new.items():
-                out[k][c] = np.where(better, v, out[k][c])
-    return out
+            parts.append([value[each, f], f, first["recall"], later["precision"], later["recall"]])
+        found = map(np.concatenate, zip(*parts))
+        best.offer(**dict(zip(start, found)), site=np.full(n, site, object))
+    return best
 
 # %% ../../nbs/lib/feature_neurons.ipynb #feature-neurons-9
 def against_neurons(
@@ -159,36 +146,43 @@ def against_neurons(
     acts,  # [tokens, units] at the ordinary tokens of the index' first rows (neuron_acts)
     truth,  # [rows, length, n_concepts] bool, the same rows
     *,
-    pool: dict
-    | list
-    | None = None,  # {site: feature numbers} to choose from; index.pool(n) draws as many as there are units; several: a list comes back, in little more time
+    pool: dict | list | None = None,  # {site: features} to choose from; several: a list comes back
     min_recall: float = 0.01,
-    by: str = "precision",
-    at_least: int = 20,
+    by: str = "precision",  # what the best feature is best at
+    at_least: int = 20,  # concepts with fewer tokens in either half are `skipped`: nan
 ) -> dict | list:
-    "Per concept the best feature and, at the recall it had in the half on which both are chosen, the best unit (either sign): scores on the other half; nan for `skipped` concepts, with fewer than at_least tokens in either; `found`: where a feature exceeded min_recall."
+    """Per concept the best feature and, at equal recall, the best unit, scored on the other half.
+
+    The unit (either sign) has the recall that the feature had in the half on which both are chosen.
+    `found`: where a feature exceeded min_recall. index.pool(n) draws as many features as there are
+    units; several pools take little more time than one."""
     check_by(by, "against_neurons")
     mask, acts = index.mask[: len(truth)], np.asarray(acts)
+    _check_rows(index, mask, acts, truth=truth)
+    truth, half = np.asarray(truth)[mask], int(mask[: len(mask) // 2].sum())
+    rare = ~often(truth, at_least, half)
+    asked, several = truth[:, ~rare], isinstance(pool, list)
+    how = dict(min_recall=min_recall, by=by)
+    codes = [
+        index._best_codes(asked, half, len(mask), pool=p, **how)
+        for p in (pool if several else [pool])
+    ]
+    units = unit_scores(acts, asked, np.stack([c["first_recall"] for c in codes]), half=half)
+    found = [_both(c, u, rare) for c, u in zip(codes, units)]
+    return found if several else found[0]
+
+
+def _check_rows(index, mask, acts, *, truth):
     if truth.shape[:2] != mask.shape:
         raise ValueError(
-            f"against_neurons: expected truth [rows, {mask.shape[1]}, n_concepts] for at most {len(index.mask)} rows, got {list(truth.shape)}"
+            f"against_neurons: expected truth [rows, {mask.shape[1]}, n_concepts] "
+            f"for at most {len(index.mask)} rows, got {list(truth.shape)}"
         )
     if len(acts) != mask.sum():
         raise ValueError(
-            f"against_neurons: these {len(mask)} rows have {mask.sum()} ordinary tokens, acts are of {len(acts)}"
+            f"against_neurons: these {len(mask)} rows have {mask.sum()} ordinary tokens, "
+            f"acts are of {len(acts)}"
         )
-    truth, half = np.asarray(truth)[mask], int(mask[: len(mask) // 2].sum())
-    rare = np.minimum(truth[:half].sum(0), truth[half:].sum(0)) < at_least
-    pools = pool if isinstance(pool, list) else [pool]
-    codes = [
-        index._best_codes(truth[:, ~rare], half, len(mask), min_recall=min_recall, by=by, pool=p)
-        for p in pools
-    ]
-    units = unit_scores(
-        acts, truth[:, ~rare], np.stack([c["first_recall"] for c in codes]), half=half
-    )
-    found = [_both(c, u, rare) for c, u in zip(codes, units)]
-    return found if isinstance(pool, list) else found[0]
 
 
 def _both(codes, units, rare):
@@ -210,4 +204,4 @@ def _both(codes, units, rare):
         unit=full(units["unit"], -1),
         found=full(codes["value"] >= 0, False),
         skipped=int(rare.sum()),
-    )  # found: some feature finds more than min_recall
+    )

@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from ..dictionary.base import Feature, Lens
 from .choices import Choices
-from .tmp_pc import precision_coverage
+from .detect import precision_coverage
 from ..model.run import passes
 from ..model.text import Text
 

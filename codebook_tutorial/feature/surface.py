@@ -41,7 +41,7 @@ def _words(raw, words):  # the Rust tokenizer, its vocabulary
 
 
 def _surface(tok):  # -> [vocabulary] bytes; ids after which a word has no space before it
-    "What each token writes after a word, in bytes, as a byte-level token may be part of a character."
+    "What each token writes after a word, in bytes: a token may be part of a character."
     if not hasattr(tok, "backend_tokenizer"):
         raise ValueError(
             f"Surface: expected a tokenizer with a tokenizer.json, got {type(tok).__name__}"

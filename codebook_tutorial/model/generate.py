@@ -63,20 +63,14 @@ def generate(
     seed: int = 0,
     progress: bool = True,
 ) -> list:
-    "Sample a continuation of every prompt, with the KV cache: n lists of the tokens that were added."
+    "Sample a continuation of every prompt, with the KV cache: n lists of new tokens."
     from transformers import GenerationConfig, StoppingCriteriaList
 
     _check(model, prompts, n_tokens, temperature=temperature)
     ends = sorted({tok.bos_token_id, getattr(tok, "eos_token_id", None) or tok.bos_token_id})
-    config = GenerationConfig(  # none of the model's own habits
-        max_new_tokens=n_tokens,
-        do_sample=True,
-        temperature=temperature,
-        top_k=0,
-        top_p=1.0,
-        pad_token_id=tok.pad_token_id,
-        eos_token_id=ends,
-    )
+    plain = dict(do_sample=True, temperature=temperature, top_k=0, top_p=1.0)  # no habits
+    ids = dict(pad_token_id=tok.pad_token_id, eos_token_id=ends)
+    config = GenerationConfig(max_new_tokens=n_tokens, **plain, **ids)
     out = []
     steps = -(-len(prompts) // batch) * n_tokens
     hidden = {} if progress else dict(disable=True)

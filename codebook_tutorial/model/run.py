@@ -54,10 +54,10 @@ def passes(
     batch: int = 32,  # rows per pass
     call: str = "passes",  # named in errors
     bar: str | None = None,  # title of a progress bar, shown after 5 seconds; None: no bar
-    head: bool = False,  # run the language-model head too: acts["logits"] [rows, length, vocabulary]
+    head: bool = False,  # the language-model head too: acts["logits"] [rows, length, vocabulary]
     grad: bool = False,  # keep the autograd graph
 ):
-    "Run a text through a model: yields (slice of rows, that part of the text, acts) for each batch."
+    "Run a text through a model: yields (slice of rows, that part of the text, acts) per batch."
     check_length(model, text.ids.shape[1], call)
     run = model if head else getattr(model, "base_model", model)
     device = model_device(model)
@@ -78,7 +78,7 @@ def states_of(
     *,
     batch: int = 32,
 ):
-    "[text.n_tokens, d]: the states at a text's ordinary tokens; of a CodebookModel, before its codes."
+    "[text.n_tokens, d]: the states at ordinary tokens; of a CodebookModel, before its codes."
     if len(found := match_sites(model, site)) > 1:
         raise ValueError(f"states_of: expected one site, got {site!r}, which is {', '.join(found)}")
     kept = []
@@ -105,7 +105,7 @@ def mean_state(
 # %% ../../nbs/lib/model_run.ipynb #model-run-6
 @torch.no_grad()
 def token_losses(model, text: Text, batch: int = 16):
-    "[rows, length], on the CPU: nats of every token to be predicted, at its position; nan elsewhere."
+    "[rows, length], on the CPU: nats of every predicted token, at its position; nan elsewhere."
     kept = []
     call = "token_losses"
     for _, part, acts in passes(model, text, batch=batch, call=call, bar=call, head=True):

@@ -18,7 +18,7 @@ import torch
 
 # %% ../../nbs/00_sites.ipynb #c00-37
 class Family(NamedTuple):
-    "Where a model family keeps its parts: paths below the base model, then below a block."
+    "Where a model family keeps its parts: paths in the base model, then in a block."
 
     blocks: str  # the list of blocks
     attn: str  # module whose output attention adds to the stream
@@ -33,7 +33,7 @@ FAMILIES = {
     "GPT-NeoX (Pythia)": Family(
         "layers", "attention", "attention.dense", "mlp", "mlp.dense_4h_to_h"
     ),
-    # these put a norm behind each sublayer, so the norm's output is what reaches the stream
+    # a norm follows each sublayer, so the norm's output is what reaches the stream
     "Gemma 2 and 3": Family(
         "layers",
         "post_attention_layernorm",
@@ -57,10 +57,8 @@ def _has(module, path):
 def structure(model):
     "The model's blocks and the row of FAMILIES that fits them."
     base = getattr(model, "base_model", model)
-    for inner in (
-        base,
-        getattr(base, "language_model", None),
-    ):  # vision-language models keep the text model one level down
+    text = getattr(base, "language_model", None)  # of a vision-language model
+    for inner in (base, text):
         for family in FAMILIES.values():
             if inner is None or not _has(inner, family.blocks):
                 continue
@@ -68,8 +66,8 @@ def structure(model):
             if all(_has(blocks[0], path) for path in family[1:]):
                 return inner, blocks, family
     raise ValueError(
-        f"sites: no known structure in {type(model).__name__}; expected one of {', '.join(FAMILIES)}. "
-        "A new family is one row in codebook_tutorial.sites.FAMILIES"
+        f"sites: no known structure in {type(model).__name__}; expected one of "
+        f"{', '.join(FAMILIES)}. A new family is one row in model.sites.FAMILIES"
     )
 
 # %% ../../nbs/00_sites.ipynb #c00-40
@@ -84,23 +82,23 @@ def sites(model) -> list[str]:
 
 
 def match_sites(
-    model, patterns: str | list[str]
-) -> list[str]:  # "resid.0", "heads.*", ["mlp.*", "attn.1"]
-    "The model's sites that fit the patterns, in the patterns' order; ValueError for one that fits none."
+    model,
+    patterns: str | list[str],  # "resid.0", "heads.*", ["mlp.*", "attn.1"]
+) -> list[str]:
+    "The model's sites that fit, in the patterns' order; ValueError where none does."
     found = []
     for pattern in [patterns] if isinstance(patterns, str) else patterns:
         hits = [s for s in sites(model) if fnmatchcase(s, str(pattern))]
         if not hits:
             last = len(structure(model)[1]) - 1
-            raise ValueError(
-                f"no site {pattern!r}; this model has {', '.join(f'{k}.0 to {k}.{last}' for k in SITE_KINDS)}"
-            )
+            known = ", ".join(f"{kind}.0 to {kind}.{last}" for kind in SITE_KINDS)
+            raise ValueError(f"no site {pattern!r}; this model has {known}")
         found += [h for h in hits if h not in found]
     return found
 
 # %% ../../nbs/00_sites.ipynb #c00-44
 def _place(model, site):
-    "The module a site lies at, and whether it is what goes in to it."
+    "The module of a site, and whether the site is its input."
     kind, layer = site.split(".")
     _, blocks, family = structure(model)
     path = {
@@ -119,8 +117,9 @@ def _call(fn, site, x):
     if y is None or y is x:
         return None
     if getattr(y, "shape", None) != x.shape:
+        got = list(y.shape) if hasattr(y, "shape") else type(y).__name__
         raise ValueError(
-            f"intervention at {site}: expected a tensor of shape {list(x.shape)}, got {list(y.shape) if hasattr(y, 'shape') else type(y).__name__}"
+            f"intervention at {site}: expected a tensor of shape {list(x.shape)}, got {got}"
         )
     return y.to(x.dtype)
 
@@ -137,8 +136,12 @@ def _after(fn, site, module, args, output):
     return None if y is None else (y, *output[1:])
 
 
-def attach(model, site: str, fn):
-    "Hook fn(x) -> x' (or None) at a site and return the handle; `intervene` and `capture` take it away again by themselves."
+def attach(
+    model,
+    site: str,
+    fn,  # x -> x', or None: x stays
+):
+    "Hook fn at a site and return the handle; `intervene` and `capture` remove theirs."
     module, goes_in = _place(model, site)
     if goes_in:
         return module.register_forward_pre_hook(partial(_before, fn, site))
@@ -147,9 +150,10 @@ def attach(model, site: str, fn):
 # %% ../../nbs/00_sites.ipynb #c00-47
 @contextmanager
 def intervene(
-    model, edits: dict
-):  # {site or pattern: fn}; fn(x) -> x' of the same shape, [batch, seq, d]; None leaves x as it is
-    "While the block runs, replace x by fn(x) at each site; under `generate`, fn is called on every step's slice."
+    model,
+    edits: dict,  # {site or pattern: fn}; fn(x) [batch, seq, d] -> x', or None: x stays
+):
+    "While the block runs, x becomes fn(x) at each site; in `generate` step by step."
     pairs = [
         (site, fn)
         for pattern, fn in edits.items()
@@ -169,10 +173,12 @@ def intervene(
 def capture(
     model,
     names: str | list[str],  # sites or patterns
-    grad: bool = False,
-):  # keep the autograd graph?
-    "While the block runs, read {site: activation [batch, seq, d]} of the last pass; the steps of `generate` are joined along seq."
-    found, acts, offset = match_sites(model, names), {}, 0
+    grad: bool = False,  # keep the autograd graph
+):
+    "While the block runs, {site: [batch, seq, d]} of the last pass, or of `generate`."
+    found = match_sites(model, names)
+    acts = {}
+    offset = 0  # positions before those in acts
 
     def keep(site, x):
         x = x if grad else x.detach()
@@ -180,20 +186,16 @@ def capture(
 
     def begin(module, args, kwargs):
         nonlocal offset
-        past = (
-            0
-            if kwargs.get("past_key_values") is None
-            else kwargs["past_key_values"].get_seq_length()
-        )
+        cache = kwargs.get("past_key_values")
+        past = 0 if cache is None else cache.get_seq_length()
         done = max((x.shape[1] for x in acts.values()), default=0)
         if past == 0 or past != offset + done:
             offset = past
             acts.clear()  # not the next step of what we hold
         while handles:
             handles.pop().remove()
-        handles.extend(
-            attach(model, site, partial(keep, site)) for site in found
-        )  # again, so that they stand last
+        for site in found:  # again, so that these hooks are the last
+            handles.append(attach(model, site, partial(keep, site)))
 
     handles = []
     first = structure(model)[0].register_forward_pre_hook(begin, with_kwargs=True)
@@ -206,13 +208,13 @@ def capture(
 # %% ../../nbs/00_sites.ipynb #c00-61
 def site_dims(model, names: str | list[str] = "*") -> dict[str, int]:
     "Width of each site, found by running one token."
-    was, parameter = model.training, next(model.parameters())
+    device = next(model.parameters()).device
+    ids = torch.zeros(1, 1, dtype=torch.long, device=device)
+    was = model.training
     model.eval()
     try:
         with capture(model, names) as acts, torch.no_grad():
-            model(
-                input_ids=torch.zeros(1, 1, dtype=torch.long, device=parameter.device)
-            )
+            model(input_ids=ids)
     finally:
         model.train(was)
     return {site: acts[site].shape[-1] for site in match_sites(model, names)}
@@ -228,7 +230,7 @@ TRANSFORMER_LENS = {
 
 
 def to_transformer_lens(site: str) -> str:
-    "'mlp.3' -> 'blocks.3.hook_mlp_out' (their hook_z keeps the heads apart: [batch, seq, heads, d_head])."
+    "'mlp.3' -> 'blocks.3.hook_mlp_out' (hook_z is [batch, seq, heads, d_head])."
     kind, layer = site.split(".")
     return f"blocks.{layer}.{TRANSFORMER_LENS[kind]}"
 

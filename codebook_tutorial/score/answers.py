@@ -29,7 +29,7 @@ from .effects import effect_and_price, topic_words
 from .metrics import replaced_loss
 from ..world.concepts import atoms, story_text
 from ..world.grammar import ID
-from ..world.stories import prompts
+from ..world.prompts import prompts
 from ..world.tasks import one_token_names, task_pairs, task_score
 
 # %% ../../nbs/lib/score_answers.ipynb #score-answers-4

@@ -1,4 +1,4 @@
-"""Known concepts in single features, in a few, split and absorbed.
+"""How known concepts are represented in a dictionary's features.
 
 Docs: https://codebook-tutorial.github.io/codebook_tutorial/lib/score_concepts.html.md"""
 
@@ -11,34 +11,32 @@ __all__ = ['sparse_probes', 'families', 'absorbed', 'concept_board']
 import numpy as np
 import torch
 from ..dictionary.kmeans import finite
-from ..feature.detect import concept_scores
+from ..feature.detect import check_shapes, concept_scores, fires, often, scores_of
 
 # %% ../../nbs/lib/score_concepts.ipynb #score-concepts-4
-def _cut(scores, own):  # [n, C], [n, C] bool -> [C] the threshold with the best F1
-    values, order = scores.T.contiguous().sort(
-        -1, descending=True
-    )  # sorting along contiguous memory is several times faster
+def _cut(
+    scores,  # [n, C]
+    own,  # [n, C] bool
+):  # -> [C]: the threshold with the best F1
+    # sorting along contiguous memory is several times faster
+    values, order = scores.T.contiguous().sort(-1, descending=True)
     hits = own.T.contiguous().gather(1, order).cumsum(1)
     f1 = 2 * hits / (torch.arange(1, len(own) + 1, device=own.device) + own.sum(0)[:, None])
     f1[:, :-1][values[:, 1:] == values[:, :-1]] = -1  # no threshold cuts between equal values
     return values.gather(1, f1.argmax(1, keepdim=True))[:, 0]
 
-# %% ../../nbs/lib/score_concepts.ipynb #score-concepts-5
-def _judged(scores, own, half):  # [N, C], [N, C] bool
-    "Threshold from the first half; F1 [C] and where it fires [N - half, C] on the second; some concepts at a time."
-    fires = torch.cat(
-        [
-            s[half:] >= _cut(s[:half], o[:half])
-            for s, o in zip(scores.split(64, 1), own.split(64, 1))
-        ],
-        1,
-    )
-    return dict(
-        f1=2 * (fires & own[half:]).sum(0) / (fires.sum(0) + own[half:].sum(0)).clamp(min=1),
-        fires=fires,
-    )
 
-# %% ../../nbs/lib/score_concepts.ipynb #score-concepts-6
+def _judged(
+    scores,  # [N, C]
+    own,  # [N, C] bool
+):
+    "Threshold from the first half; f1 [C] and where it fires [N / 2, C] on the second."
+    half = len(own) // 2
+    blocks = zip(scores.split(64, 1), own.split(64, 1))  # some concepts at a time
+    on = torch.cat([s[half:] >= _cut(s[:half], o[:half]) for s, o in blocks], 1)
+    return dict(f1=scores_of(on, own[half:])["f1"], fires=on)
+
+
 def sparse_probes(
     f,  # [N, F] features at ordinary tokens
     truth,  # [N, C] bool
@@ -46,124 +44,133 @@ def sparse_probes(
     *,
     ridge: float = 1e-3,
 ) -> dict:
-    "For every concept a linear probe on its k best features (arXiv 2305.01610; chosen one after the other by what they still explain, least squares, the threshold of the best F1), all on the first half of the tokens: k -> f1 [C] and fires [N / 2, C] on the second; `chosen` [C, max k]; 'all': a probe on every feature."
+    """For every concept, linear probes on its k best features (arXiv 2305.01610), and on all.
+
+    Features are chosen one after the other by what they still explain (least squares), then the
+    threshold by F1, both on the first half of the tokens. {k or 'all': f1 [C] and fires [N / 2, C]
+    on the second, `chosen`: [C, max k]}."""
     f, truth = (torch.as_tensor(t) for t in (f, truth))
-    if f.dim() != 2 or truth.dim() != 2 or not 2 <= len(f) == len(truth):
-        raise ValueError(
-            f"sparse_probes: expected features [N, F] and truth [N, C], of two rows or more, of the same tokens, got {list(f.shape)} and {list(truth.shape)}"
-        )
+    check_shapes("sparse_probes", f, truth)
     finite(f, "sparse_probes")
     if not 1 <= min(ks) <= max(ks) <= f.shape[1]:
         raise ValueError(f"sparse_probes: ks={ks} of {f.shape[1]} features")
     half, f, truth = len(f) // 2, f.float(), truth.bool()
     own = truth.float()
-    z = (f - f[:half].mean(0)) * (1 / f[:half].std(0)).nan_to_num(
-        posinf=0.0
-    )  # a feature that never changes explains nothing
-    alike, wanted = (
-        z[:half].T @ z[:half] / half,
-        z[:half].T @ (own[:half] - own[:half].mean(0)) / half,
-    )  # [F, F], [F, C]
+    # a feature that never changes explains nothing
+    z = (f - f[:half].mean(0)) * (1 / f[:half].std(0)).nan_to_num(posinf=0.0)
+    alike = z[:half].T @ z[:half] / half  # [F, F]
+    wanted = z[:half].T @ (own[:half] - own[:half].mean(0)) / half  # [F, C]
     left, chosen, out = wanted, wanted.new_zeros(0, truth.shape[1], dtype=torch.long), {}
     for k in range(1, max(ks) + 1):
         chosen = torch.cat([chosen, left.abs().scatter(0, chosen, -1.0).argmax(0)[None]])
         some = chosen.T  # [C, k]
-        w = torch.linalg.solve(
-            alike[some[:, :, None], some[:, None]] + ridge * torch.eye(k, device=f.device),
-            wanted.T.gather(1, some),
-        )
+        of_chosen = alike[some[:, :, None], some[:, None]] + ridge * torch.eye(k, device=f.device)
+        w = torch.linalg.solve(of_chosen, wanted.T.gather(1, some))
         sparse = torch.zeros_like(wanted).scatter(0, chosen, w.T)
         left = wanted - alike @ sparse
         if k in ks:
-            out[k] = _judged(z @ sparse, truth, half)
-    return out | dict(
-        chosen=chosen.T,
-        all=_judged(
-            z @ torch.linalg.solve(alike + ridge * torch.eye(len(alike), device=f.device), wanted),
-            truth,
-            half,
-        ),
-    )
+            out[k] = _judged(z @ sparse, truth)
+    every = torch.linalg.solve(alike + ridge * torch.eye(len(alike), device=f.device), wanted)
+    return out | dict(chosen=chosen.T, all=_judged(z @ every, truth))
 
-# %% ../../nbs/lib/score_concepts.ipynb #score-concepts-7
+# %% ../../nbs/lib/score_concepts.ipynb #score-concepts-5
 def families(
-    truth, at_least: int = 20, most: float = 0.25
-) -> list:  # [N, C] bool -> [(parent, child)]
-    "Concepts that lie within others: a child is its parent in 99 of 100 cases and at most a third of it; parents hold at no more than `most` of the tokens, since of more frequent ones firing always is a fair detector."
+    truth,  # [N, C] bool
+    at_least: int = 20,  # tokens of a concept in either half
+    most: float = 0.25,  # of the tokens: of more frequent parents firing always is a fair detector
+) -> list:
+    """(parent, child) of concepts that lie within others.
+
+    A child is its parent in 99 of 100 cases, and at most a third of it."""
+    truth = np.asarray(truth)
     t = torch.as_tensor(truth).float()
-    size, both, half = t.sum(0), t.T @ t, len(t) // 2  # [C], [C, C]
-    often = torch.minimum(t[:half].sum(0), t[half:].sum(0)) >= at_least
-    inside = (
-        (both >= 0.99 * size[:, None])
-        & (size[:, None] <= size / 3)
-        & (often & (size <= most * len(t)))
-        & often[:, None]
-    )
+    size, both = t.sum(0), t.T @ t  # [C], [C, C]
+    frequent = torch.as_tensor(often(truth, at_least))
+    within = (both >= 0.99 * size[:, None]) & (size[:, None] <= size / 3)
+    inside = within & (frequent & (size <= most * len(t))) & frequent[:, None]
     return [(p, c) for c, p in inside.nonzero().tolist()]
 
-# %% ../../nbs/lib/score_concepts.ipynb #score-concepts-8
+
 def absorbed(
-    fires,
-    f1,
-    feature,
+    fires,  # [n, C] bool: each concept's best feature above its threshold
+    f1,  # [C]
+    feature,  # [C] (signed: any number that names feature and sign)
     *,
-    truth,  # [N / 2, C] bool: a concept's best feature above its threshold; [C]; [C] (signed: any number that names feature and sign); [N / 2, C] bool
-    pairs: list,
-    at_least: float = 0.5,
-) -> dict:  # of `families`
-    "Children at which the parent's feature is silent, while another stands for the child (after arXiv 2409.14507): both features with F1 of at_least, the parent's fires at the child less than half as often as at its other tokens. `control`: the same for as many of the parent's tokens, drawn at random."
+    truth,  # [n, C] bool
+    pairs: list,  # of `families`
+    at_least: float = 0.5,  # F1 of either feature
+) -> dict:
+    """Children at which the parent's feature is silent: absorbed by another (arXiv 2409.14507).
+
+    The parent's feature fires at the child less than half as often as at its other tokens.
+    `control`: the same for as many of the parent's tokens, drawn at random."""
     asked, holes, chance, draw = 0, [], 0, np.random.default_rng(0)
     for p, c in pairs:
         own, child = np.flatnonzero(truth[:, p]), np.flatnonzero(truth[:, c] & truth[:, p])
-        if (
-            min(f1[p], f1[c]) < at_least
-            or feature[p] == feature[c]
-            or not 0 < len(child) < len(own)
-        ):
+        if min(f1[p], f1[c]) < at_least or feature[p] == feature[c]:
             continue
-        missed = lambda some: fires[some, p].mean() < fires[np.setdiff1d(own, some), p].mean() / 2
-        asked, chance = asked + 1, chance + missed(draw.permutation(own)[: len(child)])
+        if not 0 < len(child) < len(own):
+            continue
+
+        def missed(some):
+            return fires[some, p].mean() < fires[np.setdiff1d(own, some), p].mean() / 2
+
+        asked += 1
+        chance += missed(draw.permutation(own)[: len(child)])
         if missed(child):
             holes.append((p, c))
     return dict(asked=asked, holes=holes, control=int(chance))
 
-# %% ../../nbs/lib/score_concepts.ipynb #score-concepts-9
-def concept_board(
-    f, truth, at_least: int = 20, *, gain: float = 0.1, precise: float = 0.8
-) -> dict:  # [N, F], [N, C] bool
-    "How known concepts stand in features, on tokens that chose nothing: f1 of the best feature, probe_k of the best k (all: of every feature; None where there are fewer), precise (share of concepts whose best feature has at least that precision), split (of all concepts: precise, and yet only a part: five features find `gain` more; a lower bound, since of frequent concepts the best feature may be one that fires nearly always), absorbed of `families`; how many concepts are too rare (skipped)."
-    truth, f = np.asarray(truth, bool), np.asarray(f)
-    half, ks = len(truth) // 2, tuple(k for k in (1, 2, 5) if k <= f.shape[1])
-    asked = np.flatnonzero(np.minimum(truth[:half].sum(0), truth[half:].sum(0)) >= at_least)
-    if not len(asked):
-        raise ValueError(
-            f"concept_board: none of the {truth.shape[1]} concepts holds at {at_least} tokens or more in both halves; give more text, or a lower at_least"
-        )
+# %% ../../nbs/lib/score_concepts.ipynb #score-concepts-6
+def _one_feature(f, truth, asked, *, at_least):  # -> f1 [asked], precision [asked], holes, skipped
+    half = len(f) // 2
     best = concept_scores(f, truth, at_least=at_least)
-    probes, fires = sparse_probes(f, truth[:, asked], ks), np.zeros(truth[half:].shape, bool)
-    fires[:, asked] = (
-        best["sign"][asked] * f[half:][:, best["feature"][asked]] >= best["threshold"][asked]
-    )
-    precision, f1 = (
-        (fires & truth[half:]).sum(0)[asked] / fires.sum(0)[asked].clip(1),
-        {k: probes[k]["f1"].cpu().numpy() for k in (*ks, "all")},
-    )
-    part = (precision >= precise) & (f1[max(ks)] - np.maximum(best["f1"][asked], f1[1]) > gain)
+    on = fires(best, f[half:])
     holes = absorbed(
-        fires,
+        on,
         np.nan_to_num(best["f1"]),
         best["sign"] * (best["feature"] + 1),
         truth=truth[half:],
         pairs=families(truth, at_least),
     )
+    precision = scores_of(on, truth[half:])["precision"]
+    return best["f1"][asked], precision[asked], holes, int(best["skipped"])
+
+
+def concept_board(
+    f,  # [N, F] features at ordinary tokens
+    truth,  # [N, C] bool
+    at_least: int = 20,  # concepts with fewer tokens in either half are `skipped`
+    *,
+    gain: float = 0.1,
+    precise: float = 0.8,
+) -> dict:
+    """How known concepts are represented in features, on tokens that chose nothing.
+
+    f1: of the best feature. probe_k: of the best k (all: every feature; None: there are fewer).
+    precise: share of concepts whose best feature has that precision or more. split: share of all
+    that are precise, and yet only a part: five features find `gain` more (a lower bound, since of
+    frequent concepts the best feature may fire nearly always). absorbed: of `families`."""
+    truth, f = np.asarray(truth, bool), np.asarray(f)
+    asked = np.flatnonzero(often(truth, at_least))
+    if not len(asked):
+        raise ValueError(
+            f"concept_board: none of the {truth.shape[1]} concepts holds at {at_least} tokens "
+            "or more in both halves; give more text, or a lower at_least"
+        )
+    f1, precision, holes, skipped = _one_feature(f, truth, asked, at_least=at_least)
+    ks = tuple(k for k in (1, 2, 5) if k <= f.shape[1])
+    probes = sparse_probes(f, truth[:, asked], ks)
+    probe = {k: probes[k]["f1"].cpu().numpy() for k in (*ks, "all")}
+    part = (precision >= precise) & (probe[max(ks)] - np.maximum(f1, probe[1]) > gain)
     return dict(
-        f1=float(best["f1"][asked].mean()),
-        **{f"probe_{k}": float(f1[k].mean()) if k in f1 else None for k in (1, 2, 5, "all")},
+        f1=float(f1.mean()),
+        **{f"probe_{k}": float(probe[k].mean()) if k in probe else None for k in (1, 2, 5, "all")},
         split=float(part.mean()),
         precise=float((precision >= precise).mean()),
         absorbed=len(holes["holes"]),
         absorbed_asked=holes["asked"],
         absorbed_control=holes["control"],
         concepts=len(asked),
-        skipped=int(best["skipped"]),
+        skipped=skipped,
     )

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 from ..model.generate import generate, text_nats
-from ..world.concepts import WORD_TABLES
+from ..world.words import WORD_TABLES
 from ..world.grammar import ID, LISTS, TOPICS, plural
 
 # %% ../../nbs/lib/score_effects.ipynb #score-effects-5

@@ -51,7 +51,7 @@ def _codes(x, n_feats, k, *, seed, moves: int):
     with torch.no_grad():
         for _ in range(moves):
             book(x[torch.randint(len(x), (2048,), generator=draw).to(x.device)])
-            book.step(0.9)
+            book.ema_step(0.9)
     return book.eval()
 
 

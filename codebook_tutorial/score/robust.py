@@ -6,7 +6,7 @@ Docs: https://codebook-tutorial.github.io/codebook_tutorial/lib/score_robust.htm
 
 # %% auto #0
 __all__ = ['OF_FORM', 'with_typos', 'with_words_shuffled', 'in_cipher', 'Changed', 'stories_of', 'story_changes', 'trusted',
-           'fires', 'relied_on', 'one_word_attack']
+           'relied_on', 'one_word_attack']
 
 # %% ../../nbs/lib/score_robust.ipynb #score-robust-3
 from dataclasses import dataclass
@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 from ..core import seeded
-from ..feature.detect import concept_scores
+from ..feature.detect import concept_scores, fires, scores_of
 from ..model.text import Text
 from ..model.run import states_of
 from ..world.concepts import ATOMS, CONCEPTS, atoms, story_text
@@ -22,9 +22,13 @@ from ..world.grammar import ID, MARKS, SPECIAL, TOPICS, VOCABULARY
 
 # %% ../../nbs/lib/score_robust.ipynb #score-robust-4
 def with_typos(
-    text: Text, rate: float, unknown: int, *, seed: int = 0
-):  # unknown: the id that a misspelt word gets
-    "A text in which some ordinary tokens are misspelt, and where they are not [rows, length] bool."
+    text: Text,
+    rate: float,  # share of ordinary tokens
+    unknown: int,  # the id that a misspelt word gets
+    *,
+    seed: int = 0,
+) -> tuple:
+    "A text with some ordinary tokens misspelt, and where they are not: [rows, length] bool."
     if not 0 <= rate <= 1:
         raise ValueError(f"with_typos: expected a rate between 0 and 1, got {rate}")
     hit = (torch.rand(text.ids.shape, generator=seeded(seed)) < rate) & text.mask
@@ -32,20 +36,22 @@ def with_typos(
 
 
 def with_words_shuffled(text: Text, seed: int = 0):
-    "A text with the words of each document in random order, and where each came from: an index into ids.flatten() [rows, length]."
+    """A text with the words of each document in random order, and where each came from.
+
+    The latter is an index into ids.flatten(), [rows, length]."""
     document = (~text.mask).flatten().cumsum(0)  # BOS and padding begin a new one, and stay
-    place = torch.rand(text.ids.numel(), generator=seeded(seed)).masked_fill(
-        ~text.mask.flatten(), -1.0
-    )
-    order = place.argsort()
+    place = torch.rand(text.ids.numel(), generator=seeded(seed))
+    order = place.masked_fill(~text.mask.flatten(), -1.0).argsort()
     order = order[document[order].argsort(stable=True)].view_as(text.ids)
     return Text(text.ids.flatten()[order], text.bos, text.pad), order
 
 
 def in_cipher(
-    text: Text, words, seed: int = 0
-):  # words: the ids that are exchanged for one another
-    "The text in another language: every word always stands for the same other one, the grammar's marks stay."
+    text: Text,
+    words,  # the ids that are exchanged for one another
+    seed: int = 0,
+):
+    "The text in another language: each word becomes the same other one, the grammar's marks stay."
     words = torch.as_tensor(words)
     table = torch.arange(int(max(text.ids.max(), words.max())) + 1)
     table[words] = words[torch.randperm(len(words), generator=seeded(seed))]
@@ -54,40 +60,35 @@ def in_cipher(
 # %% ../../nbs/lib/score_robust.ipynb #score-robust-5
 @dataclass(eq=False)
 class Changed:
-    "Text that was changed, and what is still known of it."
+    "Text that was changed, and what is still known about it."
 
     text: Text
     truth: torch.Tensor  # [rows, length, C] bool
     there: torch.Tensor  # [rows, length] bool: the tokens that are asked about
     asked: np.ndarray  # [C] bool: the concepts that the change leaves as they were
 
-    def of(self, f):
+    def of(self, f):  # [n_tokens, F]
+        "Features and truth at the tokens that are asked about."
         keep = self.there[self.text.mask]
-        return f[keep], self.truth[self.text.mask][keep].numpy()  # f [n_tokens, F]
+        return f[keep], self.truth[self.text.mask][keep].numpy()
 
 
-OF_FORM = (
-    "mark",
-    "in_parentheses",
-    "in_quotes",
-    "sentence_number",
-    "word_number",
-)  # what marks and places alone decide
+# what marks and places alone decide
+OF_FORM = ("mark", "in_parentheses", "in_quotes", "sentence_number", "word_number")
 
 
 def stories_of(topics, n_tokens: int = 40_000, seed: int = 0, *, split: str = "test") -> Changed:
     "Stories of some topics alone, and all that holds there."
-    text, facts = story_text(
-        n_tokens,
-        seed=seed,
-        split=split,
-        keep=lambda s: s.document == "story" and TOPICS[s.facts["topic"]] in topics,
-    )
+
+    def keep(s):
+        return s.document == "story" and TOPICS[s.facts["topic"]] in topics
+
+    text, facts = story_text(n_tokens, seed=seed, split=split, keep=keep)
     return Changed(text, atoms(facts), torch.ones_like(text.mask), np.ones(len(ATOMS), bool))
 
 
 def story_changes(n_tokens: int = 40_000, seed: int = 0) -> dict:
-    "Unseen stories of the first half of the topics as they are, and changed in five ways: {name: Changed}."
+    "{name: Changed}: unseen stories of half of the topics as they are, and changed in five ways."
     half = len(TOPICS) // 2
     plain = stories_of(TOPICS[:half], n_tokens, seed)
     text, truth, everywhere = plain.text, plain.truth, plain.there
@@ -98,48 +99,67 @@ def story_changes(n_tokens: int = 40_000, seed: int = 0) -> dict:
         misspelt, there = with_typos(text, rate, ID["<unk>"], seed=seed)
         changes[f"typos, {rate:.0%}"] = Changed(misspelt, truth, there, kind != "future")
     mixed, order = with_words_shuffled(text, seed)
+    moved = truth.flatten(0, 1)[order]
     words = [i for w, i in ID.items() if w not in MARKS + SPECIAL and w[0].isalpha() and w != "n't"]
+    foreign = in_cipher(text, words, seed)
     return changes | {
-        "words shuffled": Changed(mixed, truth.flatten(0, 1)[order], everywhere, kind == "token"),
-        "another language": Changed(
-            in_cipher(text, words, seed), truth, everywhere, np.isin(family, OF_FORM)
-        ),
+        "words shuffled": Changed(mixed, moved, everywhere, kind == "token"),
+        "another language": Changed(foreign, truth, everywhere, np.isin(family, OF_FORM)),
     }
 
 # %% ../../nbs/lib/score_robust.ipynb #score-robust-6
-def trusted(f, truth, precise: float = 0.8) -> dict:  # [N, F], [N, C] bool
-    "Features to rely on: for every concept the one of the best F1, its sign and threshold from the first half of the tokens; `good` [C]: those whose precision on the second half is at least `precise`. Nothing here has seen the text that is asked later."
+def trusted(
+    f,  # [N, F]
+    truth,  # [N, C] bool
+    precise: float = 0.8,
+) -> dict:
+    """Features to rely on: every concept's best by F1, from the first half of the tokens.
+
+    As `concept_scores`, and `good` [C]: those whose precision on the second half is at least
+    `precise`. Nothing here has seen the text that is asked later."""
     best, half = concept_scores(f, truth), len(f) // 2
-    rate, found = fires(best, f[half:]), truth[half:]
-    best["good"] = np.isfinite(best["f1"]) & (
-        (rate & found).sum(0) >= precise * rate.sum(0).clip(1)
-    )
+    precision = scores_of(fires(best, f[half:]), truth[half:])["precision"]
+    best["good"] = np.isfinite(best["f1"]) & (precision >= precise)
     return best
 
 
-def fires(best, f):  # [n, F] -> [n, C] bool
-    "Where each concept's feature is above its threshold."
-    return best["sign"] * np.asarray(f)[:, best["feature"].clip(0)] >= best["threshold"]
-
-
 def relied_on(
-    best, f, truth, *, asked, at_least: int = 10
-) -> dict:  # [n, F], [n, C] bool, [C] bool
-    "Of the trusted features on other text, mean over concepts: precision, recall, how often firing always would be right (base), n; a feature that fires nowhere has lost its recall and has no precision."
+    best: dict,  # of `trusted`
+    f,  # [n, F] on other text
+    truth,  # [n, C] bool
+    *,
+    asked,  # [C] bool
+    at_least: int = 10,  # tokens of a concept
+) -> dict:
+    """Of the trusted features on other text, mean over n concepts: precision, recall, base.
+
+    base: how often firing always would be right. A feature that fires nowhere (`silent`) has lost
+    its recall and has no precision."""
     some = best["good"] & asked & (truth.sum(0) >= at_least)
-    on = fires(best, f)[:, some]
-    hits, true = (on & truth[:, some]).sum(0), truth[:, some].sum(0)
-    spoke = on.sum(0) > 0
-    mean = lambda v: float(v.mean()) if len(v) else None
+    on, true = fires(best, f)[:, some], truth[:, some]
+    s, spoke = scores_of(on, true), on.any(0)
+
+    def mean(v):
+        return float(v.mean()) if len(v) else None
+
     return dict(
-        precision=mean(hits[spoke] / on.sum(0)[spoke]),
-        recall=mean(hits / true),
-        base=mean(true / len(truth)),
+        precision=mean(s["precision"][spoke]),
+        recall=mean(s["recall"]),
+        base=mean(true.sum(0) / len(truth)),
         n=int(some.sum()),
         silent=int((~spoke).sum()),
     )
 
 # %% ../../nbs/lib/score_robust.ipynb #score-robust-7
+def _answers(model, site, ids, *, candidates):  # ids [at + 1]: a text up to a word
+    "States at the last word, as it is and with the word before exchanged for each candidate."
+    rows = ids.repeat(len(candidates) + 1, 1)
+    rows[1:, -2] = candidates
+    # no BOS, no padding: all tokens are ordinary
+    x = states_of(model, Text(rows, -1, -1), site, batch=128)
+    return x.unflatten(0, (len(rows), -1))[:, -1]
+
+
 @torch.no_grad()
 def one_word_attack(
     model,
@@ -148,16 +168,18 @@ def one_word_attack(
     *,
     truth,  # [rows, length, C] bool
     dictionaries: dict,  # {name: (Dictionary, what `trusted` found)}
-    n: int = 40,
-    words: int = 300,
+    n: int = 40,  # places
+    words: int = 300,  # tried at each
     seed: int = 0,
 ) -> dict:
-    "Places where a concept of the word itself holds; the word before is exchanged for each of many. {name: asked (places where the trusted feature fires), worst (share at which some word silences it), usual (share of words that do)}."
-    draw, where = np.random.default_rng(seed), next(model.parameters()).device
+    """How often another word before it silences a feature of a concept of the word itself.
+
+    {name: asked (places where the trusted feature fires), worst (share at which some word silences
+    it), usual (share of words that do)}."""
+    draw = np.random.default_rng(seed)
     tokens = np.array([CONCEPTS[name.split("=")[0]].kind == "token" for name in ATOMS])
-    candidates = torch.as_tensor(
-        draw.choice(len(VOCABULARY) - len(SPECIAL), words, replace=False) + len(SPECIAL)
-    )
+    candidates = draw.choice(len(VOCABULARY) - len(SPECIAL), words, replace=False)
+    candidates = torch.as_tensor(candidates + len(SPECIAL))
     tally = {name: [] for name in dictionaries}
     good = tokens & np.any([best["good"] for _, best in dictionaries.values()], 0)
     for c in draw.choice(np.flatnonzero(good), n):
@@ -166,22 +188,15 @@ def one_word_attack(
         if not len(near):
             continue
         i = near[int(draw.integers(len(near)))]
-        ids = text.ids[row[i], : at[i] + 1].repeat(words + 1, 1)
-        ids[1:, -2] = candidates
-        x = states_of(model, Text(ids, -1, -1), site, batch=128).unflatten(0, (words + 1, -1))[
-            :, -1
-        ]  # no BOS, no padding: all are ordinary
+        x = _answers(model, site, text.ids[row[i], : at[i] + 1], candidates=candidates)
         for name, (dictionary, best) in dictionaries.items():
-            if not best["good"][c]:
-                continue
             on = fires(best, dictionary.encode(x).cpu().numpy())[:, c]
-            if on[0]:
+            if best["good"][c] and on[0]:
                 tally[name].append(1 - on[1:].mean())
-    return {
-        name: dict(
-            asked=len(off),
-            worst=float(np.mean(np.array(off) > 0)) if off else None,
-            usual=float(np.mean(off)) if off else None,
-        )
-        for name, off in tally.items()
-    }
+    return {name: _tally(off) for name, off in tally.items()}
+
+
+def _tally(off):  # the share of words that silence the feature, at each place
+    if not off:
+        return dict(asked=0, worst=None, usual=None)
+    return dict(asked=len(off), worst=float(np.mean(np.array(off) > 0)), usual=float(np.mean(off)))

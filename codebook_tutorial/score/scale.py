@@ -13,8 +13,8 @@ import statistics
 import threading
 import time
 import weakref
-from contextlib import contextmanager
 from multiprocessing import get_context
+from unittest.mock import patch
 
 import numpy as np
 import torch
@@ -39,9 +39,9 @@ SIZES = {
 def blank(
     size,  # a name of SIZES, or (d_model, layers, heads)
     vocab: int = 50304,
-    where: str = "meta",
+    device: str = "meta",  # tensors with shapes and no contents: the largest takes no memory
 ):
-    "A model of the Pythia kind in some size, untrained; on torch's meta device every tensor has a shape and no contents, so that even the largest takes no memory."
+    "An untrained model of the Pythia kind in some size, attention in plain products."
     from transformers import AutoModelForCausalLM, GPTNeoXConfig
 
     if isinstance(size, str) and size not in SIZES:
@@ -57,63 +57,69 @@ def blank(
         vocab_size=vocab,
         max_position_embeddings=2048,
     )
-    with torch.device(where):
-        return AutoModelForCausalLM.from_config(
-            config, attn_implementation="eager"
-        ).eval()  # attention in plain products, which can be counted
+    with torch.device(device):
+        return AutoModelForCausalLM.from_config(config, attn_implementation="eager").eval()
 
 
 def one_pass(
-    model, rows: int = 1, length: int = 512, *, train: bool = False, keep_grads: bool = False
-):  # gradients of the last pass are set to zero, not freed
-    "A function that runs the model once over rows * length tokens, forward or forward and backward (next-token loss; with codebooks, their reconstruction too)."
-    where = next(model.parameters()).device
-    ids, see = (
-        torch.zeros(rows, length, dtype=torch.long, device=where),
-        torch.ones(1, 1, length, length, dtype=torch.bool, device=where).tril(),
-    )
+    model,
+    rows: int = 1,
+    length: int = 512,
+    *,
+    train: bool = False,  # forward and backward: next-token loss, and reconstruction of codebooks
+    keep_grads: bool = False,  # set to zero instead of freed
+):
+    "A function that runs the model once over rows * length tokens."
+    device = next(model.parameters()).device
+    ids = torch.zeros(rows, length, dtype=torch.long, device=device)
+    mask = torch.ones(1, 1, length, length, dtype=torch.bool, device=device).tril()
 
     def run():
         model.train(train)
         model.zero_grad(set_to_none=not keep_grads)
         with torch.set_grad_enabled(train):
-            logits = model(input_ids=ids, attention_mask=see, use_cache=False).logits
+            logits = model(input_ids=ids, attention_mask=mask, use_cache=False).logits
         if train:
-            (
-                F.cross_entropy(logits[:, :-1].flatten(0, 1), ids[:, 1:].flatten())
-                + (model.recon_loss() if hasattr(model, "codebooks") else 0.0)
-            ).backward()
+            recon = model.recon_loss() if hasattr(model, "codebooks") else 0.0
+            loss = F.cross_entropy(logits[:, :-1].flatten(0, 1), ids[:, 1:].flatten()) + recon
+            loss.backward()
 
     return run
 
 # %% ../../nbs/lib/score_scale.ipynb #score-scale-5
 class Counter(TorchDispatchMode):
-    "While it is on: FLOPs of the matrix products (a multiplication and an addition each), bytes that all other operations read and write, calls; and the most bytes alive at once of what was made meanwhile (what was there before, weights say, is no part of it)."
+    """Counts the operations that run while it is on.
+
+    flops: of matrix products, a multiplication and an addition each; bytes: what all other
+    operations read and write; calls; peak: the most bytes alive at once of what was made
+    meanwhile (not the weights, say, which were there before)."""
 
     def __init__(self):
         super().__init__()
         self.flops = self.bytes = self.calls = self.alive = self.peak = 0
         self.held = set()
 
-    def __torch_dispatch__(self, func, types, args=(), *, kwargs=None):
-        tensors = lambda some: [t for t in tree_leaves(some) if isinstance(t, torch.Tensor)]
-        given, name = tensors((args, kwargs)), func._overloadpacket
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        given = _tensors((args, kwargs))
         for t in given:
             self.hold(t.untyped_storage(), made=False)  # not seen yet, so it was there before
-        out = func(*args, **(kwargs or {}))
-        made = tensors(out)
+        out = func(*args, **kwargs)
+        made = _tensors(out)
         for t in made:
             self.hold(t.untyped_storage())  # a view's is its source's
+        name = func._overloadpacket
         if func.is_view or name is torch.ops.aten._unsafe_view:
             return out
         self.calls += 1
         if name in flop_registry:
-            self.flops += flop_registry[name](*args, **(kwargs or {}), out_val=out)
+            self.flops += flop_registry[name](*args, **kwargs, out_val=out)
         else:
-            self.bytes += sum(t.numel() * t.element_size() for t in given + made)
+            self.bytes += _bytes(given + made)
         return out
 
     def hold(self, storage, made=True):
+        "Count a storage as alive until it is freed."
         key, size = storage._cdata, made * storage.nbytes()
         if key in self.held:
             return
@@ -127,6 +133,14 @@ class Counter(TorchDispatchMode):
         self.alive -= size
 
 
+def _tensors(some):
+    return [t for t in tree_leaves(some) if isinstance(t, torch.Tensor)]
+
+
+def _bytes(tensors):
+    return sum(t.numel() * t.element_size() for t in tensors)
+
+
 def count(fn) -> dict:
     "flops, bytes, calls and peak (bytes) of one call; on the meta device nothing is computed."
     with Counter() as c:
@@ -134,38 +148,48 @@ def count(fn) -> dict:
     return dict(flops=c.flops, bytes=c.bytes, calls=c.calls, peak=c.peak)
 
 # %% ../../nbs/lib/score_scale.ipynb #score-scale-6
-def seconds(fn, least: float = 0.2, times: int = 3) -> float:
-    "Median of the processor's seconds of several calls, after one that warms up (on a GPU, the clock's)."
-
-    def now():
-        if torch.cuda.is_available():
-            torch.cuda.synchronize()
-            return time.perf_counter()
-        return time.process_time()
-
+def seconds(
+    fn,
+    least: float = 0.2,  # in all
+    times: int = 3,  # calls, at least
+) -> float:
+    "Median of the processor's seconds of several calls after a first (on a GPU, the clock's)."
     fn()
     taken = []
     while len(taken) < times or sum(taken) < least:
-        start = now()
+        start = _now()
         fn()
-        taken.append(now() - start)
+        taken.append(_now() - start)
     return statistics.median(taken)
 
 
+def _now():
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+        return time.perf_counter()
+    return time.process_time()
+
+
 class CostModel:
-    "seconds = a * FLOPs + b * bytes + c * calls, with a, b, c >= 0 fitted to what was timed on one machine."
+    "seconds = a * FLOPs + b * bytes + c * calls; a, b, c >= 0 are fitted to one machine's times."
 
     def __init__(self, terms: tuple = ("flops", "bytes", "calls")):
-        self.terms, self.prices = terms, None
+        self.terms = terms
+        self.prices = None
 
     def _table(self, counts):
         return np.array([[c[t] for t in self.terms] for c in counts], dtype=float)
 
-    def fit(self, counts: list, taken: list):  # of `count`; seconds
+    def fit(
+        self,
+        counts: list,  # of `count`
+        taken: list,  # seconds
+    ):
         "Least squares of the relative errors: a small case weighs as much as a large one."
         if len(counts) != len(taken) or len(counts) < len(self.terms):
             raise ValueError(
-                f"CostModel.fit: expected as many times as counts, and at least {len(self.terms)}; got {len(counts)} counts, {len(taken)} times"
+                f"CostModel.fit: expected as many times as counts, and at least "
+                f"{len(self.terms)}; got {len(counts)} counts, {len(taken)} times"
             )
         taken = np.asarray(taken, dtype=float)
         if not (taken > 0).all():
@@ -173,8 +197,8 @@ class CostModel:
         self.prices = nnls(self._table(counts) / taken[:, None], np.ones(len(taken)))[0]
         return self
 
-    def predict(self, counts: list):  # -> [n] seconds
-        "Seconds for what was counted."
+    def predict(self, counts: list):
+        "Seconds [n] for what was counted."
         if self.prices is None:
             raise ValueError(
                 "CostModel.predict: nothing was fitted yet; call fit(counts, seconds) first"
@@ -186,61 +210,51 @@ class CostModel:
         return float(np.median(np.abs(np.log(self.predict(counts) / np.asarray(taken)))))
 
 # %% ../../nbs/lib/score_scale.ipynb #score-scale-8
-def _bytes(tensors):
-    return sum(t.numel() * t.element_size() for t in tensors)
-
-
 def training_bytes(
     model,
     rows: int = 8,
     length: int = 512,
     *,
-    shards: int = 1,  # FSDP over so many processes: each holds a part of what learns by gradient, and all of the rest
+    shards: int = 1,  # FSDP over so many processes splits what learns by gradient
 ) -> dict:
-    "What one process holds in a training step with AdamW: weights that learn by gradient, their gradients and moments; the other numbers (codes that learn by averages, with their sums; buffers); activations (the peak of both passes); total."
+    """What one process holds in a training step with AdamW, by part, and in total.
+
+    others: codes that learn by averages, with their sums, and buffers; activations: the peak
+    of both passes."""
     learnt = [p for p in model.parameters() if p.requires_grad]
-    for p in learnt:
-        p.grad = torch.zeros_like(
-            p
-        )  # from the second step on they are there, so they are no part of the peak
+    for p in learnt:  # from the second step on gradients are there, so no part of the peak
+        p.grad = torch.zeros_like(p)
     peak = count(one_pass(model, rows, length, train=True, keep_grads=True))["peak"]
     model.zero_grad(set_to_none=True)
     own = _bytes(learnt) / shards
-    parts = dict(
-        weights=own,
-        gradients=own,
-        moments=2 * own,
-        others=_bytes(
-            [p for p in model.parameters() if not p.requires_grad] + list(model.buffers())
-        ),
-        activations=peak,
-    )
+    others = [p for p in model.parameters() if not p.requires_grad] + list(model.buffers())
+    parts = dict(weights=own, gradients=own, moments=2 * own)
+    parts |= dict(others=_bytes(others), activations=peak)
     return parts | dict(total=sum(parts.values()))
 
 
-def _train_here(size, vocab, codes, rows, length, pipe):
-    "In a process of its own: the memory that three steps of training take at most, beyond what was there before the model."
+def _memory():
     import psutil
 
+    return psutil.Process().memory_info().rss
+
+
+def _train_here(size, vocab, codes, *, rows, length, pipe):
+    "In a process of its own: the most memory that three training steps take, model included."
     torch.set_num_threads(1)
-    held, done = lambda: psutil.Process().memory_info().rss, threading.Event()
-    one_pass(
-        blank((16, 1, 1), 50, where="cpu"), train=True
-    )()  # what is loaded at the first use is no part of it
-    before, high = held(), [0]
+    one_pass(blank((16, 1, 1), 50, "cpu"), train=True)()  # loads what the first use loads
+    before, high, done = _memory(), [0], threading.Event()
 
     def watch():
         while not done.wait(0.002):
-            high[0] = max(high[0], held())
+            high[0] = max(high[0], _memory())
 
     threading.Thread(target=watch, daemon=True).start()
-    model = blank(size, vocab, where="cpu")
+    model = blank(size, vocab, "cpu")
     if codes:
         model = add_codebooks(model, ["heads.*", "mlp.*"], **codes)
-    step, optimizer = (
-        one_pass(model, rows, length, train=True, keep_grads=True),
-        torch.optim.AdamW(p for p in model.parameters() if p.requires_grad),
-    )
+    step = one_pass(model, rows, length, train=True, keep_grads=True)
+    optimizer = torch.optim.AdamW(p for p in model.parameters() if p.requires_grad)
     for _ in range(3):
         step()
         optimizer.step()
@@ -248,35 +262,29 @@ def _train_here(size, vocab, codes, rows, length, pipe):
     pipe.send(high[0] - before)
 
 
-@contextmanager
-def _returning():
-    "Children begun here have a C library that gives memory back at once, so that what is held is what is used (glibc; elsewhere it changes nothing)."
-    name = "MALLOC_MMAP_THRESHOLD_"
-    was, os.environ[name] = os.environ.get(name), "65536"
-    try:
-        yield
-    finally:
-        if was is None:
-            del os.environ[name]
-        else:
-            os.environ[name] = was
-
-
 def measured_bytes(
-    size, vocab: int, codes: dict | None = None, *, rows: int = 8, length: int = 512
-) -> int:  # codes: as add_codebooks takes them
-    "What three real steps of training take on this machine's CPU, measured in a process of its own ."
+    size,  # as in `blank`
+    vocab: int,
+    codes: dict | None = None,  # as add_codebooks takes them
+    *,
+    rows: int = 8,
+    length: int = 512,
+) -> int:
+    "What three training steps take on this machine's CPU, measured in a process of its own."
     context = get_context("spawn")
     ours, theirs = context.Pipe()
-    child = context.Process(target=_train_here, args=(size, vocab, codes, rows, length, theirs))
-    with _returning():
+    kw = dict(rows=rows, length=length, pipe=theirs)
+    child = context.Process(target=_train_here, args=(size, vocab, codes), kwargs=kw)
+    # with this, glibc gives freed memory back at once, so that what is held is in use
+    with patch.dict(os.environ, MALLOC_MMAP_THRESHOLD_="65536"):
         child.start()
     theirs.close()
     try:
         return ours.recv()
     except EOFError:
         raise ValueError(
-            f"measured_bytes: the process that trained {size} ended without an answer, probably for want of memory; try fewer rows or a smaller size"
+            f"measured_bytes: the process that trained {size} ended without an answer, probably "
+            f"for want of memory; try fewer rows or a smaller size"
         ) from None
     finally:
         child.join()

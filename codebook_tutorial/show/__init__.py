@@ -1,3 +1,4 @@
+from .circuits import *
 from .figures import *
 from .figures import plt as plt
 from .html import *

@@ -18,52 +18,47 @@ from tqdm.auto import tqdm
 
 # %% ../../nbs/01_fsm.ipynb #c01-13
 class TokFSM:
-    "A random walk on a graph, written as two digits a state (arXiv 2310.17230, section 4.1)."
+    "A random walk on a graph, written as two digits per state (arXiv 2310.17230, 4.1)."
 
     bos, vocab_size = 10, 11  # tokens 0-9 are digits
 
     def __init__(self, n_states: int = 100, n_edges: int = 10, seed: int = 42):
         if not 1 <= n_edges <= n_states <= 100:
             raise ValueError(
-                f"TokFSM: expected 1 <= n_edges <= n_states <= 100, got n_edges={n_edges}, n_states={n_states}"
+                "TokFSM: expected 1 <= n_edges <= n_states <= 100, "
+                f"got n_edges={n_edges}, n_states={n_states}"
             )
         rng = np.random.default_rng(seed)
+        edges = [
+            rng.choice(n_states, size=n_edges, replace=False) for _ in range(n_states)
+        ]
         self.n_states, self.n_edges = n_states, n_edges
-        self.successors = torch.tensor(
-            np.stack(
-                [
-                    rng.choice(n_states, size=n_edges, replace=False)
-                    for _ in range(n_states)
-                ]
-            )
-        )
-        self.legal = torch.zeros(n_states, n_states).scatter_(
-            1, self.successors, 1.0
-        )  # [state, next state]: 1 where there is an edge
+        self.successors = torch.tensor(np.stack(edges))
+        legal = torch.zeros(n_states, n_states)  # [state, next state]: 1 for an edge
+        self.legal = legal.scatter_(1, self.successors, 1.0)
 
-    def walk(self, n, steps, generator=None):
-        "n walks from uniform starts: states [n, steps]."
+    def walk(
+        self,
+        n: int,  # walks
+        steps: int,
+        generator=None,
+    ):
+        "[n, steps]: states of walks from uniform starts."
         if steps < 1:
             raise ValueError(f"walk: expected steps of at least 1, got {steps}")
         states = [torch.randint(self.n_states, (n,), generator=generator)]
         for _ in range(steps - 1):
-            states.append(
-                self.successors[
-                    states[-1], torch.randint(self.n_edges, (n,), generator=generator)
-                ]
-            )
+            edge = torch.randint(self.n_edges, (n,), generator=generator)
+            states.append(self.successors[states[-1], edge])
         return torch.stack(states, 1)
 
     def tokens(self, states):
-        "States [n, steps] as tokens [n, 1 + 2 * steps]: begin, then two digits a state."
-        return F.pad(
-            torch.stack([states // 10, states % 10], -1).flatten(-2),
-            (1, 0),
-            value=self.bos,
-        )
+        "[n, steps] -> [n, 1 + 2 * steps]: BOS, then two digits per state."
+        digits = torch.stack([states // 10, states % 10], -1).flatten(-2)
+        return F.pad(digits, (1, 0), value=self.bos)
 
     def sample(self, n, length=128, generator=None):
-        "Token ids [n, length]."
+        "[n, length]: token ids."
         return self.tokens(self.walk(n, max(1, length // 2), generator))[:, :length]
 
     def stream(self, batch, length=128, seed=0):
@@ -73,55 +68,36 @@ class TokFSM:
             yield from self.sample(256 * batch, length, generator).split(batch)
 
 # %% ../../nbs/01_fsm.ipynb #c01-19
+def _entropy(p):
+    return -torch.special.xlogy(p, p).flatten(1).sum(1)
+
+
 def bayes(fsm: TokFSM, length: int = 128) -> tuple[float, float]:
-    "Best possible (loss in nats a token, next-token accuracy) on sequences of `length` tokens: an exact sum, nothing sampled."
+    "Best possible (nats per token, next-token accuracy): exact, nothing sampled."
     if length < 2:
-        raise ValueError(
-            f"bayes: expected length of at least 2, of which a token is to be predicted, got {length}"
-        )
-    start = torch.full(
-        (1, fsm.n_states), 1 / fsm.n_states
-    )  # before the first state: anywhere
+        raise ValueError(f"bayes: expected length of at least 2, got {length}")
+    n = fsm.n_states
+    start = torch.full((1, n), 1 / n)  # before the first state: anywhere
     step = torch.cat(
         [fsm.legal / fsm.n_edges, start]
     ).double()  # [n_states + 1, n_states]
-    both = F.pad(step, (0, 100 - fsm.n_states)).view(
-        -1, 10, 10
-    )  # P(first digit, second digit | state)
+    both = F.pad(step, (0, 100 - n)).view(-1, 10, 10)  # P(first digit, second | state)
     first = both.sum(-1)
-    entropy = lambda p: -torch.special.xlogy(p, p).flatten(1).sum(1)
-    loss = (
-        entropy(first),
-        entropy(both) - entropy(first),
-    )  # chain rule: second digit given the first
-    hit = (first.amax(-1), both.amax(-1).sum(-1))
-    where, total = (
-        F.one_hot(torch.tensor(fsm.n_states), fsm.n_states + 1).double(),
-        torch.zeros(2, dtype=torch.float64),
-    )
+    # chain rule: the second digit given the first
+    loss = _entropy(first), _entropy(both) - _entropy(first)
+    hit = first.amax(-1), both.amax(-1).sum(-1)
+    state = F.one_hot(torch.tensor(n), n + 1).double()  # P(state), start at the end
+    total = torch.zeros(2, dtype=torch.float64)
     for i in range(length - 1):
-        total += torch.stack([where @ loss[i % 2], where @ hit[i % 2]])
+        total += torch.stack([state @ loss[i % 2], state @ hit[i % 2]])
         if i % 2:
-            where = F.pad(where @ step, (0, 1))
+            state = F.pad(state @ step, (0, 1))
     return tuple((total / (length - 1)).tolist())
 
 # %% ../../nbs/01_fsm.ipynb #c01-22
-def fsm_model(
-    d_model: int = 64,
-    n_layers: int = 2,
-    n_heads: int = 4,
-    *,
-    half_turn: bool = True,
-    seed: int = 0,
-):
-    "An untrained GPT-NeoX for TokFSM; `half_turn`: the fastest rotary pair turns by pi a token (kept by save_pretrained, as it is in the config)."
-    from transformers import GPTNeoXConfig, GPTNeoXForCausalLM
-
-    pairs = d_model // n_heads // 2
-    factor = [1 / math.pi if half_turn else 1.0] + [1.0] * (
-        pairs - 1
-    )  # frequency of pair i: base**(-i/pairs) / factor[i]
-    rope = dict(
+def _rotary(factor):
+    "Rotary settings: the frequency of pair i is base**(-i/pairs) / factor[i]."
+    return dict(
         rope_type="longrope",
         rope_theta=10_000.0,
         partial_rotary_factor=1.0,
@@ -129,6 +105,21 @@ def fsm_model(
         short_factor=factor,
         long_factor=factor,
     )
+
+
+def fsm_model(
+    d_model: int = 64,
+    n_layers: int = 2,
+    n_heads: int = 4,
+    *,
+    half_turn: bool = True,  # the fastest rotary pair turns by pi per token
+    seed: int = 0,
+):
+    "An untrained GPT-NeoX for TokFSM."
+    from transformers import GPTNeoXConfig, GPTNeoXForCausalLM
+
+    pairs = d_model // n_heads // 2
+    factor = [1 / math.pi if half_turn else 1.0] + [1.0] * (pairs - 1)
     config = GPTNeoXConfig(
         vocab_size=TokFSM.vocab_size,
         hidden_size=d_model,
@@ -136,20 +127,18 @@ def fsm_model(
         num_attention_heads=n_heads,
         intermediate_size=4 * d_model,
         max_position_embeddings=2048,
-        rope_parameters=rope,
+        rope_parameters=_rotary(factor),
         use_parallel_residual=False,
         bos_token_id=TokFSM.bos,
         eos_token_id=None,
     )
-    with (
-        torch.random.fork_rng()
-    ):  # the caller's stream of random numbers goes on as if nothing had happened
+    with torch.random.fork_rng():  # the caller's random numbers are not touched
         torch.manual_seed(seed)
         return init_weights(GPTNeoXForCausalLM(config))
 
 
 def init_weights(model):
-    "N(0, 0.7 / sqrt(inputs)); what writes to the stream smaller by sqrt(2 layers); embedding 0.25, head 0.02."
+    "N(0, 0.7 / sqrt(inputs)); output projections less; embedding 0.25, head 0.02."
     for name, weight in model.named_parameters():
         if weight.dim() < 2:
             continue
@@ -175,21 +164,20 @@ def train_fsm(
     warmup: int = 50,
     seed: int = 0,
 ) -> list:
-    "Train on an endless stream; the loss of every step, nats a token."
+    "Train on an endless stream; returns the loss of every step, nats per token."
     opt = torch.optim.AdamW(
         model.parameters(), lr=lr, betas=(0.9, 0.98), weight_decay=0.0, fused=True
     )
-    schedule = torch.optim.lr_scheduler.LambdaLR(
-        opt,
-        lambda i: min(1, (i + 1) / warmup) * 0.5 * (1 + math.cos(math.pi * i / steps)),
-    )
-    losses, where = [], next(model.parameters()).device
+
+    def rate(i):
+        return min(1, (i + 1) / warmup) * 0.5 * (1 + math.cos(math.pi * i / steps))
+
+    schedule = torch.optim.lr_scheduler.LambdaLR(opt, rate)
+    losses = []
+    stream = fsm.stream(batch, length, seed)
     model.train()
-    for _, ids in zip(
-        tqdm(range(steps), desc="train_fsm", mininterval=5),
-        fsm.stream(batch, length, seed),
-    ):
-        ids = ids.to(where)
+    for _ in tqdm(range(steps), desc="train_fsm", mininterval=5):
+        ids = next(stream).to(model.device)
         logits = model(input_ids=ids, use_cache=False).logits
         loss = F.cross_entropy(logits[:, :-1].flatten(0, 1), ids[:, 1:].flatten())
         opt.zero_grad()
@@ -201,16 +189,16 @@ def train_fsm(
     return losses
 
 # %% ../../nbs/01_fsm.ipynb #c01-33
-def state_labels(ids):  # [n, length] -> [n, length]
-    "The state that each position completes: at second digits the state, elsewhere -1."
+def state_labels(ids):
+    "[n, length] -> [n, length]: the state at its second digit, elsewhere -1."
     labels = torch.full_like(ids, -1)
     labels[:, 2::2] = 10 * ids[:, 1:-1:2] + ids[:, 2::2]
     return labels
 
 
 def generate_walks(model, n: int, length: int = 128, *, seed: int = 0):
-    "Let the model write n sequences from BOS at temperature 1, with its KV cache: ids [n, length]."
-    start = torch.full((n, 1), TokFSM.bos, device=next(model.parameters()).device)
+    "[n, length]: sequences that the model writes from BOS, at temperature 1."
+    start = torch.full((n, 1), TokFSM.bos, device=model.device)
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         return model.generate(
@@ -224,8 +212,11 @@ def generate_walks(model, n: int, length: int = 128, *, seed: int = 0):
         )
 
 # %% ../../nbs/01_fsm.ipynb #c01-34
-def legal_steps(ids, fsm: TokFSM):  # [n, length] -> [n, steps]
-    "1 for every step from one complete state to the next that follows an edge; a BOS in the middle makes its steps illegal."
+def legal_steps(
+    ids,  # [n, length]
+    fsm: TokFSM,
+):
+    "[n, steps]: 1 where a step follows an edge; 0 elsewhere, and at a later BOS."
     ids = ids.cpu()
     states = state_labels(ids)[:, 2::2]
     fine = (ids[:, 1:-1:2] < 10) & (ids[:, 2::2] < 10) & (states < fsm.n_states)
@@ -233,104 +224,117 @@ def legal_steps(ids, fsm: TokFSM):  # [n, length] -> [n, steps]
     return fsm.legal[states[:, :-1], states[:, 1:]] * fine[:, :-1] * fine[:, 1:]
 
 
-def drop_first_digit(ids):  # [n, length] -> [n, length - 1]
-    "The same text read one digit late: pairs of digits fall off the beat."
+def drop_first_digit(ids):
+    "[n, length] -> [n, length - 1]: the same text read one digit late."
     return torch.cat([ids[:, :1], ids[:, 2:]], 1)
 
 
 def state_accuracy(
-    model, fsm: TokFSM, n: int = 100, *, length: int = 128, seed: int = 0
+    model,
+    fsm: TokFSM,
+    n: int = 100,
+    *,
+    length: int = 128,
+    seed: int = 0,
 ) -> float:
     "Share of legal steps in sequences that the model writes (the paper's metric)."
     return legal_steps(generate_walks(model, n, length, seed=seed), fsm).mean().item()
 
 # %% ../../nbs/01_fsm.ipynb #c01-36
 def _branches(length):
-    "Layout of one pass with ten branches behind every complete state: (states' positions, branch digits, position ids, mask)."
+    "A pass with ten branches after each state: ends, digits, positions, mask."
     ends = torch.arange(2, length, 2)  # positions where a state is complete
     at = ends.repeat_interleave(10)  # each branch hangs on such a position
     position = torch.cat([torch.arange(length), at + 1])
-    sees = torch.eye(length + len(at), dtype=torch.bool)  # everybody sees itself,
+    sees = torch.eye(length + len(at), dtype=torch.bool)  # all see themselves,
     sees[:length, :length] = torch.ones(length, length).tril()  # the sequence its past,
-    sees[length:, :length] = (
-        torch.arange(length) <= at[:, None]
-    )  # a branch the past of the place it hangs on
-    return (
-        ends,
-        torch.arange(10).repeat(len(ends)),
-        position,
-        torch.zeros(sees.shape).masked_fill(~sees, -torch.inf),
-    )
+    sees[length:, :length] = torch.arange(length) <= at[:, None]  # a branch its stem
+    mask = torch.zeros(sees.shape).masked_fill(~sees, -torch.inf)
+    return ends, torch.arange(10).repeat(len(ends)), position, mask
 
 
 @torch.no_grad()
-def next_state_probs(model, ids, rows: int = 8):  # ids [n, length] -> [n, states, 100]
-    "Exact probability of every next state behind each complete state, in one pass per `rows` sequences."
+def next_state_probs(
+    model,
+    ids,  # [n, length]
+    rows: int = 8,  # sequences per pass
+):
+    "[n, states, 100]: exact probability of every next state after each complete state."
     ends, digits, position, mask = (t.to(ids.device) for t in _branches(ids.shape[1]))
     mask = mask.to(next(model.parameters()).dtype)
     out = []
     for some in ids.split(rows):
-        n, branched = len(some), torch.cat([some, digits.expand(len(some), -1)], 1)
-        p = model(
-            input_ids=branched,
+        n = len(some)
+        logits = model(
+            input_ids=torch.cat([some, digits.expand(n, -1)], 1),
             attention_mask=mask.expand(n, 1, -1, -1),
             position_ids=position.expand(n, -1),
             use_cache=False,
-        ).logits.softmax(-1)[..., :10]
-        first, second = p[:, ends], p[:, ids.shape[1] :].unflatten(1, (len(ends), 10))
+        ).logits
+        p = logits.softmax(-1)[..., :10]
+        first = p[:, ends]
+        second = p[:, ids.shape[1] :].unflatten(1, (len(ends), 10))
         out.append((first[..., None] * second).flatten(-2))
     return torch.cat(out)
 
 # %% ../../nbs/01_fsm.ipynb #c01-37
-def legal_mass(model, fsm: TokFSM, ids) -> float:  # ids [n, length]
-    "Mean probability that the model gives to legal next states: state accuracy without sampling noise."
+def legal_mass(
+    model,
+    fsm: TokFSM,
+    ids,  # [n, length]
+) -> float:
+    "Mean probability of legal next states: state accuracy without sampling noise."
     p = next_state_probs(model, ids)[..., : fsm.n_states].cpu()
     return (p * fsm.legal[state_labels(ids.cpu())[:, 2::2]]).sum(-1).mean().item()
 
 # %% ../../nbs/01_fsm.ipynb #c01-52
+def _unit_f1(unit, labels, total):
+    "Per state the best F1 of `unit >= threshold`, and that threshold."
+    values, order = unit.sort(descending=True)
+    known = labels[order] >= 0  # only at a state's own positions can its F1 be highest
+    # a threshold at a value: so many fire (none cuts between equal values)
+    fire = torch.searchsorted(-values, -values, right=True)[known]
+    state = labels[order][known]
+    values = values[known]
+    by_state = state.argsort(stable=True)
+    hits = torch.empty_like(state)  # the state's first, second, ...
+    hits[by_state] = (
+        torch.arange(1, len(state) + 1) - (total.cumsum(0) - total)[state[by_state]]
+    )
+    f1 = 2 * hits / (fire + total[state])
+    score = torch.zeros(len(total)).scatter_reduce_(0, state, f1, "amax")
+    top = f1 == score[state]
+    threshold = torch.full((len(total),), unit.max().item() if len(unit) else 0.0)
+    threshold.scatter_reduce_(0, state[top], values[top], "amax", include_self=False)
+    return score, threshold
+
+
 def best_f1(
-    acts, labels, n_states: int = 100
-):  # acts [N, n], labels [N] with -1 for none -> two tensors [n, n_states]
-    "For every unit and state the threshold with the highest F1 of 'unit >= threshold' as a detector of the state, and that F1."
+    acts,  # [N, n]
+    labels,  # [N], -1 for none
+    n_states: int = 100,
+):
+    "Best F1 of `unit >= threshold` for every state, and thresholds: two [n, n_states]."
     if not acts.isfinite().all():
         raise ValueError(
             "best_f1: the activations hold NaN or infinity; expected finite numbers"
         )
-    known, total = labels >= 0, torch.bincount(labels[labels >= 0], minlength=n_states)
-    scores, thresholds = torch.zeros(2, acts.shape[1], n_states)
+    total = torch.bincount(labels[labels >= 0], minlength=n_states)
+    found = torch.zeros(2, acts.shape[1], n_states)
     for j, unit in enumerate(acts.T):
-        values, order = unit.sort(descending=True)
-        fire = torch.searchsorted(
-            -values, -values, right=True
-        )[
-            known[order]
-        ]  # a threshold at this value: so many fire (no threshold cuts between equal values)
-        state, values = (
-            labels[order][known[order]],
-            values[known[order]],
-        )  # only at a state's own positions can its F1 be highest
-        hits, by_state = torch.empty_like(state), state.argsort(stable=True)
-        hits[by_state] = (
-            torch.arange(1, len(state) + 1) - (total.cumsum(0) - total)[state[by_state]]
-        )  # the state's first, second, ...
-        f1 = 2 * hits / (fire + total[state])
-        scores[j].scatter_reduce_(0, state, f1, "amax")
-        top = f1 == scores[j, state]
-        thresholds[j] = unit.max() if len(unit) else 0.0
-        thresholds[j].scatter_reduce_(
-            0, state[top], values[top], "amax", include_self=False
-        )
-    return scores, thresholds
+        found[0, j], found[1, j] = _unit_f1(unit, labels, total)
+    return found[0], found[1]
 
 
 def detector_scores(
-    fires, labels, n_states: int = 100
-):  # fires [N, n_states] bool -> precision, recall, f1 [n_states]
-    "Precision, recall and F1 of one detector a state."
+    fires,  # [N, n_states] bool
+    labels,  # [N], -1 for none
+    n_states: int = 100,
+):
+    "Precision, recall and F1 [n_states] of one detector per state."
     truth = F.one_hot(labels + 1, n_states + 1)[:, 1:].bool()
     hits = (fires & truth).sum(0).float()
-    precision, recall = (
-        hits / fires.sum(0).clamp(min=1),
-        hits / truth.sum(0).clamp(min=1),
-    )
-    return precision, recall, 2 * hits / (fires.sum(0) + truth.sum(0)).clamp(min=1)
+    fired, true = fires.sum(0), truth.sum(0)
+    precision = hits / fired.clamp(min=1)
+    recall = hits / true.clamp(min=1)
+    return precision, recall, 2 * hits / (fired + true).clamp(min=1)

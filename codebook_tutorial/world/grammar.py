@@ -17,7 +17,7 @@ from ..core import data_path
 
 # %% ../../nbs/lib/world_grammar.ipynb #world-grammar-4
 def _read():
-    "data/stories/grammar.toml with its strings split into words, its sentences into lines of words."
+    "data/stories/grammar.toml, strings split into words, sentences into lines of words."
 
     def split(x, lines=False):
         if isinstance(x, dict):
@@ -35,7 +35,9 @@ TOPICS, MOODS, WEATHERS = (list(GRAMMAR[part]) for part in ("topics", "moods", "
 
 GIRLS, BOYS = GRAMMAR["names"]["girls"], GRAMMAR["names"]["boys"]
 
-NAMES, SENTENCE_KINDS = GIRLS + BOYS, list(GRAMMAR["sentences"])
+NAMES = GIRLS + BOYS
+
+SENTENCE_KINDS = list(GRAMMAR["sentences"])
 
 # %% ../../nbs/lib/world_grammar.ipynb #world-grammar-5
 def plural(noun: str) -> str:
@@ -46,7 +48,7 @@ def plural(noun: str) -> str:
 
 
 def _lists():
-    "Every list that a slot draws from: `month`, `curio`, ... -> words; `topic_noun`, `mood_verb`, ... -> {topic or mood: words}."
+    "Lists that slots draw from: `month` -> words, `topic_noun` -> {topic: words}."
     lists = {**GRAMMAR["facts"], **GRAMMAR["words"]}
     for group in ("topics", "moods", "weathers"):
         for part in next(iter(GRAMMAR[group].values())):
@@ -68,7 +70,9 @@ def flat(words) -> list:
 LISTS = _lists()
 
 # %% ../../nbs/lib/world_grammar.ipynb #world-grammar-6
-SPECIAL, MARKS = ["<pad>", "<bos>", "<unk>"], [".", ",", "!", "?", "“", "”", "(", ")"]
+SPECIAL = ["<pad>", "<bos>", "<unk>"]
+
+MARKS = [".", ",", "!", "?", "“", "”", "(", ")"]
 
 PRONOUNS = dict(
     she=("she", "he"),
@@ -82,18 +86,14 @@ PRONOUNS = dict(
 
 def _vocabulary():
     "All words, each once: special tokens, then in the order of the grammar file."
-    literal = [
-        w
-        for part in ("sentences", "phrases")
-        for lines in GRAMMAR[part].values()
-        for line in lines
-        for w in line
-        if w[0] != "{"
-    ]
-    words = (
-        SPECIAL + literal + ["an", "An"] + [w for pair in PRONOUNS.values() for w in pair] + NAMES
-    )
-    return list(dict.fromkeys(words + [w for words in LISTS.values() for w in flat(words)]))
+    words = [*SPECIAL]
+    for part in ("sentences", "phrases"):
+        for lines in GRAMMAR[part].values():
+            words += [w for line in lines for w in line if w[0] != "{"]
+    words += ["an", "An", *(w for pair in PRONOUNS.values() for w in pair), *NAMES]
+    for some in LISTS.values():
+        words += flat(some)
+    return list(dict.fromkeys(words))
 
 
 VOCABULARY = _vocabulary()

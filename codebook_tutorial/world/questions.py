@@ -11,22 +11,25 @@ __all__ = ['QUESTIONS', 'score', 'shuffled', 'exchanged', 'recalls', 'ask']
 import numpy as np
 import torch
 from ..model.run import next_probs
-from .concepts import WORD_TABLES, first_at, has_word
+from .context import first_at, has_word
 from .grammar import SENTENCE_KINDS
-from .stories import prompts
+from .prompts import prompts
+from .words import WORD_TABLES
 
 # %% ../../nbs/lib/world_questions.ipynb #world-questions-5
 def score(
-    probs, asked, family: str | None = None
-):  # [n, vocabulary], n Prompts, a word concept -> [n]
-    "Probability of the word that really came; with a family: of the probability on all its words, the share on those of the right value."
+    probs,  # [n, vocabulary]
+    asked: list,  # n Prompts
+    family: str | None = None,  # a word concept: the share of its words' probability that is right
+):
+    "[n]: probability of the word that really came."
     answers = torch.tensor([prompt.answer for prompt in asked])
     if family is None:
         return probs.gather(1, answers[:, None])[:, 0]
     table = torch.from_numpy(WORD_TABLES[family])
-    mass = torch.zeros(len(probs), int(table.max()) + 1).index_add_(
-        1, table[table >= 0], probs[:, table >= 0]
-    )
+    known = table >= 0
+    mass = torch.zeros(len(probs), int(table.max()) + 1)
+    mass.index_add_(1, table[known], probs[:, known])
     return (mass.gather(1, table[answers][:, None]) / mass.sum(1, keepdim=True))[:, 0]
 
 
@@ -53,7 +56,7 @@ def exchanged(asked, seed: int = 0):
 
 # %% ../../nbs/lib/world_questions.ipynb #world-questions-6
 def recalls(fact):
-    "Where a document tells a fact again: the first such word of a sentence, from the second sentence that tells it on."
+    "Story -> where it tells a fact again: the first such word of each later sentence."
 
     def where(s):
         tells = np.flatnonzero(WORD_TABLES[f"{fact}_word"][s.ids] == s.facts.get(fact, -2))
@@ -93,8 +96,14 @@ QUESTIONS = {  # what is asked: where, in words of which family, altered how for
 }
 
 
-def ask(model, question: str, n: int = 200, *, seed: int = 0) -> dict:
-    "One of QUESTIONS at n places of unseen stories: [n] scores of the model, and of the same model in the control."
+def ask(
+    model,
+    question: str,  # one of QUESTIONS
+    n: int = 200,  # positions of unseen stories
+    *,
+    seed: int = 0,
+) -> dict:
+    "The model's scores [n] for a question, and in its control."
     if question not in QUESTIONS:
         raise ValueError(f"ask: no question {question!r}; expected one of {', '.join(QUESTIONS)}")
     where, family, alter = QUESTIONS[question]

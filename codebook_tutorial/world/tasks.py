@@ -10,7 +10,7 @@ __all__ = ['OPENING', 'TASKS', 'MORE_GIRLS', 'MORE_BOYS', 'Pairs', 'make_pairs',
 
 # %% ../../nbs/lib/world_tasks.ipynb #world-tasks-3
 import random
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 import torch
 from ..model.run import next_probs
@@ -31,16 +31,14 @@ from codebook_tutorial.world.grammar import (
 class Pairs:
     "Prompts, and the same with another answer; len(pairs), pairs[:25], pairs.to(device)."
 
-    base: torch.Tensor  # [n, length] token ids, BOS first, padded behind
+    base: torch.Tensor  # [n, length] token ids, BOS first, padded at the end
     target: torch.Tensor  # [n, length] the counterfactuals
     last: torch.Tensor  # [n] position at which a prompt ends
-    base_answers: (
-        torch.Tensor
-    )  # [n, a] tokens that answer the base and not the target; -1 fills rows up
+    base_answers: torch.Tensor  # [n, a] tokens that answer the base and not the target; -1 fills up
     target_answers: torch.Tensor  # [n, b] tokens that answer the target
 
     def _each(self, fn):
-        return Pairs(*(fn(getattr(self, name)) for name in self.__dataclass_fields__))
+        return Pairs(*(fn(getattr(self, field.name)) for field in fields(self)))
 
     def __getitem__(self, rows):
         return self._each(lambda t: t[rows])
@@ -53,7 +51,8 @@ class Pairs:
         return len(self.base)
 
     def __repr__(self):
-        return f"{len(self)} pairs of prompts, {int(self.last.min()) + 1} to {int(self.last.max()) + 1} tokens each"
+        shortest, longest = int(self.last.min()) + 1, int(self.last.max()) + 1
+        return f"{len(self)} pairs of prompts, {shortest} to {longest} tokens each"
 
     @property
     def there(self):
@@ -65,17 +64,20 @@ def _ids(tok, text):
     return [tok.bos_token_id, *tok(text, add_special_tokens=False, verbose=False)["input_ids"]]
 
 
-def _unknown(tok, ids):  # BOS first; some tokenizers use one token for both
-    "Whether one of the ids stands for words that the tokenizer does not know."
-    return tok.unk_token_id is not None and tok.unk_token_id in ids[1:]
+def _unknown(tok, ids):
+    "Whether one of the ids, BOS first, stands for words that the tokenizer does not know."
+    return tok.unk_token_id is not None and tok.unk_token_id in ids[1:]  # it may be BOS too
 
 
 def _answer(tok, text, word):
     "The one token by which a word follows a text."
-    before, after = _ids(tok, text), _ids(tok, f"{text} {word}")
+    before = _ids(tok, text)
+    after = _ids(tok, f"{text} {word}")
     if after[:-1] != before:
+        n = max(len(after) - len(before), 0)
         raise ValueError(
-            f"make_pairs: expected answers of one token, got {word!r}, which is {max(len(after) - len(before), 0)} tokens behind {text!r}"
+            f"make_pairs: expected answers of one token, got {word!r}, "
+            f"which is {n} tokens after {text!r}"
         )
     if _unknown(tok, after[-2:]):
         raise ValueError(f"make_pairs: the answer {word!r} is not in the tokenizer's vocabulary")
@@ -83,9 +85,39 @@ def _answer(tok, text, word):
 
 
 def _fill(rows, value):
-    return torch.nn.utils.rnn.pad_sequence(
-        [torch.tensor(row) for row in rows], batch_first=True, padding_value=value
+    rows = [torch.tensor(row) for row in rows]
+    return torch.nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=value)
+
+
+def _prompt_ids(tok, a, b):
+    "The ids of a prompt and of its counterfactual."
+    x, y = _ids(tok, a), _ids(tok, b)
+    if len(x) != len(y):
+        raise ValueError(
+            f"make_pairs: expected two prompts of equal length, got {len(x)} tokens for {a!r} and "
+            f"{len(y)} for {b!r}; names and words of one token each keep them equal"
+        )
+    if x == y:
+        raise ValueError(f"make_pairs: the prompt {a!r} and its counterfactual are the same tokens")
+    if _unknown(tok, x) or _unknown(tok, y):
+        raise ValueError(
+            f"make_pairs: a word of {a!r} or {b!r} is not in the tokenizer's vocabulary"
+        )
+    return x, y
+
+
+def _answer_ids(tok, text, right, wrong):
+    "The tokens of the base's answers and of the target's."
+    a, b = (
+        [_answer(tok, text, word) for word in ([words] if isinstance(words, str) else words)]
+        for words in (right, wrong)
     )
+    if set(a) & set(b):
+        raise ValueError(
+            "make_pairs: expected answers that tell base and target apart, "
+            f"got {right!r} and {wrong!r}"
+        )
+    return a, b
 
 # %% ../../nbs/lib/world_tasks.ipynb #world-tasks-6
 def make_pairs(
@@ -96,35 +128,17 @@ def make_pairs(
     base_answers: list,  # what follows each prompt: a word, or a list of words
     target_answers: list,
 ) -> Pairs:
-    "Pairs from texts; ValueError for prompts of unequal length, for answers of several tokens, for words that the tokenizer does not know."
-    if not base or len({len(base), len(target), len(base_answers), len(target_answers)}) > 1:
+    "Pairs from texts; prompts of equal length, answers of one token, words that it knows."
+    given = base, target, base_answers, target_answers
+    n = [len(texts) for texts in given]
+    if not base or len(set(n)) > 1:
         raise ValueError(
-            f"make_pairs: expected four lists of equal length, got {len(base)}, {len(target)}, {len(base_answers)} and {len(target_answers)}"
+            f"make_pairs: expected four lists of equal length, got {n[0]}, {n[1]}, {n[2]} and {n[3]}"
         )
     rows = []
-    for a, b, right, wrong in zip(base, target, base_answers, target_answers):
-        x, y = _ids(tok, a), _ids(tok, b)
-        if len(x) != len(y):
-            raise ValueError(
-                f"make_pairs: expected two prompts of equal length, got {len(x)} tokens for {a!r} and {len(y)} for {b!r}; names and words of one token each keep them equal"
-            )
-        if x == y:
-            raise ValueError(
-                f"make_pairs: the prompt {a!r} and its counterfactual are the same tokens"
-            )
-        if _unknown(tok, x) or _unknown(tok, y):
-            raise ValueError(
-                f"make_pairs: a word of {a!r} or {b!r} is not in the tokenizer's vocabulary"
-            )
-        sets = [
-            [_answer(tok, a, w) for w in ([words] if isinstance(words, str) else words)]
-            for words in (right, wrong)
-        ]
-        if set(sets[0]) & set(sets[1]):
-            raise ValueError(
-                f"make_pairs: expected answers that tell base and target apart, got {right!r} and {wrong!r}"
-            )
-        rows.append((x, y, len(x) - 1, *sets))
+    for a, b, right, wrong in zip(*given):
+        x, y = _prompt_ids(tok, a, b)
+        rows.append((x, y, len(x) - 1, *_answer_ids(tok, a, right, wrong)))
     x, y, last, right, wrong = zip(*rows)
     return Pairs(
         _fill(x, tok.pad_token_id),
@@ -139,41 +153,43 @@ OPENING = "{A} was {any_number} years old and had a {adj} {pet} . "
 
 # A slot of one letter belongs to the task; the others are drawn from the stories' lists of words.
 TASKS = dict(
-    ioi=[
-        text[: text.index(" {I}")] for text in map(" ".join, GRAMMAR["sentences"]["gift"])
-    ],  # who receives? both orders, ABBA and BABA
+    # who receives? both orders, ABBA and BABA
+    ioi=[text[: text.index(" {I}")] for text in map(" ".join, GRAMMAR["sentences"]["gift"])],
     copying=[OPENING + "In the end ,"],  # whose story is it?
     gender=[OPENING + "One {weather_adj} {daypart} in {month} ,"],  # she or he
     agreement=["The {adj} {N} of the {P}"],  # was or were
-    greater=[
+    greater=[  # any greater number
         "There were {M} {things} , and soon there were",
         "At first she saw {M} {things} , then",
     ],
-)  # any greater number
+)
 
-MORE_GIRLS, MORE_BOYS = (
-    "Mary Sue Mia Jane Anne Elizabeth".split(),
-    "John Tom Tim Timmy Ben Max Sam Jack Billy James Paul Mark David Peter Bob".split(),
-)  # for tokenizers that know few of the stories' names
+# for tokenizers that know few of the stories' names
+MORE_GIRLS = "Mary Sue Mia Jane Anne Elizabeth".split()
+MORE_BOYS = "John Tom Tim Timmy Ben Max Sam Jack Billy James Paul Mark David Peter Bob".split()
 
 
-def one_token_names(tok, names: list | None = None) -> list:
-    "Those of the names (the stories' and some more) that are one token in the middle of a sentence."
-    n, names = (
-        len(_ids(tok, "and")),
-        list(dict.fromkeys([*NAMES, *MORE_GIRLS, *MORE_BOYS])) if names is None else names,
-    )
-    return [
-        name
-        for name in names
-        if len(ids := _ids(tok, f"and {name}")) == n + 1 and not _unknown(tok, ids)
-    ]
+def one_token_names(
+    tok,
+    names: list | None = None,  # None: the stories' and some more
+) -> list:
+    "Those of the names that are one token in the middle of a sentence."
+    n = len(_ids(tok, "and"))
+    if names is None:
+        names = list(dict.fromkeys([*NAMES, *MORE_GIRLS, *MORE_BOYS]))
+    known = []
+    for name in names:
+        ids = _ids(tok, f"and {name}")
+        if len(ids) == n + 1 and not _unknown(tok, ids):
+            known.append(name)
+    return known
 
 # %% ../../nbs/lib/world_tasks.ipynb #world-tasks-8
 # each draws two (slots, answers): of the base, of the target
 def _ioi(r, names, receivers):
     a, b = receivers or r.sample(names, 2)
-    giver, order = r.choice([n for n in names if n not in (a, b)]), r.choice((1, -1))
+    giver = r.choice([n for n in names if n not in (a, b)])
+    order = r.choice((1, -1))
     return [(dict(zip("XYS", [*(one, giver)[::order], giver])), one) for one in (a, b)]
 
 
@@ -182,9 +198,8 @@ def _copying(r, names, receivers):
 
 
 def _gender(r, names, receivers):
-    girls, boys = (
-        [n for n in names if n in some] for some in (GIRLS + MORE_GIRLS, BOYS + MORE_BOYS)
-    )
+    girls = [n for n in names if n in GIRLS + MORE_GIRLS]
+    boys = [n for n in names if n in BOYS + MORE_BOYS]
     if not girls or not boys:
         raise ValueError(
             f"task_pairs: 'gender' needs names of girls and of boys, got {', '.join(names)}"
@@ -194,71 +209,54 @@ def _gender(r, names, receivers):
 
 def _agreement(r, names, receivers):
     topic = r.choice(list(LISTS["topic_noun"]))
-    i, place = r.randrange(len(LISTS["topic_noun"][topic])), r.choice(LISTS["topic_place"][topic])
-    return r.sample(
-        [
-            (dict(N=LISTS["topic_noun"][topic][i], P=place), "was"),
-            (dict(N=LISTS["topic_plural"][topic][i], P=place), "were"),
-        ],
-        2,
-    )
+    nouns, plurals = LISTS["topic_noun"][topic], LISTS["topic_plural"][topic]
+    i = r.randrange(len(nouns))
+    place = r.choice(LISTS["topic_place"][topic])
+    one, many = dict(N=nouns[i], P=place), dict(N=plurals[i], P=place)
+    return r.sample([(one, "was"), (many, "were")], 2)
 
 
 def _greater(r, names, receivers):
-    few, many = r.choice((0, 1)), r.choice((6, 7))  # numbers between the two answer the few alone
-    return (dict(M=LISTS["number"][few]), LISTS["number"][few + 1 : many + 1]), (
-        dict(M=LISTS["number"][many]),
-        LISTS["number"][many + 1 :],
-    )
+    numbers = LISTS["number"]
+    few = r.choice((0, 1))
+    many = r.choice((6, 7))  # numbers between the two answer the few alone
+    return [
+        (dict(M=numbers[few]), numbers[few + 1 : many + 1]),
+        (dict(M=numbers[many]), numbers[many + 1 :]),
+    ]
 
 
 _DRAW = dict(ioi=_ioi, copying=_copying, gender=_gender, agreement=_agreement, greater=_greater)
 
 # %% ../../nbs/lib/world_tasks.ipynb #world-tasks-9
+def _slot(word):
+    "The name of a slot, None of a word."
+    return word[1:-1] if word[0] == "{" else None
+
+
 def _told(text, r, drawn):
     "A template as text, once for each of the slots drawn; the other slots are the same in all."
     lists = {"spot": "topic_place", "things": "topic_plural"}
-    words = [
-        r.choice(flat(LISTS[lists.get(slot, slot.removeprefix("any_"))]))
-        if w[0] == "{" and len(slot := w[1:-1]) > 1
-        else w
-        for w in text.split()
-    ]
+    words = text.split()
+    for i, word in enumerate(words):
+        slot = _slot(word)
+        if slot and len(slot) > 1:
+            words[i] = r.choice(flat(LISTS[lists.get(slot, slot.removeprefix("any_"))]))
     for slots in drawn:
-        out = [slots[w[1:-1]] if w[0] == "{" else w for w in words]
-        yield detokenize(
-            [
-                "an" if w == "a" and VOWEL[ID.get(after, 0)] else w
-                for w, after in zip(out, out[1:] + [""])
-            ]
-        )
+        out = [slots[_slot(w)] if _slot(w) else w for w in words]
+        vowel = [VOWEL[ID.get(after, 0)] for after in [*out[1:], ""]]
+        yield detokenize(["an" if w == "a" and v else w for w, v in zip(out, vowel)])
 
 
-def task_pairs(
-    tok,  # load_lm's tokenizer
-    task: str = "ioi",  # "ioi", "copying", "gender", "agreement", "greater"
-    n: int = 50,
-    *,
-    seed: int = 0,
-    receivers: tuple
-    | None = None,  # two names: of the base and of the target, the same in every pair; None: drawn for each
-    names: list | None = None,  # to draw names from; None: all that are one token
-    pool: int | None = None,  # how many of these, drawn once
-    texts: list | None = None,
-) -> Pairs:  # templates of your own, as those of TASKS
-    "Prompts of a task and their counterfactuals, in what a tokenizer can say: texts that come out with unequal lengths or words of several tokens are passed over."
-    if task not in TASKS:
-        raise ValueError(
-            f"task_pairs: {task!r}, expected one of {', '.join(TASKS)}; make_pairs takes texts of your own"
-        )
-    if receivers and task not in ("ioi", "copying"):
-        raise ValueError(f"task_pairs: receivers go with 'ioi' and 'copying', not with {task!r}")
-    r, found, why = random.Random(seed), [], "none was drawn"
+def _draw_names(tok, r, names, *, receivers, pool):
+    "The names to draw from."
     names = one_token_names(tok, names)
     for name in receivers or ():
         if name not in one_token_names(tok, [name]):
+            ids = _ids(tok, f"and {name}")[len(_ids(tok, "and")) :]
             raise ValueError(
-                f"task_pairs: expected names of one token, got {name!r}, which this tokenizer writes as {_ids(tok, f'and {name}')[len(_ids(tok, 'and')) :]}"
+                f"task_pairs: expected names of one token, got {name!r}, "
+                f"which this tokenizer writes as {ids}"
             )
     if pool:
         names = r.sample(names, min(pool, len(names)))
@@ -266,11 +264,41 @@ def task_pairs(
         raise ValueError(
             f"task_pairs: expected at least 3 names of one token, got {', '.join(names) or 'none'}"
         )
+    return names
+
+
+def task_pairs(
+    tok,  # load_lm's tokenizer
+    task: str = "ioi",  # one of TASKS
+    n: int = 50,
+    *,
+    seed: int = 0,
+    receivers: tuple
+    | None = None,  # names of base and target, the same in all; None: drawn for each
+    names: list | None = None,  # to draw names from; None: all that are one token
+    pool: int | None = None,  # how many of these, drawn once
+    texts: list | None = None,  # templates of your own, as those of TASKS
+) -> Pairs:
+    "A task's prompts and counterfactuals, without texts that the tokenizer cannot say."
+    if task not in TASKS:
+        raise ValueError(
+            f"task_pairs: {task!r}, expected one of {', '.join(TASKS)}; "
+            "make_pairs takes texts of your own"
+        )
+    if receivers and task not in ("ioi", "copying"):
+        raise ValueError(f"task_pairs: receivers go with 'ioi' and 'copying', not with {task!r}")
+    r = random.Random(seed)
+    names = _draw_names(tok, r, names, receivers=receivers, pool=pool)
     texts = texts or TASKS[task]
-    if tok.get_vocab() == ID:
-        texts = [
-            text.replace("In the end ,", "In the end") for text in texts
-        ]  # as the stories write it
+    if tok.get_vocab() == ID:  # as the stories write it
+        texts = [text.replace("In the end ,", "In the end") for text in texts]
+    return _sayable(tok, task, n, r=r, names=names, receivers=receivers, texts=texts)
+
+
+def _sayable(tok, task, n, *, r, names, receivers, texts):
+    "Draw until there are n pairs: of equal length, in words that the tokenizer knows."
+    found = []
+    why = "none was drawn"
     for _ in range(40 * n):
         (own, right), (other, wrong) = _DRAW[task](r, names, receivers)
         a, b = _told(r.choice(texts), r, (own, other))
@@ -281,37 +309,36 @@ def task_pairs(
             continue
         found.append((a, b, right, wrong))
         if len(found) == n:
-            base, target, base_answers, target_answers = map(list, zip(*found))
-            return make_pairs(
-                tok, base, target, base_answers=base_answers, target_answers=target_answers
-            )
+            base, target, right, wrong = map(list, zip(*found))
+            return make_pairs(tok, base, target, base_answers=right, target_answers=wrong)
     raise ValueError(
-        f"task_pairs: this tokenizer can say {len(found)} of the {n} pairs of {task!r}; the last that it cannot: {why}"
+        f"task_pairs: this tokenizer can say {len(found)} of the {n} pairs of {task!r}; "
+        f"the last that it cannot: {why}"
     )
 
 # %% ../../nbs/lib/world_tasks.ipynb #world-tasks-10
-def _set_logit(logp, answers):  # [.., n, V], [n, a] -> [.., n] log-probability of a set of tokens
+def _set_logit(logp, answers):
+    "[.., n, V], [n, a] -> [.., n]: log-probability of a set of tokens."
     index = answers.clamp(min=0).expand(*logp.shape[:-1], -1)
     return logp.gather(-1, index).masked_fill(answers < 0, -torch.inf).logsumexp(-1)
 
 
-def logit_difference(logp, pairs: Pairs):  # [.., n, V] -> [.., n]
-    "Log odds of the base's answers against the target's."
+def logit_difference(
+    logp,  # [.., n, V]
+    pairs: Pairs,
+):
+    "[.., n]: log odds of the base's answers against the target's."
     return _set_logit(logp, pairs.base_answers) - _set_logit(logp, pairs.target_answers)
 
 
 def task_score(model, pairs: Pairs) -> dict:
-    "Can the model do the task at all? Share of the base prompts, and of the counterfactuals, at which the right answer is more likely than the other; chance is one half."
+    "Can the model do the task? Share of base prompts, of targets, of both answered; chance 0.5."
 
     def odds(ids):
-        return logit_difference(
-            next_probs(model, [row[: n + 1].tolist() for row, n in zip(ids, pairs.last)]).log(),
-            pairs.to("cpu"),
-        )
+        rows = [row[: n + 1].tolist() for row, n in zip(ids, pairs.last)]
+        return logit_difference(next_probs(model, rows).log(), pairs.to("cpu"))
 
-    a, b = odds(pairs.base) > 0, odds(pairs.target) < 0
-    return dict(
-        base=a.float().mean().item(),
-        target=b.float().mean().item(),
-        both=(a & b).float().mean().item(),
-    )
+    a = odds(pairs.base) > 0
+    b = odds(pairs.target) < 0
+    right = dict(base=a, target=b, both=a & b)
+    return {name: x.float().mean().item() for name, x in right.items()}

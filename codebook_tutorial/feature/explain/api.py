@@ -1,4 +1,4 @@
-"""A language model behind an address explains.
+"""Explanations from any OpenAI-compatible endpoint, cached.
 
 Docs: https://codebook-tutorial.github.io/codebook_tutorial/lib/feature_explain_api.html.md"""
 
@@ -8,67 +8,65 @@ Docs: https://codebook-tutorial.github.io/codebook_tutorial/lib/feature_explain_
 __all__ = ['APIExplainer']
 
 # %% ../../../nbs/lib/feature_explain_api.ipynb #feature-explain-api-3
-import hashlib
-import ipaddress
 import json
-import math
 import os
-import random
-import re
 import threading
-from bisect import bisect_right
-from collections import Counter
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from contextlib import suppress
-from dataclasses import dataclass
-from itertools import accumulate
+from functools import partial
 from pathlib import Path
 from urllib.parse import urlsplit
 
-from codebook_tutorial.feature.explain.prompts import (
-    clean_phrase,
-    escape_token,
-    explain_messages,
-    judge_messages,
-    simulate_messages,
-    token_lines,
-)
+from .answers import read_numbers, read_phrase, read_yes
+from .prompts import explain_messages, judge_messages, simulate_messages, token_lines
 from .protocol import Explainer, check_asks, check_features
-from fastcore.basics import patch
+from .wire import Ask, Wire, host_of
+from ...files import sweep, write_text
 from tqdm.auto import tqdm
 
 # %% ../../../nbs/lib/feature_explain_api.ipynb #feature-explain-api-4
-@dataclass
-class _Ask:
-    label: str  # names it in errors
-    request: dict  # for chat.completions.create
-    read: callable  # what is kept of an answer -> its meaning; ValueError where it has none
-    out: int  # tokens of an answer, about
-    name = property(
-        lambda self: (
-            hashlib.sha256(json.dumps(self.request, sort_keys=True).encode()).hexdigest() + ".json"
+def _checked(params):
+    "A request's parameters as the cache will give them back; ValueError for what it cannot hold."
+    try:
+        params = json.loads(json.dumps(params))
+    except TypeError as e:
+        raise ValueError(
+            f"APIExplainer: expected parameters that JSON can hold, got {params} ({e})"
+        ) from None
+    if wrong := {"extra_headers", "extra_query", "stream"} & set(params):
+        raise ValueError(
+            f"APIExplainer: got {', '.join(sorted(wrong))}; "
+            "expected what may be kept in the cache, and no stream"
         )
-    )
+    return params
 
 
-@dataclass
-class _Trouble:
-    kind: str  # "wait": again later, then give all up; "answer": again, then give this one up; "stop": give all up
-    says: str
-    after: float = 0.0  # seconds the endpoint wants us to wait
+def _raise(
+    what,  # the method
+    troubles,  # {name: Trouble}
+    labels,  # {name: what the error calls it}
+    *,
+    says,  # what is done already
+):
+    kinds = {t.kind for t in troubles.values()}
+    kind = next(kind for kind in ("stop", "wait", "answer") if kind in kinds)
+    same = [f"{labels[n][:80]!r}: {t.says}" for n, t in troubles.items() if t.kind == kind]
+    more = f"; and {len(same) - 3} more" if len(same) > 3 else ""
+    error = ConnectionError if kind == "wait" else ValueError
+    raise error(f"APIExplainer.{what}: {'; '.join(same[:3])}{more}. {says}")
 
 # %% ../../../nbs/lib/feature_explain_api.ipynb #feature-explain-api-5
 class APIExplainer(Explainer):
-    """Explain and simulate with any OpenAI-compatible chat endpoint. The key is $OPENAI_API_KEY, read when a call is made, and nothing of ours keeps or shows it.
-    Each answer is one file in `cache`, named by the sha256 of the whole request (model, messages, parameters) and not of the address: a notebook replays with no network, no key and no base_url.
-    For another server that gives its model the same name, take another folder.
-    `way` says how the last simulate() read its numbers: "log-probabilities", the expectation over the alternatives 0..10 where each number is written, if every answer has them
-    (digits split: after a written "1" the next token tells P("0" | "1"); before any other digit P("1") counts as 1); else "numbers as written"."""
+    """Explain, simulate and judge with any OpenAI-compatible chat endpoint.
 
-    LONGEST, BAD_ANSWERS = (
-        120.0,
-        2,
-    )  # seconds we wait before we ask again; times a useless answer is asked again
+    The key is $OPENAI_API_KEY, read when a call is made; nothing of ours keeps or shows it.
+    Each answer is one file in `cache`, named by the sha256 of the whole request (model, messages,
+    parameters) and not of the address: a notebook replays with no network, key or base_url. For
+    another server that gives its model the same name, use another folder.
+    `way` says how the last simulate() read its numbers: "log-probabilities", the expectation over
+    the alternatives 0..10 where each number is written, if every answer has them (digits split:
+    after a written "1" the next token tells P("0" | "1"); before any other digit P("1") counts as
+    1); else "numbers as written"."""
 
     def __init__(
         self,
@@ -76,64 +74,45 @@ class APIExplainer(Explainer):
         base_url: str | None = None,  # None: $OPENAI_BASE_URL, or OpenAI's own
         cache: str = "explainer_cache",  # a folder
         *,
-        max_concurrency: int = 4,  # requests under way at once, at most
+        max_concurrency: int = 4,  # concurrent requests, at most
         retries: int = 5,  # after 429, 5xx, time-outs and lost connections
         timeout: float = 60.0,  # seconds
         price: tuple | None = None,  # dollars for 1M tokens in, and out
-        backoff: float = 1.0,  # seconds before the first retry, twice as many before each next one
-        top_logprobs: int = 20,  # 0: do not ask for log-probabilities, which some endpoints refuse
-        **params,
-    ):  # of the request: max_completion_tokens=2000, seed=0, ...; None leaves one out
+        backoff: float = 1.0,  # seconds before the first retry, doubled before each next one
+        top_logprobs: int = 20,  # 0: no log-probabilities, which some endpoints refuse
+        **params,  # of the request: max_completion_tokens=2000, seed=0, ...; None leaves one out
+    ):
         if max_concurrency < 1 or retries < 0:
             raise ValueError(
-                f"APIExplainer: max_concurrency={max_concurrency}, retries={retries}; expected at least 1, and at least 0"
+                f"APIExplainer: max_concurrency={max_concurrency}, retries={retries}; "
+                "expected at least 1, and at least 0"
             )
-        try:
-            params = json.loads(json.dumps(params))  # as the cache will give them back
-        except TypeError as e:
+        self.model = model
+        self.base_url = base_url or os.environ.get("OPENAI_BASE_URL") or "https://api.openai.com/v1"
+        self.cache = Path(cache)
+        self.max_concurrency = max_concurrency
+        self.wire = dict(retries=retries, timeout=timeout, backoff=backoff)
+        self.price = price
+        self.top_logprobs = top_logprobs
+        self.params = _checked(params)
+        self.way = None
+        url = urlsplit(self.base_url)
+        if url.scheme not in ("http", "https") or not url.hostname:
             raise ValueError(
-                f"APIExplainer: expected parameters that JSON can hold, got {params} ({e})"
-            ) from None
-        if wrong := {"extra_headers", "extra_query", "stream"} & set(params):
-            raise ValueError(
-                f"APIExplainer: got {', '.join(sorted(wrong))}; expected what may lie in the cache, and no stream"
-            )
-        (
-            self.model,
-            self.base_url,
-            self.cache,
-            self.max_concurrency,
-            self.retries,
-            self.timeout,
-            self.price,
-        ) = (
-            model,
-            base_url or os.environ.get("OPENAI_BASE_URL") or "https://api.openai.com/v1",
-            Path(cache),
-            max_concurrency,
-            retries,
-            timeout,
-            price,
-        )
-        self.backoff, self.top_logprobs, self.params, self.way = backoff, top_logprobs, params, None
-        if (
-            urlsplit(self.base_url).scheme not in ("http", "https")
-            or not urlsplit(self.base_url).hostname
-        ):
-            raise ValueError(
-                f"APIExplainer: base_url={self.base_url!r}, expected an address such as http://localhost:8000/v1"
+                f"APIExplainer: base_url={self.base_url!r}, "
+                "expected an address such as http://localhost:8000/v1"
             )
 
-    host = property(lambda self: urlsplit(self.base_url).netloc.rpartition("@")[2])
+    host = property(lambda self: host_of(self.base_url))
 
     def __repr__(self):
         return f"APIExplainer({self.model!r} at {self.host}, cache={str(self.cache)!r})"
 
-    def explain(self, features: list) -> list:  # for each feature its fragments -> one phrase each
-        "What each feature fires on."
+    def explain(self, features: list) -> list:  # for each feature its fragments
+        "What each feature fires on: one phrase each."
         return self._answers("explain", self._explain_asks(features))
 
-    def simulate(self, asks: list) -> list:  # [(explanation, tokens)] -> [[0..10 for each token]]
+    def simulate(self, asks: list) -> list:  # [(explanation, tokens)] -> [[0..10 per token]]
         "The expected strength at each token."
         found = self._answers("simulate", self._simulate_asks(asks))
         exact = all(expected for _, expected in found)
@@ -141,441 +120,137 @@ class APIExplainer(Explainer):
         return [expected if exact else written for written, expected in found]
 
     def judge(
-        self, asks: list
-    ) -> list:  # [(explanation, tokens, indices of marked tokens or None)] -> [0..1]
-        "Probability of yes against no, or 1 and 0 where the endpoint gives no log-probabilities."
+        self,
+        asks: list,  # [(explanation, tokens, indices of marked tokens or None)]
+    ) -> list:  # [0..1]
+        "Probability of yes against no; 1 or 0 where there are no log-probabilities."
         return self._answers("judge", self._judge_asks(asks))
 
     def estimate(
-        self, features: list = (), asks: list = (), judgements: list = ()
-    ) -> dict:  # what explain, simulate and judge would get
-        "Calls still to make for these, answers in the cache, tokens in and out and dollars (None without a price): about, and without retries."
-        return self._estimate(
-            self._explain_asks(features) + self._simulate_asks(asks) + self._judge_asks(judgements)
-        )
+        self,
+        features: list = (),  # what explain would get
+        asks: list = (),  # what simulate would get
+        judgements: list = (),  # what judge would get
+    ) -> dict:
+        "Calls still to make, answers in the cache, tokens and dollars: about, without retries."
+        asks = self._explain_asks(features) + self._simulate_asks(asks)
+        return self._estimate(asks + self._judge_asks(judgements))
 
     def _estimate(self, asks):
         every = {ask.name: ask for ask in asks}
         todo = [ask for ask in every.values() if self._kept(ask) is None]
-        tokens = (
-            sum(len(m["content"].encode()) for ask in todo for m in ask.request["messages"]) // 3,
-            sum(ask.out for ask in todo),
-        )  # 3 bytes a token
+        messages = [m for ask in todo for m in ask.request["messages"]]
+        tokens_in = sum(len(m["content"].encode()) for m in messages) // 3  # 3 bytes per token
+        tokens_out = sum(ask.out for ask in todo)
+        dollars = self.price and sum(
+            n * price / 1e6 for n, price in zip((tokens_in, tokens_out), self.price)
+        )
         return dict(
             calls=len(todo),
             cached=len(every) - len(todo),
-            tokens_in=tokens[0],
-            tokens_out=tokens[1],
-            dollars=self.price and sum(n * p / 1e6 for n, p in zip(tokens, self.price)),
+            tokens_in=tokens_in,
+            tokens_out=tokens_out,
+            dollars=dollars,
         )
 
-# %% ../../../nbs/lib/feature_explain_api.ipynb #feature-explain-api-7
-@patch
-def _explain_asks(self: APIExplainer, features):
-    check_features("APIExplainer.explain", features)
-    return [
-        _Ask(f"feature {i}", self._request(explain_messages(fragments), 100), _read_phrase, 20)
-        for i, fragments in enumerate(features)
-    ]
+    # ---- requests
+    def _request(self, messages, most, **more):
+        request = dict(model=self.model, messages=messages, temperature=0, max_tokens=most)
+        return {k: v for k, v in (request | more | self.params).items() if v is not None}
 
+    def _logprobs(self):
+        return dict(logprobs=True, top_logprobs=self.top_logprobs) if self.top_logprobs else {}
 
-@patch
-def _simulate_asks(self: APIExplainer, asks):
-    check_asks("APIExplainer.simulate", asks)
-    return [
-        _Ask(
-            why,
-            self._request(
-                simulate_messages(why, tokens),
-                len(token_lines(tokens).encode()) + 20,
-                **self._logprobs(),
-            ),
-            lambda answer, tokens=tokens: _read_numbers(answer, tokens),
-            4 * len(tokens),
-        )
-        for why, tokens in asks
-    ]
+    def _explain_asks(self, features):
+        check_features("APIExplainer.explain", features)
+        asks = []
+        for i, fragments in enumerate(features):
+            request = self._request(explain_messages(fragments), 100)
+            asks.append(Ask(f"feature {i}", request, read_phrase, 20))
+        return asks
 
+    def _simulate_asks(self, asks):
+        check_asks("APIExplainer.simulate", asks)
+        found = []
+        for why, tokens in asks:
+            most = len(token_lines(tokens).encode()) + 20
+            request = self._request(simulate_messages(why, tokens), most, **self._logprobs())
+            read = partial(read_numbers, wanted=tokens)
+            found.append(Ask(why, request, read, 4 * len(tokens)))
+        return found
 
-@patch
-def _judge_asks(self: APIExplainer, asks):
-    check_asks("APIExplainer.judge", [ask[:2] for ask in asks])
-    return [
-        _Ask(
-            why,
-            self._request(judge_messages(why, tokens, marked), 5, **self._logprobs()),
-            _read_yes,
-            2,
-        )
-        for why, tokens, marked in asks
-    ]
+    def _judge_asks(self, asks):
+        check_asks("APIExplainer.judge", [ask[:2] for ask in asks])
+        found = []
+        for why, tokens, marked in asks:
+            messages = judge_messages(why, tokens, marked)
+            found.append(Ask(why, self._request(messages, 5, **self._logprobs()), read_yes, 2))
+        return found
 
-
-@patch
-def _logprobs(self: APIExplainer):
-    return dict(logprobs=True, top_logprobs=self.top_logprobs) if self.top_logprobs else {}
-
-
-@patch
-def _request(self: APIExplainer, messages, most, **more):
-    request = (
-        dict(model=self.model, messages=messages, temperature=0, max_tokens=most)
-        | more
-        | self.params
-    )
-    return {k: v for k, v in request.items() if v is not None}
-
-# %% ../../../nbs/lib/feature_explain_api.ipynb #feature-explain-api-9
-@patch
-def _kept(
-    self: APIExplainer, ask
-):  # -> the answer's meaning, or None where there is none that can be used
-    try:
-        kept = json.loads((self.cache / ask.name).read_text())
-    except (OSError, ValueError):
-        return None
-    try:
-        return ask.read(kept["answer"]) if kept["request"] == ask.request else None
-    except (ValueError, KeyError, TypeError, IndexError, AttributeError):
-        return None
-
-
-@patch
-def _keep(self: APIExplainer, ask, answer):
-    self.cache.mkdir(parents=True, exist_ok=True)
-    part = self.cache / f"{ask.name}.{os.getpid()}.{threading.get_ident()}.part"
-    part.write_text(json.dumps(dict(request=ask.request, answer=answer)))
-    with suppress(FileNotFoundError):
-        part.replace(self.cache / ask.name)  # another process began, and swept it away
-
-# %% ../../../nbs/lib/feature_explain_api.ipynb #feature-explain-api-11
-@patch
-def _answers(self: APIExplainer, what, asks):  # -> what each answer means
-    todo = {ask.name: ask for ask in asks}
-    done = {name: kept for name, ask in todo.items() if (kept := self._kept(ask)) is not None}
-    n, todo = len(todo), {name: ask for name, ask in todo.items() if name not in done}
-    troubles = self._fetch(what, todo, done) if todo else {}
-    if not troubles:
-        return [done[ask.name] for ask in asks]
-    kind = next(
-        (kind for kind in ("stop", "wait") if any(t.kind == kind for t in troubles.values())),
-        "answer",
-    )
-    says = [
-        f"{todo[name].label[:80]!r}: {t.says}" for name, t in troubles.items() if t.kind == kind
-    ]
-    raise (ConnectionError if kind == "wait" else ValueError)(
-        f"APIExplainer.{what}: {'; '.join(says[:3])}"
-        + (f"; and {len(says) - 3} more" if len(says) > 3 else "")
-        + f". {len(done)} of {n} answers are done and kept in {self.cache}: calling again asks only for the other {n - len(done)}"
-    )
-
-
-@patch
-def _fetch(
-    self: APIExplainer, what, todo, done
-):  # {name: ask}; adds to done -> {name: its trouble}
-    for half in self.cache.glob("*.json.*.part"):
-        half.unlink(missing_ok=True)  # of processes that were killed
-    stop, troubles, client, cost = (
-        threading.Event(),
-        {},
-        self._client(),
-        self._estimate(todo.values()),
-    )
-    dollars = "" if cost["dollars"] is None else f", about ${cost['dollars']:.2f}"
-    print(
-        f"{what}: {cost['calls']} calls to {self.host} ({len(done)} more are in the cache), about {cost['tokens_in']:,} tokens in and {cost['tokens_out']:,} out{dollars}",
-        flush=True,
-    )
-    with (
-        client,
-        tqdm(total=len(todo), desc=what) as bar,
-        ThreadPoolExecutor(self.max_concurrency) as pool,
-    ):
+    # ---- answers
+    def _kept(self, ask):
+        "The meaning of an answer in the cache, or None where none can be used."
         try:
-            jobs = {pool.submit(self._ask, client, stop, ask): name for name, ask in todo.items()}
-            for job in as_completed(jobs):
-                answer, trouble = job.result()
-                if trouble:
-                    troubles[jobs[job]] = trouble
-                elif answer is not None:
-                    done[jobs[job]] = answer
-                    bar.update()
-        finally:
-            stop.set()  # also for Ctrl-C: what is under way ends and is kept, the rest does not begin
-    return troubles
+            kept = json.loads((self.cache / ask.name).read_text())
+            return ask.read(kept["answer"]) if kept["request"] == ask.request else None
+        except (OSError, ValueError, KeyError, TypeError, IndexError, AttributeError):
+            return None
 
+    def _keep(self, ask, answer):
+        kept = json.dumps(dict(request=ask.request, answer=answer))
+        with suppress(FileNotFoundError):  # another process began, and swept it away
+            write_text(self.cache / ask.name, kept, shared=True)
 
-@patch
-def _ask(
-    self: APIExplainer, client, stop, ask
-):  # -> what the answer means, trouble; None, None for one not asked any more
-    tried, bounds = Counter(), dict(wait=self.retries, answer=self.BAD_ANSWERS, stop=0)
-    while not stop.is_set():
-        answer, trouble = self._once(client, ask)
-        if not trouble:
-            self._keep(ask, answer)
-            return ask.read(answer), None
-        tried[trouble.kind] += 1
-        if tried[trouble.kind] > bounds[trouble.kind]:
-            if trouble.kind != "answer":
-                stop.set()
+    def _answers(self, what, asks):
+        "What each answer means."
+        every = {ask.name: ask for ask in asks}
+        done = {name: self._kept(ask) for name, ask in every.items()}
+        done = {name: kept for name, kept in done.items() if kept is not None}
+        todo = {name: ask for name, ask in every.items() if name not in done}
+        troubles = self._fetch(what, todo, done) if todo else {}
+        if troubles:
+            labels = {name: ask.label for name, ask in todo.items()}
+            says = (
+                f"{len(done)} of {len(every)} answers are done and kept in {self.cache}: "
+                f"calling again asks only for the other {len(every) - len(done)}"
+            )
+            _raise(what, troubles, labels, says=says)
+        return [done[ask.name] for ask in asks]
+
+    def _announce(self, what, todo, cached):
+        cost = self._estimate(todo.values())
+        dollars = "" if cost["dollars"] is None else f", about ${cost['dollars']:.2f}"
+        print(
+            f"{what}: {cost['calls']} calls to {self.host} ({cached} more are in the cache), about "
+            f"{cost['tokens_in']:,} tokens in and {cost['tokens_out']:,} out{dollars}",
+            flush=True,
+        )
+
+    def _fetch(self, what, todo, done):  # {name: Ask}; adds to done
+        "Missing answers are requested concurrently: {name: Trouble}."
+        sweep(self.cache, ["*.json.*.part"])  # of processes that were killed
+        stop, troubles = threading.Event(), {}
+        wire = Wire(self.base_url, self.model, **self.wire)
+        self._announce(what, todo, len(done))
+        bar, pool = tqdm(total=len(todo), desc=what), ThreadPoolExecutor(self.max_concurrency)
+        with wire, bar, pool:
+            try:
+                jobs = {pool.submit(self._ask, wire, ask, stop): name for name, ask in todo.items()}
+                for job in as_completed(jobs):
+                    answer, trouble = job.result()
+                    if trouble:
+                        troubles[jobs[job]] = trouble
+                    elif answer is not None:
+                        done[jobs[job]] = answer
+                        bar.update()
+            finally:
+                stop.set()  # also for Ctrl-C: running requests end and are kept, no other begins
+        return troubles
+
+    def _ask(self, wire, ask, stop):
+        "What the answer means, trouble; None, None for one not asked any more."
+        answer, trouble = wire.ask(ask, stop)
+        if answer is None:
             return None, trouble
-        stop.wait(self._delay(tried[trouble.kind], trouble.after))
-    return None, None
-
-
-@patch
-def _delay(
-    self: APIExplainer, n, after=0.0
-):  # before the n-th retry: backoff * 2^(n-1), give or take half, and no less than asked for
-    return max(
-        after, min(self.LONGEST, self.backoff * 2 ** (n - 1) * random.Random().uniform(0.5, 1.5))
-    )
-
-
-@patch
-def _once(self: APIExplainer, client, ask):  # -> what to keep of the answer, trouble
-    "One request. Its errors end here: theirs hold the request, and with it the key."
-    import openai
-
-    try:
-        text = _without_key(
-            client.chat.completions.with_raw_response.create(**ask.request).http_response.text
-        )
-    except openai.APIStatusError as e:
-        return None, self._refusal(
-            e.status_code,
-            _without_key(e.response.text),
-            _seconds(e.response.headers.get("retry-after")),
-        )
-    except openai.APITimeoutError:
-        return None, _Trouble("wait", f"no answer from {self.host} in {self.timeout} s")
-    except openai.APIConnectionError:
-        return None, _Trouble("wait", f"no connection to {self.host}, or it was cut")
-    except Exception as e:
-        return None, _Trouble("stop", f"{type(e).__name__}: {_short(str(e))}")
-    try:
-        answer = _slim(text)
-        ask.read(answer)
-    except ValueError as e:
-        return None, _Trouble("answer", str(e))
-    return answer, None
-
-
-@patch
-def _refusal(self: APIExplainer, status, text, after):
-    says = _short(text)
-    if (status in (408, 409, 429) or status >= 500) and "insufficient_quota" not in text:
-        if after <= self.LONGEST:
-            return _Trouble("wait", f"{self.host} answers {status}: {says}", after)
-        return _Trouble(
-            "stop", f"{self.host} answers {status} and wants us to wait {after:.0f} s: {says}"
-        )
-    why = {
-        400: "the endpoint does not take the request"
-        + (" (top_logprobs=0 asks for no log-probabilities)" if "logprob" in text else ""),
-        401: "the endpoint does not take the key in OPENAI_API_KEY",
-        403: f"the key in OPENAI_API_KEY may not use {self.model!r}",
-        404: f"no model {self.model!r}, or not the address of an API (which often ends in /v1)",
-    }
-    return _Trouble(
-        "stop",
-        f"{self.host} answers {status}: {why.get(status, 'it refuses')}"
-        + ("" if status == 401 else f": {says}"),
-    )
-
-
-@patch
-def _client(self: APIExplainer):
-    import openai
-
-    if not _key() and not _loopback(urlsplit(self.base_url).hostname):
-        raise ValueError(
-            f"APIExplainer: no key for {self.host}; expected it in the environment, as OPENAI_API_KEY (never in a notebook)"
-        )
-    if not re.fullmatch(r"[!-~]*", _key()):
-        raise ValueError(
-            "APIExplainer: OPENAI_API_KEY holds spaces or letters that no key has; expected the key alone"
-        )
-    try:
-        return openai.OpenAI(
-            api_key=_key() or "none", base_url=self.base_url, timeout=self.timeout, max_retries=0
-        )
-    except Exception as e:
-        says = f"{type(e).__name__}: {_short(str(e))}"
-    raise ValueError(
-        f"APIExplainer: no client for {self.host}: {says}"
-    )  # outside: the caught error's frames hold the key
-
-# %% ../../../nbs/lib/feature_explain_api.ipynb #feature-explain-api-12
-def _key():
-    return os.environ.get(
-        "OPENAI_API_KEY", ""
-    ).strip()  # never bound to a name: some tracebacks show those
-
-
-def _without_key(text):
-    return (
-        text.replace(_key(), "[key]") if len(_key()) >= 8 else text
-    )  # shorter ones ("none", "EMPTY") are no secrets, but may be words
-
-
-def _short(text):
-    return (lambda line: line if len(line) <= 200 else line[:200] + " ...")(
-        " ".join(_without_key(text).split())
-    )
-
-
-def _loopback(host):
-    try:
-        return host == "localhost" or ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return False
-
-
-def _seconds(after):  # a Retry-After header: seconds, or a date
-    from datetime import datetime, timezone
-    from email.utils import parsedate_to_datetime
-
-    try:
-        return max(0.0, float(after or 0))
-    except ValueError:
-        pass
-    try:
-        return max(0.0, (parsedate_to_datetime(after) - datetime.now(timezone.utc)).total_seconds())
-    except (ValueError, TypeError):
-        return 0.0
-
-# %% ../../../nbs/lib/feature_explain_api.ipynb #feature-explain-api-13
-_NUMBERS, _YES_NO = {str(n) for n in range(11)}, {"yes", "no"}
-
-
-def _slim(text):  # a response -> {"text", "tokens": None or [[bytes, {number: probability}]]}
-    "What is worth keeping: the answer, and of the alternatives to its tokens the numbers, yes and no."
-    try:
-        choice = json.loads(text)["choices"][0]
-        content, tokens = (
-            choice["message"]["content"],
-            (choice.get("logprobs") or {}).get("content"),
-        )
-    except (ValueError, KeyError, TypeError, IndexError, AttributeError):
-        raise ValueError(f"expected a chat completion, got {_short(text)!r}") from None
-    if not isinstance(content, str):
-        raise ValueError(f"expected a text, got {_short(repr(content))}")
-    try:
-        tokens = tokens and [[_bytes(t), _alternatives(t)] for t in tokens]
-    except (KeyError, TypeError, ValueError, AttributeError, OverflowError):
-        tokens = None
-    if tokens and b"".join(b for b, _ in tokens) != content.encode():
-        tokens = None
-    return dict(text=content, tokens=tokens and [[len(b), alts] for b, alts in tokens])
-
-
-def _bytes(token):
-    return bytes(token["bytes"]) if token.get("bytes") is not None else token["token"].encode()
-
-
-def _alternatives(token):  # -> {number, yes or no: probability}
-    found = Counter()
-    for text, lp in (
-        {t["token"]: t["logprob"] for t in [token, *token["top_logprobs"]]}.items()
-        if token.get("top_logprobs")
-        else ()
-    ):
-        if (word := text.strip().lower()) in _NUMBERS | _YES_NO:
-            found[word] += math.exp(lp)
-    return found
-
-
-def _read_phrase(answer):
-    phrase = clean_phrase(answer["text"])
-    if not phrase:
-        raise ValueError(f"expected a phrase, got {_short(answer['text'])!r}")
-    return phrase
-
-
-def _token_at(
-    tokens, at
-):  # -> the number of the token that holds a byte of the text, where it begins
-    starts = list(accumulate((size for size, _ in tokens), initial=0))
-    i = bisect_right(starts, at) - 1
-    return i, starts[i]
-
-
-def _begin(text):
-    return len(text) - len(text.rpartition("</think>")[2])  # behind the thoughts
-
-
-def _read_yes(answer):  # -> probability of yes
-    text = answer["text"]
-    said = re.compile(r"\W*(yes|no)\b", re.I).match(text, _begin(text))
-    if not said:
-        raise ValueError(f"expected yes or no, got {_short(text)!r}")
-    p = (
-        answer["tokens"]
-        and answer["tokens"][_token_at(answer["tokens"], len(text[: said.start(1)].encode()))[0]][1]
-        or {}
-    )
-    return (
-        p.get("yes", 0.0) / (p.get("yes", 0.0) + p.get("no", 0.0))
-        if _YES_NO & p.keys()
-        else float(said[1].lower() == "yes")
-    )
-
-
-def _read_numbers(
-    answer, wanted
-):  # tokens [n] -> [n] as written; [n] expected, or None without log-probabilities
-    "The last field of each line, which must stand behind its token or alone; blank lines, ``` and thoughts do not count."
-    text, found = answer["text"], []
-    for line in re.compile(r"[^\n]+").finditer(text, _begin(text)):
-        if not line[0].strip() or line[0].startswith("```") and "\t" not in line[0]:
-            continue
-        number = re.fullmatch(r"(?:.*\t)? *(\d+(?:\.\d+)?)\s*", line[0])
-        if not number or float(number[1]) > 10:
-            raise ValueError(
-                f"expected a token, a tab and a number 0..10 on each line, got {_short(line[0])!r}"
-            )
-        found.append(
-            (
-                len(text[: line.start() + number.start(1)].encode()),
-                number[1],
-                line[0].rpartition("\t")[0].strip(),
-            )
-        )
-    if len(found) != len(wanted):
-        raise ValueError(f"expected {len(wanted)} lines, got {len(found)}: {_short(text)!r}")
-    for token, (_, _, name) in zip(wanted, found):
-        if name and name != escape_token(token).strip():
-            raise ValueError(
-                f"expected a line for {escape_token(token)!r}, got one for {_short(name)!r}"
-            )
-    expected = (
-        [
-            _expectation(answer["tokens"], text.encode(), at, number=number)
-            for at, number, _ in found
-        ]
-        if answer["tokens"]
-        else [None]
-    )
-    return [float(number) for _, number, _ in found], None if None in expected else expected
-
-
-def _expectation(
-    tokens, text, at, *, number
-):  # the number written at a byte of the text -> mean of 0..10, or None where its alternatives are not known
-    i, begin = _token_at(tokens, at)
-    written = text[begin : begin + tokens[i][0]].decode(errors="ignore").strip()
-    if written != number and (written, number) != ("1", "10"):
-        return None
-    p = Counter({k: v for k, v in tokens[i][1].items() if k in _NUMBERS})
-    if written == "1" and i + 1 < len(tokens):
-        p.update(
-            {
-                "10": p["1"] * tokens[i + 1][1].get("0", 0.0),
-                "1": -p["1"] * tokens[i + 1][1].get("0", 0.0),
-            }
-        )
-    return sum(int(k) * v for k, v in p.items()) / p.total() if p.total() > 0 else None
+        self._keep(ask, answer)
+        return ask.read(answer), None

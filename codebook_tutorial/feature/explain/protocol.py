@@ -6,7 +6,7 @@ Docs: https://codebook-tutorial.github.io/codebook_tutorial/lib/feature_explain_
 
 # %% auto #0
 __all__ = ['Fragment', 'Unreadable', 'Explainer', 'check_features', 'check_asks', 'fragments', 'pieces', 'some_features', 'Case',
-           'integers', 'make_cases', 'feature_concepts', 'concept_fit', 'greedy_rules']
+           'integers', 'make_cases']
 
 # %% ../../../nbs/lib/feature_explain_protocol.ipynb #feature-explain-protocol-3
 from dataclasses import dataclass
@@ -15,9 +15,7 @@ import numpy as np
 import torch
 from ...core import seeded
 from ...dictionary.kmeans import finite
-from ..detect import best_f1
 from ..surface import Surface
-from .scores import correlation
 from ...model.text import Text
 
 # %% ../../../nbs/lib/feature_explain_protocol.ipynb #feature-explain-protocol-5
@@ -259,108 +257,3 @@ def _as_long(some, sizes, like):
     "For each of others, one fragment nearest in length, each once: a judge could go by length."
     left = list(some)
     return [left.pop(int(np.abs(sizes[left] - sizes[i]).argmin())) for i in like[: len(left)]]
-
-# %% ../../../nbs/lib/feature_explain_protocol.ipynb #feature-explain-protocol-13
-def feature_concepts(
-    f,  # [N, F] features at ordinary tokens
-    truth,  # [N, C] bool
-    at_least: int = 20,  # concepts with fewer tokens in either half are left out
-    *,
-    points: int = 64,
-) -> dict:  # thresholds tried, at geometrically spaced ranks
-    "The concept that fits each feature best: concept and threshold chosen on the first half of the tokens, by how far F1 is above that of always firing; `precision`, `recall`, `f1` and `gain` = (F1 - that of always firing) / (1 - that) on the second."
-    f, truth = np.asarray(f), np.asarray(truth, bool)
-    if f.ndim != 2 or truth.ndim != 2 or len(f) != len(truth) or not f.shape[1]:
-        raise ValueError(
-            f"feature_concepts: expected features [N, F] and truth [N, C] of the same tokens, got {list(f.shape)} and {list(truth.shape)}"
-        )
-    if not np.isfinite(f).all():
-        raise ValueError(
-            "feature_concepts: the features hold NaN or infinity; expected finite numbers"
-        )
-    half = len(f) // 2
-    asked = np.flatnonzero(
-        (np.minimum(truth[:half].sum(0), truth[half:].sum(0)) >= at_least) & ~truth[:half].all(0)
-    )
-    if not len(asked):
-        raise ValueError(
-            f"feature_concepts: no concept holds at {at_least} tokens of either half, and not at all of them"
-        )
-    at, concept = truth[:half, asked].nonzero()
-    counts, levels, out = (
-        truth[:half, asked].sum(0),
-        np.unique(np.geomspace(1, half, points).astype(int)),
-        {k: np.zeros(f.shape[1]) for k in ("concept", "precision", "recall", "f1", "gain")},
-    )
-    always = lambda n, of: 2 * n / (n + of)
-    for j in range(f.shape[1]):
-        order = f[:half, j].argsort()
-        ((value, threshold),) = best_f1(
-            order,
-            f[:half, j][order].astype(np.float64),
-            levels,
-            counts=counts,
-            at=at,
-            concept=concept,
-        )
-        base = always(counts, half)
-        best = int(((value - base) / (1 - base)).argmax())
-        fires, own = f[half:, j] >= threshold[best], truth[half:, asked[best]]
-        hits, base = (fires & own).sum(), always(own.sum(), len(own))
-        f1 = 2 * hits / (fires.sum() + own.sum())
-        for key, v in zip(
-            out,
-            (
-                asked[best],
-                hits / max(fires.sum(), 1),
-                hits / own.sum(),
-                f1,
-                (f1 - base) / max(1 - base, 1e-12),
-            ),
-        ):
-            out[key][j] = v
-    return out | dict(concept=out["concept"].astype(int))
-
-
-def concept_fit(
-    f, truth, n: int = 4, *, at_least: int = 20
-):  # [N, F], [N, C] bool -> r [F], nan where there is none; concepts of each
-    "How much of each feature known concepts say together: at most n of them with weights of at least 0, fitted to its activations (negative ones cut to 0) on the first half of the tokens; r on the second."
-    f, truth = np.maximum(np.asarray(f, np.float32), 0), np.asarray(truth)
-    if f.ndim != 2 or truth.ndim != 2 or len(f) != len(truth):
-        raise ValueError(
-            f"concept_fit: expected features [N, F] and truth [N, C] of the same tokens, got {list(f.shape)} and {list(truth.shape)}"
-        )
-    half = len(f) // 2
-    asked = np.flatnonzero(truth[:half].sum(0) >= at_least)
-    M, r, chosen = (
-        np.column_stack([np.ones(len(f)), truth[:, asked]]).astype(np.float32),
-        np.full(f.shape[1], np.nan),
-        [],
-    )
-    for j in range(f.shape[1]):
-        columns, weights = greedy_rules(M[:half], f[:half, j], n)[-1]
-        found = correlation(f[half:, j], M[half:, columns] @ weights)
-        r[j] = np.nan if found is None else found
-        chosen.append(asked[np.array(columns[1:], int) - 1].tolist())
-    return r, chosen
-
-
-def greedy_rules(
-    M, y, n
-):  # [tokens, predicates], [tokens] -> for 0..n predicates beside the first: columns, weights of at least 0
-    "One predicate after the other, each time the one that explains most of what is left."
-    from scipy.optimize import nnls
-
-    chosen, weights, sizes = [0], np.array([y.mean()], M.dtype), np.maximum(M.sum(0), 1)
-    path = [(chosen, weights)]
-    for _ in range(n):
-        fit = np.maximum((y - M[:, chosen] @ weights) @ M, 0)
-        gain = fit**2 / sizes
-        gain[chosen] = 0
-        if gain.max() < 1e-9:
-            break
-        chosen = chosen + [int(gain.argmax())]
-        weights = nnls(M[:, chosen], y)[0].astype(M.dtype)
-        path.append((chosen, weights))
-    return path

@@ -12,14 +12,14 @@ import json
 import re
 
 import numpy as np
+from .concepts import greedy_rules
 from codebook_tutorial.feature.explain.protocol import (
     Explainer,
     Unreadable,
     check_asks,
     check_features,
-    greedy_rules,
 )
-from ...world.concepts import CLASSES
+from ...world.words import CLASSES
 from ...world.grammar import LISTS, TOPICS
 from fastcore.basics import patch
 from tqdm.auto import tqdm
