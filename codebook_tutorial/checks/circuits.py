@@ -23,14 +23,14 @@ def check_ablate_feature(ablate_feature):
     d = torch.tensor([0.6, 0.8, 0.0, 0.0, 0.0])
     b = -0.2
     ways = (d, -d)  # the second cannot be taken out
+    along_e = x - ((x @ e + b).relu() / (e @ e))[:, None] * e
 
-    def right(c=lambda pre: pre.relu(), slope=lambda d: e @ d, guard=True):
-        return torch.cat(
-            [
-                x if guard and e @ d <= 0 else x - (c(x @ e + b) / slope(d))[:, None] * d
-                for d in ways
-            ]
-        )
+    def taken(d, c, slope):
+        return x - (c / slope)[:, None] * d
+
+    def right(c=torch.relu, slope=lambda d: e @ d, guard=True):
+        pre = c(x @ e + b)
+        return torch.cat([x if guard and e @ d <= 0 else taken(d, pre, slope(d)) for d in ways])
 
     return check(
         lambda: torch.cat([ablate_feature(x.clone(), e.clone(), b, d.clone()) for d in ways]),
@@ -47,9 +47,7 @@ def check_ablate_feature(ablate_feature):
             "of d: leave the states alone": right(guard=False),
             "the bias belongs to the pre-activation": right(c=lambda pre: (pre - b).relu()),
             "that is d.d; what is read is e.x": right(slope=lambda d: d @ d),
-            "go back along d, not along e": torch.cat(
-                [x if e @ d <= 0 else x - ((x @ e + b).relu() / (e @ e))[:, None] * e for d in ways]
-            ),
+            "go back along d, not along e": torch.cat([along_e, x]),
         },
     )
 
@@ -102,9 +100,8 @@ def check_proposed_effects(proposed_effects):
 
 def check_same_words(same_words):
     "Exercise 11.4."
-    active = torch.rand(40, 7, generator=seeded(2)) < torch.tensor(
-        [0.3, 0.5, 0.1, 0.8, 0.3, 0.6, 0.0]
-    )
+    shares = torch.tensor([0.3, 0.5, 0.1, 0.8, 0.3, 0.6, 0.0])
+    active = torch.rand(40, 7, generator=seeded(2)) < shares
     active[:, 6] = False
     a, pick = active.float(), (1, 6)
 
@@ -149,22 +146,26 @@ def check_as_long(as_long):
         lambda: as_long(own.clone(), wanted.clone()),
         own * n(wanted).sum(1, keepdim=True) / n(own).sum(1, keepdim=True).clamp(min=1e-6),
         {
-            "where the control has no edit, it stays 0: do not divide by 0": own
-            * n(wanted).sum(1, keepdim=True)
-            / n(own).sum(1, keepdim=True),
-            "one factor for each context, not for each word": own
-            * n(wanted)
-            / n(own).clamp(min=1e-6),
+            "where the control has no edit, it stays 0: do not divide by 0": (
+                own * n(wanted).sum(1, keepdim=True) / n(own).sum(1, keepdim=True)
+            ),
+            "one factor for each context, not for each word": (
+                own * n(wanted) / n(own).clamp(min=1e-6)
+            ),
             "one factor for each context, not for all": own * n(wanted).sum() / n(own).sum(),
-            "the sum of lengths, not the length of the sum": own
-            * wanted.sum(1, keepdim=True).norm(dim=-1, keepdim=True)
-            / own.sum(1, keepdim=True).norm(dim=-1, keepdim=True).clamp(min=1e-6),
-            "lengths, added up: not the root of all squares": own
-            * wanted.flatten(1).norm(dim=1)[:, None, None]
-            / own.flatten(1).norm(dim=1)[:, None, None].clamp(min=1e-6),
-            "as long as the tree's, not the reverse": own
-            * n(own).sum(1, keepdim=True)
-            / n(wanted).sum(1, keepdim=True),
+            "the sum of lengths, not the length of the sum": (
+                own
+                * wanted.sum(1, keepdim=True).norm(dim=-1, keepdim=True)
+                / own.sum(1, keepdim=True).norm(dim=-1, keepdim=True).clamp(min=1e-6)
+            ),
+            "lengths, added up: not the root of all squares": (
+                own
+                * wanted.flatten(1).norm(dim=1)[:, None, None]
+                / own.flatten(1).norm(dim=1)[:, None, None].clamp(min=1e-6)
+            ),
+            "as long as the tree's, not the reverse": (
+                own * n(own).sum(1, keepdim=True) / n(wanted).sum(1, keepdim=True)
+            ),
         },
     )
 
@@ -195,10 +196,8 @@ def check_comes_next(comes_next):
     tokens = [2, 7]
     pad = 0
 
-    def found(shift=-1, last=True, some=tokens, own=True):
-        out = torch.isin(ids.roll(shift, 1), torch.tensor(some))
-        if own:
-            out &= ids != pad
+    def found(shift=-1, last=True, some=tokens):
+        out = torch.isin(ids.roll(shift, 1), torch.tensor(some)) & (ids != pad)
         if last:
             out[:, -1] = False
         return out.float()

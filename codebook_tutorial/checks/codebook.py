@@ -158,9 +158,9 @@ def check_bits(bits):
         {
             "those are nats; divide by ln 2": -(p * p.log()).sum(),
             "codes never used give 0 * log 0: leave them out": torch.tensor(float("nan")),
-            "that is the logarithm of how many codes are used; weigh by how often": torch.tensor(
-                4.0
-            ).log2(),
+            "that is the logarithm of how many codes are used; weigh by how often": (
+                torch.tensor(4.0).log2()
+            ),
             "that is log2 of all codes; weigh by how often": torch.tensor(6.0).log2(),
             "the sign: bits are positive": (p * p.log2()).sum(),
         },

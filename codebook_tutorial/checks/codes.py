@@ -18,21 +18,20 @@ from .core import check, check_choice
 def _example(n=400, n_codes=12):
     ids = torch.randint(n_codes, (n,), generator=seeded(0))
     noise = torch.rand(n, generator=seeded(1))
-    meant = (
-        noise < torch.tensor([0.95, 0.8, 0.6, 0.45, 0.3, 0.2, 0.1, 0.1, 0.05, 0.05, 0.0, 0.0])[ids]
-    )
-    ids[torch.arange(3)], meant[:3] = (
-        n_codes,
-        True,
-    )  # a code that is precise by chance: three times on the first half alone
+    shares = torch.tensor([0.95, 0.8, 0.6, 0.45, 0.3, 0.2, 0.1, 0.1, 0.05, 0.05, 0.0, 0.0])
+    meant = noise < shares[ids]
+    # a code that is precise by chance: three times on the first half alone
+    ids[:3] = n_codes
+    meant[:3] = True
     return ids, meant, n_codes + 2
 
 
 def check_precision_recall(precision_recall):
     "Exercise 06.1."
     fires, meant = torch.arange(12) % 3 == 0, torch.arange(12) < 5
+    never = torch.zeros(12).bool()
     p, r, f = 0.5, 0.4, 4 / 9
-    right, never = torch.tensor([p, r, f]), torch.zeros(12).bool()
+    right = torch.tensor([p, r, f])
     verdict = check(
         lambda: precision_recall(fires, meant),
         right,
@@ -46,15 +45,13 @@ def check_precision_recall(precision_recall):
             "without the 2, F1 never exceeds a half": torch.tensor([p, r, f / 2]),
         },
     )
-    return (
-        check(
-            lambda: precision_recall(never, meant),
-            torch.zeros(3),
-            {"a detector that never fires divides by nothing": torch.tensor([torch.nan, 0.0, 0.0])},
-            praise=verdict.message,
-        )
-        if verdict
-        else verdict
+    if not verdict:
+        return verdict
+    return check(
+        lambda: precision_recall(never, meant),
+        torch.zeros(3),
+        {"a detector that never fires divides by nothing": torch.tensor([torch.nan, 0.0, 0.0])},
+        praise=verdict.message,
     )
 
 
@@ -62,18 +59,17 @@ def check_code_precisions(code_precisions):
     "Exercise 06.2."
     ids, meant, n = _example()
     hits, fires = torch.bincount(ids[meant], minlength=n), torch.bincount(ids, minlength=n)
+    right = hits / fires.clamp(min=1)
     return check(
         lambda: code_precisions(ids, meant, n),
-        hits / fires.clamp(min=1),
+        right,
         {
             "that is the recall: precision divides by the code's own firings": hits / meant.sum(),
             "those are hits; divide by the firings": hits,
             "a code that never fires gives 0 / 0: make it 0": hits / fires,
             "that divides by all tokens": hits / len(ids),
-            "that is the share of its firings that were *not* meant": 1 - hits / fires.clamp(min=1),
-            "minlength: codes that never fire are missing at the end": (hits / fires.clamp(min=1))[
-                : n - 1
-            ],
+            "that is the share of its firings that were *not* meant": 1 - right,
+            "minlength: codes that never fire are missing at the end": right[:-1],
         },
     )
 
@@ -113,16 +109,16 @@ def check_held_out_best(held_out_best):
     half = len(ids) // 2
 
     def at(part, best):
-        return ((ids[part] == best) & meant[part]).sum() / (ids[part] == best).sum().clamp(min=1)
+        fires = ids[part] == best
+        return (fires & meant[part]).sum() / fires.sum().clamp(min=1)
 
     first, later, every = slice(None, half), slice(half, None), slice(None)
 
     def best(part, least):
         hits = torch.bincount(ids[part][meant[part]], minlength=n)
         fires = torch.bincount(ids[part], minlength=n)
-        return torch.where(
-            hits > least * meant[part].sum(), hits / fires.clamp(min=1), -1.0
-        ).argmax()
+        enough = hits > least * meant[part].sum()
+        return torch.where(enough, hits / fires.clamp(min=1), -1.0).argmax()
 
     return check(
         lambda: held_out_best(ids, meant, n),
@@ -159,9 +155,8 @@ def check_best_set(best_set):
     half = len(ids) // 2
     fires = torch.bincount(ids[:half], minlength=n)
     hits = torch.bincount(ids[:half][meant[:half]], minlength=n)
-    order = torch.where(fires > 0, hits / fires.clamp(min=1), -1.0).argsort(
-        descending=True, stable=True
-    )
+    precision = torch.where(fires > 0, hits / fires.clamp(min=1), -1.0)
+    order = precision.argsort(descending=True, stable=True)
     f1 = 2 * hits[order].cumsum(0) / (fires[order].cumsum(0) + meant[:half].sum())
     m = 1 + int((f1[1:] > f1[:-1]).int().cumprod(0).sum())
 

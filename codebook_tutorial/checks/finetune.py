@@ -29,8 +29,9 @@ def check_most_bits(most_bits):
             "k picks carry k times the bits of one": 40.0,
             "that is how many codes there are, not the bits it takes to name some": 4.0 * 1024,
             "that is how many states can be named; its logarithm is wanted": 1024.0**12,
-            "the k picks of a group are in an order (each for what is left over), and may repeat": 4
-            * math.log2(math.comb(1024, 3)),
+            "the k picks of a group are in an order (each for what is left over), and may repeat": (
+                4 * math.log2(math.comb(1024, 3))
+            ),
         },
     )
 
@@ -51,13 +52,12 @@ def check_likeness(likeness_of):
             "each place by itself, please: one number, their mean": F.cosine_similarity(
                 a, b, dim=-1
             ),
-            "you compare codes of one slot at different places": F.cosine_similarity(
-                a[:-1], a[1:], dim=-1
-            ).mean(),
-            "that is the likeness of all pairs of the book, "
-            "whether they stand together or not": F.cosine_similarity(
-                codes[:, None], codes, dim=-1
-            ).mean(),
+            "you compare codes of one slot at different places": (
+                F.cosine_similarity(a[:-1], a[1:], dim=-1).mean()
+            ),
+            "that is the likeness of all pairs of the book, whether they stand together or not": (
+                F.cosine_similarity(codes[:, None], codes, dim=-1).mean()
+            ),
         },
     )
 
@@ -69,7 +69,8 @@ def check_whole_loss(whole_loss):
         torch.tensor([[1, 0, 0, 0], [1, 1, 0, 0]]) == 1,
     ]
     nats = [torch.rand(2, 4, generator=seeded(i)) + 3 * i for i in range(2)]
-    sums, n = torch.stack([x[a].sum() for x, a in zip(nats, asked)]), torch.tensor([7.0, 3.0])
+    sums = torch.stack([x[a].sum() for x, a in zip(nats, asked)])
+    n = torch.tensor([7.0, 3.0])
     return check(
         lambda: whole_loss(nats, asked),
         sums / 10,
@@ -158,11 +159,10 @@ def check_cheapest(cheapest):
             "good enough in one seed is not good enough in the mean": pair(1, 0.0),
         },
     )
-    return (
-        check(lambda: cheapest(bits, gaps, 0.001), pair(-1, math.nan), {}, praise=verdict.message)
-        if verdict
-        else verdict
-    )
+    if not verdict:
+        return verdict
+    none = pair(-1, math.nan)
+    return check(lambda: cheapest(bits, gaps, 0.001), none, praise=verdict.message)
 
 
 def check_write_at(write_at):

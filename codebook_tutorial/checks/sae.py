@@ -26,8 +26,9 @@ def check_unexplained(unexplained):
         {
             "that is the variance explained": 1 - left.sum() / total.sum(),
             "centre x first: far from zero any answer would look good": left.sum() / x.pow(2).sum(),
-            "the mean is a vector, one number a coordinate": left.sum()
-            / (x - x.mean()).pow(2).sum(),
+            "the mean is a vector, one number a coordinate": (
+                left.sum() / (x - x.mean()).pow(2).sum()
+            ),
             "sum before you divide: coordinates with little variance "
             "would count as much as large ones": (left.sum(0) / total.sum(0)).mean(),
             "that is the squared error; divide by the variance": left.sum(-1).mean(),
@@ -55,10 +56,13 @@ def check_sae_loss(sae_loss):
             "the penalty's mean over features: sum them": error.sum(-1).mean() + alpha * f.mean(),
             "the penalty is missing": error.sum(-1).mean(),
             "the ReLU is missing": (x - pre @ M).pow(2).sum(-1).mean() + alpha * pre.sum(-1).mean(),
-            "the bias is missing": (x - (x @ M.T).relu() @ M).pow(2).sum(-1).mean()
-            + alpha * (x @ M.T).relu().sum(-1).mean(),
-            "L1 is the sum of the features, not of their squares": error.sum(-1).mean()
-            + alpha * f.pow(2).sum(-1).mean(),
+            "the bias is missing": (
+                (x - (x @ M.T).relu() @ M).pow(2).sum(-1).mean()
+                + alpha * (x @ M.T).relu().sum(-1).mean()
+            ),
+            "L1 is the sum of the features, not of their squares": (
+                error.sum(-1).mean() + alpha * f.pow(2).sum(-1).mean()
+            ),
             "sums over states: take the mean": error.sum() + alpha * f.sum(),
         },
     )
@@ -86,9 +90,9 @@ def check_keep_k(keep_k):
             ),
             "that is the k largest, but not at their places": values.relu(),
             "that is a ReLU: nothing limits the number": pre.relu(),
-            "k of the whole batch: that is BatchTopK": torch.where(
-                pre >= pre.flatten().topk(k * len(pre)).values[-1], pre, 0.0
-            ).relu(),
+            "k of the whole batch: that is BatchTopK": (
+                torch.where(pre >= pre.flatten().topk(k * len(pre)).values[-1], pre, 0.0).relu()
+            ),
         },
     )
 
@@ -103,11 +107,12 @@ def check_best_decoder(best_decoder):
         {
             "that is the features' covariance with the states; features "
             "that fire together need the inverse of fᵀ f": f.T @ x,
-            "each feature by itself: they overlap, so they must be solved for together": (f.T @ x)
-            / f.pow(2).sum(0)[:, None],
-            "that is the encoder's question: features from states": torch.linalg.lstsq(
-                x, f
-            ).solution,
+            "each feature by itself: they overlap, so they must be solved for together": (
+                (f.T @ x) / f.pow(2).sum(0)[:, None]
+            ),
+            "that is the encoder's question: features from states": (
+                torch.linalg.lstsq(x, f).solution
+            ),
             "transposed: W is [F, d]": W.T,
             "rows need not have length 1 here": W / W.norm(dim=-1, keepdim=True),
         },
@@ -144,13 +149,13 @@ def check_threshold_gradient(threshold_gradient):
             "the sign: a higher threshold makes fewer features active": near.mean(0) / width,
             "divide by the width: a wide window catches more "
             "rows without being steeper": -near.mean(0),
-            "width / 2 to either side, not width": -((pre - theta).abs() < width).float().mean(0)
-            / width,
+            "width / 2 to either side, not width": (
+                -((pre - theta).abs() < width).float().mean(0) / width
+            ),
             "the mean over rows, not the sum": -near.sum(0) / width,
             "one number a feature": -near.mean() / width,
-            "only rows above the threshold counted; those just below would become active": -(
-                near * (pre > theta)
-            ).mean(0)
-            / width,
+            "only rows above the threshold counted; those just below would become active": (
+                -(near * (pre > theta)).mean(0) / width
+            ),
         },
     )

@@ -84,8 +84,9 @@ def check_training_state(training_state):
         {
             "four bytes a number in float32": right / 4,
             "AdamW keeps two moments a weight": 4 * numbers(3, 3, 3),
-            "codes that learn by averages have no gradient and no moments, but two buffers": 4
-            * numbers(4, 4, 4),
+            "codes that learn by averages have no gradient and no moments, but two buffers": (
+                4 * numbers(4, 4, 4)
+            ),
             "their two buffers count as well": 4 * numbers(4, 4, 1),
             "the weights themselves are held too": 4 * numbers(3, 3, 2),
         },

@@ -18,9 +18,8 @@ from .core import Verdict, check, check_choice
 def _codes_and_labels():
     labels = torch.randint(6, (400,), generator=seeded(0))
     noise = torch.randint(30, (400,), generator=seeded(1))
-    return torch.where(
-        torch.rand(400, generator=seeded(2)) < 0.6, labels * 3 + torch.arange(400) % 3, noise
-    ), labels
+    true = torch.rand(400, generator=seeded(2)) < 0.6
+    return torch.where(true, labels * 3 + torch.arange(400) % 3, noise), labels
 
 
 def check_majority(majority):
@@ -64,30 +63,28 @@ def check_held_out_precision(held_out_precision):
 
 def check_precision_at_recall(precision_at_recall):
     "Exercise 03.3."
-    acts, truth = torch.randn(300, generator=seeded(3)), torch.rand(300, generator=seeded(4)) < 0.2
-    acts = acts + truth
+    truth = torch.rand(300, generator=seeded(4)) < 0.2
+    acts = torch.randn(300, generator=seeded(3)) + truth
 
     def at(order, recall=0.7):
         hits = truth[order].cumsum(0)
         rank = int((hits < recall * truth.sum()).sum())
         return hits[rank] / (rank + 1), rank
 
-    right, rank = at(acts.argsort(descending=True))
+    falling = acts.argsort(descending=True)
+    right, rank = at(falling)
+    of_all = 0.7 * 300 / int(truth.sum()) if 0.7 * 300 <= int(truth.sum()) else 1.0
     return check(
         lambda: precision_at_recall(acts, truth, 0.7),
         right,
         {
             "you sorted lowest first: high activations fire first": at(acts.argsort())[0],
-            "that is the recall; precision is hits / number that fire": torch.tensor(0.7)
-            .mul(truth.sum())
-            .ceil()
-            / truth.sum(),
+            "that is the recall; precision is hits / number that fire": (
+                torch.tensor(0.7).mul(truth.sum()).ceil() / truth.sum()
+            ),
             "off by one: after rank r (from 0) r + 1 positions fire": right * (rank + 1) / rank,
             "that is the threshold, not the precision": acts.sort(descending=True).values[rank],
-            "the recall is of the true positions, not of all": at(
-                acts.argsort(descending=True),
-                0.7 * 300 / int(truth.sum()) if 0.7 * 300 <= int(truth.sum()) else 1.0,
-            )[0],
+            "the recall is of the true positions, not of all": at(falling, of_all)[0],
         },
     )
 
@@ -163,11 +160,9 @@ def check_smallest(smallest):
         return Verdict(
             False, f"when no size reaches the goal your code stops with {type(e).__name__}: {e}"
         )
-    return (
-        got
-        if none is None
-        else Verdict(False, f"when no size reaches the goal, return None, not {none}")
-    )
+    if none is None:
+        return got
+    return Verdict(False, f"when no size reaches the goal, return None, not {none}")
 
 
 def check_answer_03_7(answer):

@@ -86,9 +86,11 @@ def check_switch_table(switch_table):
                 (owner != target) & ((owner >= 0) | gates)
             ),
             "that only starts: other alternatives' codes change as well": table(gates),
-            "the code write[target], not the number target": torch.where(
-                (owner >= 0) & (owner != target) | gates, target, torch.arange(8)
-            ).float(),
+            "the code write[target], not the number target": (
+                torch.where(
+                    (owner >= 0) & (owner != target) | gates, target, torch.arange(8)
+                ).float()
+            ),
         },
     )
 
@@ -100,9 +102,9 @@ def check_recognised_topic(recognised_topic):
         lambda: recognised_topic(counts.clone()).float(),
         torch.tensor([0.0, -1, -1, 2, 0, -1]),
         {
-            "a text without any word, or with two equal, has no topic: -1": counts.argmax(
-                1
-            ).float(),
+            "a text without any word, or with two equal, has no topic: -1": (
+                counts.argmax(1).float()
+            ),
             "two equal: -1 as well": torch.tensor([0.0, -1, 0, 2, 0, 1]),
             "the number of the topic, not how many words it has": counts.max(1).values.float(),
         },

@@ -49,14 +49,12 @@ def check_lowest_loss(lowest_loss):
             "you divided by the choices; most tokens are no choice, yet they are tokens": right * 2,
             "those are bits": right / math.log(2),
             "that is a sentence's entropy; divide by its tokens": right * 6,
-            "that takes every choice as if its alternatives were equally likely": sum(
-                math.log(len(p)) for p in choices
-            )
-            / 6,
-            "that is the surprise of the likeliest sentence, not the mean": -sum(
-                p.max().log() for p in choices
-            )
-            / 6,
+            "that takes every choice as if its alternatives were equally likely": (
+                sum(math.log(len(p)) for p in choices) / 6
+            ),
+            "that is the surprise of the likeliest sentence, not the mean": (
+                -sum(p.max().log() for p in choices) / 6
+            ),
             "the sign: an entropy is positive": -right,
             "0 times log 0 is nan in floating point; such an "
             "alternative never comes and costs nothing": torch.tensor(math.nan),
@@ -93,13 +91,12 @@ def check_mean_loss(mean_loss):
             "roll carried the last token of a full row to the "
             "front: a row's first BOS never counts": nats[rolled].mean(),
             "a BOS right behind a BOS ends nothing": nats[no_first].mean(),
-            "the end of a document is to be predicted, too: the BOS behind an ordinary token": nats[
-                word
-            ].mean(),
-            "you took the mean of the rows' means; a token of a "
-            "short row would count for more": torch.stack(
-                [n[c].mean() for n, c in zip(nats, counts)]
-            ).mean(),
+            "the end of a document is to be predicted, too: the BOS behind an ordinary token": (
+                nats[word].mean()
+            ),
+            "you took the mean of the rows' means; a token of a short row would count for more": (
+                torch.stack([n[c].mean() for n, c in zip(nats, counts)]).mean()
+            ),
         },
     )
 

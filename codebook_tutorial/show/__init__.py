@@ -1,4 +1,4 @@
 from .circuits import *
 from .figures import *
-from .figures import plt
+from .figures import plt as plt
 from .html import *
