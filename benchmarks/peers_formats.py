@@ -19,8 +19,8 @@ warnings.filterwarnings("ignore")
 import torch  # noqa: E402
 from test_formats import D, N, gemma, random_sae  # noqa: E402
 
-from codebook_tutorial.dictionary.layouts import WRITES, convert_alpha
-from codebook_tutorial.dictionary.formats import export_sae, load_sae
+from codebook_tutorial.dictionary.layouts import WRITES, convert_alpha  # noqa: E402
+from codebook_tutorial.dictionary.formats import export_sae, load_sae  # noqa: E402
 
 with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
     import sparsify
@@ -218,9 +218,11 @@ def gemma_scope():
     "Its params.npz, by SAELens' loader; no network: their loader, our file."
     repo, path = "gemma-scope-2b-pt-res", "layer_2/width_16k/average_l0_9"
     gemma(ROOT / repo / path)
-    loaders.hf_hub_download = lambda repo_id, filename, subfolder, **kw: (
-        ROOT / repo_id / subfolder / filename
-    )
+
+    def local(repo_id, filename, subfolder, **kw):
+        return ROOT / repo_id / subfolder / filename
+
+    loaders.hf_hub_download = local
     load = loaders.gemma_2_sae_huggingface_loader
     cfg, state, _ = load(repo, path, cfg_overrides=dict(d_in=D, d_sae=N))
     config = saes.JumpReLUSAEConfig.from_dict(loaders.handle_config_defaulting(cfg))

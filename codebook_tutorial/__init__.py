@@ -1,4 +1,4 @@
-"""Find, test and use the features inside language models; names load their module when first used."""
+"""Find, test and use the features inside language models; names load their module when used."""
 
 __version__ = "0.1.0"
 

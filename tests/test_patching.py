@@ -171,7 +171,7 @@ def test_pairs_that_cannot_be_are_refused(lm):
         make(a="Xerxes and Tom met. Tom gave a ball to")
     with pytest.raises(ValueError, match="tell base and target apart"):
         make(y="Anna")
-    with pytest.raises(ValueError, match="four lists of equal length, got 1, 2, 1 and 1"):
+    with pytest.raises(ValueError, match="four lists of one length, got 1, 2, 1 and 1"):
         make_pairs(tok, [ok[0]], [ok[1]] * 2, base_answers=["Anna"], target_answers=["Henry"])
     with pytest.raises(ValueError, match="four lists"):
         make_pairs(tok, [], [], base_answers=[], target_answers=[])

@@ -59,7 +59,7 @@ def _matches(
     return found
 
 
-def _by_pattern(regex, index, ids, mask):  # -> [rows, length] bool
+def _by_pattern(regex, index, ids, *, mask):  # -> [rows, length] bool
     raw, starts, ends, begins = index.surface.join(ids, mask)
     found = _matches(regex, raw, [*starts[begins].tolist(), len(raw)])
     if not found:
@@ -71,7 +71,7 @@ def _by_pattern(regex, index, ids, mask):  # -> [rows, length] bool
     return (inside & (ends > starts)).reshape(mask.shape) & mask
 
 
-def _by_function(fn, index, ids, mask):  # -> [rows, length] bool
+def _by_function(fn, index, ids, *, mask):  # -> [rows, length] bool
     *_, begins = index.surface.join(ids, mask)
     words, flags = index.surface.words(ids[mask]), []
     cuts = np.append(mask.ravel().cumsum()[begins] - 1, len(words)).tolist()
@@ -108,7 +108,7 @@ def mark(
     marked = np.zeros(self.mask.shape, bool)
     for at in range(0, len(self.ids), chunk):
         rows = slice(at, at + chunk)
-        marked[rows] = by(query, self, self.ids[rows], self.mask[rows])
+        marked[rows] = by(query, self, self.ids[rows], mask=self.mask[rows])
     return torch.from_numpy(marked)
 
 
@@ -125,7 +125,7 @@ def marked_positions(
     return at
 
 # %% ../../nbs/lib/feature_contexts.ipynb #feature-contexts-7
-def _around(mask, place, before, after):  # mask [length]: where a window in place's document is
+def _around(mask, place, *, before, after):  # mask [length]: where a window in place's document is
     gaps = np.flatnonzero(~mask)
     begin = max(place - before, 0, *gaps[gaps < place] + 1)
     return begin, min(place + after + 1, len(mask), *gaps[gaps > place])
@@ -162,7 +162,7 @@ def windows(
     first = np.sort(np.unique(at[order] // length, return_index=True)[1])[:n]  # of every row
     for i in order[first]:
         row, place = divmod(int(at[i]), length)
-        begin, end = _around(self.mask[row], place, before, after)
+        begin, end = _around(self.mask[row], place, before=before, after=after)
         some = np.arange(row * length + begin, row * length + end)
         nearby = at.searchsorted(some).clip(max=len(at) - 1)
         shown = np.where(at[nearby] == some, values[nearby], 0.0).tolist()

@@ -75,7 +75,7 @@ def open_index(
     verify: bool = True,  # compare all checksums, which reads everything once
 ) -> Index:
     "The index in a folder, memory-mapped; ValueError if damaged or of another tokenizer."
-    from codebook_tutorial.feature import search  # noqa: F401 (gives an Index its methods: search, best, contexts, ...)
+    from codebook_tutorial.feature import search  # noqa: F401 (an Index' methods)
 
     folder = Path(folder)
     if not (folder / HEAD).exists():

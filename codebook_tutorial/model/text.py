@@ -118,7 +118,7 @@ def fill_rows(
         if len(doc) + 2 > length:
             raise ValueError(
                 f"fill_rows: document {i} has {len(doc)} tokens, a row of {length} has room for "
-                f"{length - 2}; take length={len(doc) + 2} or more, or whole=False, which cuts documents"
+                f"{length - 2}; take length={len(doc) + 2} or more, or whole=False to cut documents"
             )
         if len(row) + len(doc) + 1 > length:
             yield row + [pad] * (length - len(row))
@@ -215,7 +215,8 @@ def _column(rows, column):
             if column in row:
                 what = f"column {column!r} holds {type(row[column]).__name__}, expected text"
             raise ValueError(
-                f"load_text: {what}; the columns are {', '.join(row)}: say load_text(..., column=...)"
+                f"load_text: {what}; the columns are {', '.join(row)}: "
+                "say load_text(..., column=...)"
             )
         if row[column]:
             yield row[column]

@@ -67,7 +67,7 @@ def _random(x, n, seed):
 
 
 def _penalised(kind, x, n_feats, *, k, alpha, **kw):
-    "Of several penalties, the one whose l0 is nearest to k; refitted where L1 shrinks what it keeps."
+    "Of several penalties, the one whose l0 is nearest to k; refitted where L1 shrinks."
     if not alpha:
         raise ValueError(
             f"make_dictionary: sae_{kind} has a penalty in place of k; give some to try, "

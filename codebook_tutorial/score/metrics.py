@@ -19,8 +19,16 @@ from ..model.text import Text
 
 # %% ../../nbs/lib/score_metrics.ipynb #score-metrics-4
 @torch.no_grad()
-def measure(dictionary, x, batch: int = 8192) -> dict:  # any Dictionary; [N, d]
-    "l0, fvu, cosine (of x and x^, both without x's mean), dead_share, alive (features active more than 10 times, the paper's count), density [F] (share of rows at which each is active)."
+def measure(
+    dictionary,  # any Dictionary
+    x,  # [N, d] states
+    batch: int = 8192,  # states at a time
+) -> dict:
+    """How well a dictionary explains states: l0, fvu, cosine, dead_share, alive, density.
+
+    cosine: of x and x^, both without x's mean; alive: features active more than 10 times (the
+    paper's count); density [F]: the share of states at which each feature is active.
+    """
     finite(x, "measure")
     if x.dim() != 2 or not (x != x[:1]).any():
         raise ValueError(
@@ -30,11 +38,9 @@ def measure(dictionary, x, batch: int = 8192) -> dict:  # any Dictionary; [N, d]
     for part in x.split(batch):
         f = dictionary.encode(part)
         x_hat = dictionary.decode(f)
-        active, left, like = (
-            active + (f != 0).sum(0),
-            left + (part - x_hat).pow(2).sum(),
-            like + F.cosine_similarity(part - mean, x_hat - mean, dim=-1).sum(),
-        )
+        active = active + (f != 0).sum(0)
+        left = left + (part - x_hat).pow(2).sum()
+        like = like + F.cosine_similarity(part - mean, x_hat - mean, dim=-1).sum()
     return dict(
         l0=active.sum().item() / len(x),
         fvu=(left / (x - mean).pow(2).sum()).item(),
@@ -46,8 +52,15 @@ def measure(dictionary, x, batch: int = 8192) -> dict:  # any Dictionary; [N, d]
 
 
 @torch.no_grad()
-def replaced_loss(model, text: Text, site: str, *, fn, batch: int = 32) -> float:
-    "Nats a token with fn(x) in place of the site's states at ordinary tokens (BOS and padding stay)."
+def replaced_loss(
+    model,
+    text: Text,
+    site: str,
+    *,
+    fn,  # fn(x) -> x', [rows, length, d]
+    batch: int = 32,  # rows per pass
+) -> float:
+    "Nats per token with fn(x) in place of a site's states (BOS and padding keep theirs)."
     total = 0.0
     for i in range(0, len(text), batch):
         part = text[i : i + batch]
@@ -58,8 +71,19 @@ def replaced_loss(model, text: Text, site: str, *, fn, batch: int = 32) -> float
 
 
 @torch.no_grad()
-def loss_recovered(model, text: Text, site: str, *, dictionary, batch: int = 32) -> dict:
-    "Nats a token with states as they are, decoded from their features, all zero, all their mean; the shares of the damage of zero and mean that decoding undoes; perplexity decoded / as it is."
+def loss_recovered(
+    model,
+    text: Text,
+    site: str,
+    *,
+    dictionary,  # any Dictionary of the site
+    batch: int = 32,  # rows per pass
+) -> dict:
+    """Nats per token with states `clean`, `decoded` from their features, all `zero`, all `mean`.
+
+    recovered_zero, recovered_mean: the share of that damage which decoding undoes;
+    perplexity_ratio: decoded / clean.
+    """
     mean = mean_state(model, text, site, batch=batch)
     ways = dict(
         clean=lambda x: x,
@@ -67,12 +91,12 @@ def loss_recovered(model, text: Text, site: str, *, dictionary, batch: int = 32)
         zero=torch.zeros_like,
         mean=lambda x: mean.expand_as(x),
     )
-    found = {
-        name: replaced_loss(model, text, site, fn=fn, batch=batch) for name, fn in ways.items()
-    }
-    undone = lambda what: (found[what] - found["decoded"]) / (found[what] - found["clean"])
+    found = {}
+    for name, fn in ways.items():
+        found[name] = replaced_loss(model, text, site, fn=fn, batch=batch)
+    clean, decoded = found["clean"], found["decoded"]
     return found | dict(
-        recovered_zero=undone("zero"),
-        recovered_mean=undone("mean"),
-        perplexity_ratio=math.exp(found["decoded"] - found["clean"]),
+        recovered_zero=(found["zero"] - decoded) / (found["zero"] - clean),
+        recovered_mean=(found["mean"] - decoded) / (found["mean"] - clean),
+        perplexity_ratio=math.exp(decoded - clean),
     )

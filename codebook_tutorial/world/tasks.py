@@ -106,7 +106,7 @@ def _prompt_ids(tok, a, b):
     return x, y
 
 
-def _answer_ids(tok, text, right, wrong):
+def _answer_ids(tok, text, *, right, wrong):
     "The tokens of the base's answers and of the target's."
     a, b = (
         [_answer(tok, text, word) for word in ([words] if isinstance(words, str) else words)]
@@ -133,12 +133,12 @@ def make_pairs(
     n = [len(texts) for texts in given]
     if not base or len(set(n)) > 1:
         raise ValueError(
-            f"make_pairs: expected four lists of equal length, got {n[0]}, {n[1]}, {n[2]} and {n[3]}"
+            f"make_pairs: expected four lists of one length, got {n[0]}, {n[1]}, {n[2]} and {n[3]}"
         )
     rows = []
     for a, b, right, wrong in zip(*given):
         x, y = _prompt_ids(tok, a, b)
-        rows.append((x, y, len(x) - 1, *_answer_ids(tok, a, right, wrong)))
+        rows.append((x, y, len(x) - 1, *_answer_ids(tok, a, right=right, wrong=wrong)))
     x, y, last, right, wrong = zip(*rows)
     return Pairs(
         _fill(x, tok.pad_token_id),

@@ -18,7 +18,12 @@ from pathlib import Path
 from urllib.parse import urlsplit
 
 from .answers import read_numbers, read_phrase, read_yes
-from .prompts import explain_messages, judge_messages, simulate_messages, token_lines
+from codebook_tutorial.feature.explain.prompts import (
+    explain_messages,
+    judge_messages,
+    simulate_messages,
+    token_lines,
+)
 from .protocol import Explainer, check_asks, check_features
 from .wire import Ask, Wire, host_of
 from ...files import sweep, write_text
