@@ -6,7 +6,6 @@ from . import books
 from .books import CLAIMS, NBS, OUT, read_book, write_text
 from .env import ROOT
 from .figures import outputs
-from .findings import HEADLINES, REPRODUCES
 
 FIRST = ROOT / "docs" / "_static" / "first.png"  # the picture of README and of the site's index
 SHORT = "| finding | ours | control | paper |\n|---|---|---|---|"
@@ -45,19 +44,31 @@ def number_text(value):
     return f"{value:.3g}" if value < 10 else f"{value:.0f}"
 
 
+def recorded():
+    "Every claim that has a title: chapter by chapter, what is `the same` after what it repeats."
+    for path in sorted(CLAIMS.glob("[0-9][0-9].json")):
+        claims = json.loads(path.read_text())
+        told = {name: c for name, c in claims.items() if c.get("title")}
+        groups = list(dict.fromkeys(name.split(".")[1] for name in told))
+
+        def place(name):
+            return groups.index(name.split(".")[1]), told[name]["title"].startswith("The same")
+
+        for name in sorted(told, key=place):
+            yield told[name]
+
+
 def findings(headlines):
     "The table of what reproduces, from claims/: its headlines, or all of it with seeds."
     lines = [SHORT if headlines else LONG]
-    for finding, number, name, setting, paper in REPRODUCES:
-        path = CLAIMS / f"{number}.json"
-        if not path.exists() or headlines and name not in HEADLINES:
+    for c in recorded():
+        if headlines and not c.get("headline"):
             continue
-        c = json.loads(path.read_text())[name]
         several = len(c["values"]) > 1 and not headlines
         seeds = f" ({', '.join(map(number_text, c['values']))})" if several else ""
         ours, control = number_text(c["value"]) + seeds, number_text(c["control"])
-        row = f"| {finding} | {ours} | {control} | {paper} |"
-        lines.append(row if headlines else f"{row} {setting} |")
+        row = f"| {c['title']} | {ours} | {control} | {c['paper_said']} |"
+        lines.append(row if headlines else f"{row} {c['setting']} |")
     return "\n".join(lines)
 
 
