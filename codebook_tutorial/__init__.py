@@ -5,6 +5,7 @@ __version__ = "0.1.0"
 _HOMES = {
     "model.hub": "load_lm",
     "model.text": "Text load_text pack",
+    "model.run": "lm_loss",
     "model.sites": "capture intervene sites",
     "dictionary.base": "Dictionary Feature Lens random_directions fvu",
     "dictionary.codebook": "Codebook",
