@@ -20,7 +20,7 @@ from tqdm import tqdm
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
-from course import pip_find_links  # noqa: E402
+from workshop.env import pip_find_links  # noqa: E402
 from races import COURSE, RACES  # noqa: E402
 
 HERE, ENVS = ROOT / "benchmarks", ROOT / "out" / "bench"
