@@ -9,6 +9,7 @@ __all__ = ['correlation', 'interpret', 'detection', 'fuzzing', 'summary', 'diffe
 
 # %% ../../../nbs/lib/feature_explain_scores.ipynb #feature-explain-scores-3
 import numpy as np
+from .protocol import Explainer
 
 # %% ../../../nbs/lib/feature_explain_scores.ipynb #feature-explain-scores-5
 def correlation(
@@ -29,7 +30,7 @@ def correlation(
 
 def interpret(
     cases: list,  # Cases, None for skipped features
-    explainer,  # an Explainer
+    explainer: Explainer,
     explanations: list | None = None,  # one's own, for the features that are not skipped
 ) -> list:  # a dict each, None
     "Explain each feature, simulate it from that alone, correlate: r, r_top, r_random."
@@ -90,7 +91,7 @@ def _judged(cases, explanations, explainer, *, asks_of):
 def detection(
     cases: list,  # Cases, None for skipped features
     explanations: list,  # of those that are not skipped
-    explainer,  # an Explainer
+    explainer: Explainer,
 ) -> list:  # AUROC each; None where a feature has no silent fragments
     "From the explanation: does the feature fire in this text, or is it silent there?"
 
@@ -104,7 +105,7 @@ def detection(
 def fuzzing(
     cases: list,  # Cases, None for skipped features
     explanations: list,  # of those that are not skipped
-    explainer,  # an Explainer
+    explainer: Explainer,
     *,
     seed: int = 0,
 ) -> list:  # AUROC each; None where no fragment has both kinds of tokens
