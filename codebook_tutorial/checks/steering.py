@@ -70,7 +70,7 @@ def check_switch_table(switch_table):
         return t.float()
 
     return check(
-        lambda: switch_table(owner.clone(), gates.clone(), write.clone(), target).float(),
+        lambda: switch_table(owner.clone(), gates.clone(), write.clone(), target=target).float(),
         table((owner >= 0) & (owner != target) | gates),
         {
             "the codes of open places change as well, or no topic is ever started": table(
