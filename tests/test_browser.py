@@ -1,4 +1,6 @@
-"""The code browser in a real Chromium: as one file with no network, and as a panel in JupyterLab; a story full of markup is shown as text."""
+"""The code browser in a real Chromium: as one file with no network, and as a panel in JupyterLab.
+
+A story full of markup is shown as text."""
 
 import contextlib
 import json
@@ -24,7 +26,10 @@ from codebook_tutorial.show.browser import browse, export_browser
 from codebook_tutorial.show.html import escape
 from codebook_tutorial.show.pages import script_json
 
-EVIL = "the <script>window.hacked=1</script> dog & <img src=x onerror=window.hacked=1> </script><!-- \u2028 naïve 日本 👍 end"
+EVIL = (
+    "the <script>window.hacked=1</script> dog & <img src=x onerror=window.hacked=1> "
+    "</script><!-- \u2028 naïve 日本 👍 end"
+)
 DOCS = [
     EVIL,
     *(
@@ -46,7 +51,8 @@ FLAGS = [
 
 @pytest.fixture(scope="module")
 def built(tmp_path_factory):
-    "An index of a small random model over byte-level text: codes, and a site name's worth of features with values."
+    """An index of a small random model over byte-level text:
+    codes, and a site name's worth of features with values."""
     import transformers as t
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
@@ -212,7 +218,8 @@ def test_the_panel_says_what_is_wrong(built):
     assert (
         says.value
         == escape(
-            "mark: '<b>(' is no regular expression: missing ), unterminated subpattern at position 3"
+            "mark: '<b>(' is no regular expression: missing ), unterminated subpattern at position "
+            "3"
         )
         and shown.value == ""
         and len(lines.options) == 0
@@ -298,7 +305,8 @@ def test_one_file_searches_filters_and_shows(built, page, tmp_path):
         want = sorted(index.search(pattern), key=lambda r: (-r["precision"], -r["recall"]))
         assert (
             page.inner_text("#status")
-            == f"{int(index.mark(pattern).sum()):,} tokens marked, {len(want)} features, in the {index.mask.sum():,} tokens of this page."
+            == f"{int(index.mark(pattern).sum()):,} tokens marked, {len(want)} features, in the "
+            f"{index.mask.sum():,} tokens of this page."
         )
         got = [number(r) for r in rows(page)]
         assert (
@@ -406,7 +414,8 @@ def test_the_files_own_policy_forbids_the_network(built, browser, tmp_path):
     page.goto(export_browser(index, tmp_path / "b.html").as_uri())
     page.evaluate("fetch('http://127.0.0.1:9/').catch(() => 0)")
     page.evaluate(
-        "new Promise(r => { const i = new Image(); i.onerror = r; i.src = 'http://127.0.0.1:9/x.png'; document.body.append(i); })"
+        "new Promise(r => { const i = new Image(); i.onerror = r; i.src = "
+        "'http://127.0.0.1:9/x.png'; document.body.append(i); })"
     )
     assert sum("Content Security Policy" in r for r in refused) >= 2
     page.close()
@@ -543,7 +552,9 @@ def test_the_page_of_steered_texts_offers_what_there_is_and_marks_what_changed(
 # ---------------------------------------------------------------- JupyterLab
 @contextlib.contextmanager
 def jupyter(tmp_path, source):
-    "A JupyterLab on the loopback device with folders of its own and a notebook of these cells; gives its address."
+    """A JupyterLab on the loopback device with folders of its own and a notebook of these cells.
+
+    Gives its address."""
     pytest.importorskip("jupyterlab", reason="no JupyterLab: pip install jupyterlab")
     pytest.importorskip("ipywidgets", reason="no ipywidgets: pip install ipywidgets")
     cells = [
@@ -618,7 +629,9 @@ def jupyter(tmp_path, source):
 
 
 def run_all(page, address):
-    "Open the notebook and choose Run All from the menu; nothing but the loopback device can be reached."
+    """Open the notebook and choose Run All from the menu.
+
+    Nothing but the loopback device can be reached."""
     page.route(
         lambda url: not url.startswith(("http://127.0.0.1", "ws://127.0.0.1", "data:", "blob:")),
         lambda r: r.abort(),
@@ -652,8 +665,11 @@ def lab(tmp_path, built):
     with jupyter(
         tmp_path,
         [
-            f"from codebook_tutorial.show.browser import browse\nfrom codebook_tutorial.feature.index import open_index\nfrom transformers import AutoTokenizer",
-            f"browse(open_index({str(folder / 'codes')!r}, AutoTokenizer.from_pretrained({str(folder / 'tok')!r})))",
+            "from codebook_tutorial.show.browser import browse\n"
+            "from codebook_tutorial.feature.index import open_index\n"
+            "from transformers import AutoTokenizer",
+            f"browse(open_index({str(folder / 'codes')!r}, "
+            f"AutoTokenizer.from_pretrained({str(folder / 'tok')!r})))",
         ],
     ) as address:
         yield address
@@ -681,7 +697,8 @@ def test_the_panel_in_jupyterlab_after_run_all(lab, built, browser):
         page.locator(".widget-select select").select_option(index=i)
         site, f = want[i - 1]["site"], want[i - 1]["feature"]
         page.wait_for_function(
-            "words => [...document.querySelectorAll('.widget-html')].some(e => e.textContent.includes(words))",
+            "words => [...document.querySelectorAll('.widget-html')].some(e => "
+            "e.textContent.includes(words))",
             arg=f"{site} feature {f}, row",
             timeout=20_000,
         )

@@ -1,5 +1,8 @@
-"""Files of autoencoders: ours, and the peers' layouts written and read; what we cannot compute or trust is refused; the Hub; the penalty's units.
-The peers themselves stand in peers_formats.py; here their forward passes are written out in numpy, from the raw files."""
+"""Files of autoencoders: ours, and the peers' layouts written and read.
+
+What we cannot compute or trust is refused; the Hub; the penalty's units. The peers themselves
+stand in peers_formats.py; here their forward passes are written out in numpy, from the raw
+files."""
 
 import json
 import os
@@ -26,7 +29,8 @@ PAIRS = [(layout, kind) for layout, kinds in WRITES.items() for kind in kinds]
 
 
 def random_sae(kind, unit=True, seed=0, **settings):
-    "An autoencoder with nothing at its beginning: b_dec, thresholds and all else are as uneven as after training."
+    """An autoencoder with nothing at its beginning:
+    b_dec, thresholds and all else are as uneven as after training."""
     draw = seeded(seed)
     settings = (dict(k=K) if "topk" in kind or kind == "matryoshka" else {}) | settings
     sae = KINDS[kind](D, N, generator=draw, **settings)
@@ -248,7 +252,8 @@ def change(file, **more):
 
 
 def retensor(file, fn):
-    "A weights file with fn(tensors) in place of its tensors, as a peer would have written it: without a checksum."
+    """A weights file with fn(tensors) in place of its tensors, as a peer would have written it:
+    without a checksum."""
     for told in file.parent.glob("*.json"):
         told.write_text(
             json.dumps({k: v for k, v in json.loads(told.read_text()).items() if k != "sha256"})
@@ -683,7 +688,8 @@ def test_what_cannot_be_written(tmp_path):
     for kind in set(KINDS) - {"topk"}:
         with pytest.raises(
             ValueError,
-            match=f"sparsify holds topk only, got kind '{kind}'; expected layout saelens or dictionary_learning",
+            match=f"sparsify holds topk only, got kind '{kind}'; expected layout saelens or "
+            f"dictionary_learning",
         ):
             export_sae(random_sae(kind), tmp_path, "sparsify")
     sae, below = random_sae("untied"), random_sae("jumprelu")
@@ -758,7 +764,10 @@ import sys, json
 from codebook_tutorial.dictionary.formats import load_sae
 for line in sys.stdin:
     name, path, revision = json.loads(line)
-    try: sae = load_sae(name, path, revision); print(json.dumps([sae.kind, sae.source["layout"], sae.source["path"], sae.W_dec.double().sum().item()]))
+    try:
+        sae = load_sae(name, path, revision)
+        sum = sae.W_dec.double().sum().item()
+        print(json.dumps([sae.kind, sae.source["layout"], sae.source["path"], sum]))
     except Exception as e: print(json.dumps([type(e).__name__, str(e)]))
 """
 
@@ -777,7 +786,7 @@ def client(env, *asks):
 
 
 def test_from_the_hub_only_what_is_needed(tmp_path):
-    from hub import Hub
+    from helpers.hub import Hub
 
     repo, v2 = tmp_path / "repo", tmp_path / "v2"
     for layout, write in WRITERS.items():

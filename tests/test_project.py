@@ -315,10 +315,8 @@ class TestChapter:
     def test_colab_comes_from_settings(self, path):
         nb, again = books.read_book(path), author.apply_settings(books.read_book(path), path.name)
         assert [c.source for c in nb.cells] == [c.source for c in again.cells]
-        assert (
-            f"github/{SETTINGS['user']}/{SETTINGS['repo']}/blob/{SETTINGS['branch']}/nbs/{path.name}"
-            in nb.cells[0].source
-        )
+        address = f"github/{SETTINGS['user']}/{SETTINGS['repo']}/blob/{SETTINGS['branch']}"
+        assert f"{address}/nbs/{path.name}" in nb.cells[0].source
         install = next(c.source for c in nb.cells if "colab" in books.directives(c))
         assert (
             SETTINGS["user"] in install

@@ -1,4 +1,5 @@
-"""Steering: word lists, choices, precision and coverage, switches of features and codes, generation with the cache, effect and price, panel and page."""
+"""Steering: word lists, choices, precision and coverage, switches of features and codes,
+generation with the cache, effect and price, panel and page."""
 
 import json
 
@@ -186,7 +187,7 @@ def feature_switch(n=20):
     )
 
 
-def plain_switch(s, x, t, strength, start=True, swap=True):
+def plain_switch(s, x, t, *, strength, start=True, swap=True):
     out = x.clone()
     for b in range(len(x)):
         for i in range(x.shape[1]):
@@ -215,13 +216,16 @@ def test_a_switch_of_features_is_what_a_loop_does_row_by_row(kw):
     s, x = feature_switch(), torch.randn(6, 5, D, generator=seeded(3))
     target = torch.tensor([0, 1, 2, 0, 1, 2])
     want = torch.cat(
-        [plain_switch(s, x[i : i + 1], t, 1.5, **kw) for i, t in enumerate(target.tolist())]
+        [
+            plain_switch(s, x[i : i + 1], t, strength=1.5, **kw)
+            for i, t in enumerate(target.tolist())
+        ]
     )
     assert torch.allclose(
         s.fn(target, strength=1.5, **kw)(x), want, atol=1e-4
     ) and not torch.allclose(want, x)
     assert torch.allclose(
-        s.fn(1, strength=1.5, **kw)(x), plain_switch(s, x, 1, 1.5, **kw), atol=1e-4
+        s.fn(1, strength=1.5, **kw)(x), plain_switch(s, x, 1, strength=1.5, **kw), atol=1e-4
     )
     still = ~s.fires(x, target, **kw)
     assert still.any() and torch.equal(s.fn(target, strength=1.5, **kw)(x)[still], x[still])
@@ -563,7 +567,10 @@ def test_mean_differences_are_means(neox):
 def test_generation_is_the_same_one_by_one_and_with_the_cache(tiny):
     prompts = [[BOS, 4, 9], [BOS, 5], [BOS, 7, 8, 3, 2]]
     v = 3 * torch.randn(3, D, generator=seeded(9))
-    way = lambda rows: intervene(tiny, {"resid.0": add_vector(v[rows])})
+
+    def way(rows):
+        return intervene(tiny, {"resid.0": add_vector(v[rows])})
+
     got = generate(tiny, Tok, prompts, n_tokens=6, temperature=1e-4, steer=way, progress=False)
     for i, (prompt, new) in enumerate(zip(prompts, got)):
         assert (
@@ -646,7 +653,7 @@ def test_words_are_counted_and_ties_are_nobodys():
 
 
 def test_the_strength_is_chosen_on_one_half_and_measured_on_the_other():
-    def effect(even, odd, loss_even, loss_odd, n=20):
+    def effect(even, odd, loss_even, *, loss_odd, n=20):
         right, nats = torch.zeros(n, dtype=torch.bool), torch.empty(n)
         right[::2], right[1::2] = (
             torch.arange(n // 2) < even * n // 2,
@@ -656,9 +663,9 @@ def test_the_strength_is_chosen_on_one_half_and_measured_on_the_other():
         return Effect([[1, 2]] * n, right, right, nats, torch.full((n,), 10.0))
 
     some = {
-        1.0: effect(0.2, 0.9, 1.0, 1.0),
-        2.0: effect(0.8, 0.3, 1.4, 9.0),
-        3.0: effect(1.0, 1.0, 5.0, 1.0),
+        1.0: effect(0.2, 0.9, 1.0, loss_odd=1.0),
+        2.0: effect(0.8, 0.3, 1.4, loss_odd=9.0),
+        3.0: effect(1.0, 1.0, 5.0, loss_odd=1.0),
     }
     s, best = best_within(some, 1.5)
     assert (
@@ -697,17 +704,20 @@ def test_shipped_features_and_codes_steer_and_random_ones_do_not(setting):
         add_special_tokens=False,
     )["input_ids"]
     target = torch.arange(10).repeat_interleave(5)
-    rate = lambda way=None, of=model: effect_and_price(
-        of,
-        tok,
-        [[tok.bos_token_id, *prompt]] * 50,
-        target=target,
-        words=count,
-        judge=model,
-        steer=way,
-        n_tokens=70,
-        progress=False,
-    )
+
+    def rate(way=None, of=model):
+        return effect_and_price(
+            of,
+            tok,
+            [[tok.bos_token_id, *prompt]] * 50,
+            target=target,
+            words=count,
+            judge=model,
+            steer=way,
+            n_tokens=70,
+            progress=False,
+        )
+
     sw = find_switches(model, {"resid.2": load_sae(data_path("sae/last"))}, text, choices=choices)
     on, none = rate(lambda r: steer(model, sw, target[r], strength=3.0)), rate()
     assert on.rate > none.rate + 0.4 and on.loss < 1.5 * none.loss
@@ -762,6 +772,7 @@ def test_the_panel_writes_with_every_way_and_says_what_went_wrong(setting):
             ),
             "broken": (model, ["x"], bad),
         },
+        generate=generate,
         n_tokens=30,
     )
     prompt, way, name, number, row, out = panel.children
@@ -780,6 +791,7 @@ def test_the_panel_writes_with_every_way_and_says_what_went_wrong(setting):
 PANEL = """from codebook_tutorial.core import data_path
 from codebook_tutorial.dictionary.base import Lens, random_directions
 from codebook_tutorial.dictionary.formats import load_sae
+from codebook_tutorial.model.generate import generate
 from codebook_tutorial.model.hub import load_lm
 from codebook_tutorial.model.sites import intervene
 from codebook_tutorial.feature.steer import add_vector
@@ -787,18 +799,21 @@ from codebook_tutorial.show.steering import steering_panel
 model, tok = load_lm("stories")
 sae = load_sae(data_path("sae/last"))
 prompt = [tok.bos_token_id, *tok("Once upon a time", add_special_tokens=False)["input_ids"]]
-one = lambda f, s: intervene(model, {"resid.2": add_vector(20 * s * sae.directions[f])})"""
+def one(f, s):
+    return intervene(model, {"resid.2": add_vector(20 * s * sae.directions[f])})"""
 
 
 def test_the_panel_in_jupyterlab_writes_what_python_writes(tmp_path, browser):  # noqa: F811
-    "Run All, choose a feature, move the slider with the keyboard, write: the text is the one that generate gives, its new words are marked."
+    """Run All, choose a feature, move the slider with the keyboard, write:
+    the text is the one that generate gives, its new words are marked."""
     here = {}
     exec(PANEL, here)
     with jupyter(
         tmp_path,
         [
             PANEL,
-            "steering_panel(tok, {'one': prompt}, {'one feature': (model, len(sae.directions), one)}, n_tokens=30)",
+            "steering_panel(tok, {'one': prompt}, {'one feature': (model, len(sae.directions), "
+            "one)}, generate=generate, n_tokens=30)",
         ],
     ) as address:
         context = browser.new_context(viewport=dict(width=1300, height=1400))
@@ -814,7 +829,8 @@ def test_the_panel_in_jupyterlab_writes_what_python_writes(tmp_path, browser):  
         page.get_by_role("button", name="write").click()
         shown = page.locator(".widget-html").last
         page.wait_for_function(
-            "s => [...document.querySelectorAll('.widget-html')].some(e => e.textContent.includes(s))",
+            "s => [...document.querySelectorAll('.widget-html')].some(e => "
+            "e.textContent.includes(s))",
             arg=f"one feature, 50 x {strength:g}",
             timeout=30_000,
         )

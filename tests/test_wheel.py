@@ -1,4 +1,6 @@
-"""The package alone: a wheel in a fresh environment, without the repository; chapters copied into an empty folder run there, on every Python at hand."""
+"""The package alone: a wheel in a fresh environment, without the repository.
+
+Chapters copied into an empty folder run there, on every Python at hand."""
 
 import json
 import os
@@ -16,7 +18,8 @@ from workshop import env as course_env  # noqa: E402
 
 
 def pythons():
-    "This Python, and the newest other one at hand that answers (a pyenv shim without its version does not)."
+    """This Python, and the newest other one at hand that answers (a pyenv shim without its version
+    does not)."""
     found = [
         p
         for v in range(12, 20)
@@ -34,9 +37,13 @@ import re, sys, nbformat
 from nbclient import NotebookClient
 nb, colab = nbformat.read(sys.argv[1], 4), sys.argv[2:]
 for cell in nb.cells:
-    if cell.cell_type == "code" and cell.source.startswith("#| colab"):                   # the set-up cell, twice; as on Colab, with the wheel for the released version
+    if cell.cell_type == "code" and cell.source.startswith("#| colab"):
+        # the set-up cell, twice; as on Colab, with the wheel for the released version
         cell.source = 2 * (re.sub(r"git\\+\\S+", colab[0] if colab else "", cell.source) + "\\n")
-        if colab: cell.source = "import sys, types; sys.modules['google.colab'] = types.ModuleType('google.colab')\\n" + cell.source + "del sys.modules['google.colab']"
+        if colab:
+            module = "sys.modules['google.colab']"
+            before = f"import sys, types; {module} = types.ModuleType('google.colab')\\n"
+            cell.source = before + cell.source + f"del {module}"
 NotebookClient(nb, timeout=600, kernel_name="python3").execute()
 """
 
@@ -131,7 +138,8 @@ def fresh(folder, python, env, *what):
     ],
 )
 def test_chapters_run_from_the_wheel_alone(wheel, tmp_path, python, way):
-    "Installed beforehand; or by the set-up cell, as on Colab, where torch and numpy are there already and stay what they are."
+    """Installed beforehand; or by the set-up cell, as on Colab,
+    where torch and numpy are there already and stay what they are."""
     env = {
         k: v
         for k, v in os.environ.items()
@@ -165,10 +173,15 @@ def test_chapters_run_from_the_wheel_alone(wheel, tmp_path, python, way):
             env=env,
         )
         assert got.returncode == 0, got.stderr
-    packages = lambda: {
-        d.name.split("-")[0].lower(): ((d / "INSTALLER").read_text().strip(), d.name)
-        for d in next((tmp_path / "env" / "lib").glob("python3*")).glob("site-packages/*.dist-info")
-    }
+
+    def packages():
+        return {
+            d.name.split("-")[0].lower(): ((d / "INSTALLER").read_text().strip(), d.name)
+            for d in next((tmp_path / "env" / "lib").glob("python3*")).glob(
+                "site-packages/*.dist-info"
+            )
+        }
+
     before = packages()
     empty = tmp_path / "empty"
     empty.mkdir()
