@@ -328,6 +328,9 @@ def test_detection_and_fuzzing():
     assert len(asked) == 20 and all(len(marked) == 1 for _, _, marked in asked)
     with pytest.raises(ValueError):
         detection(cases, ["a"], knows)
+
+
+def test_an_explainer_that_simulates_can_judge():
     simulates = type(
         "S", (Explainer,), dict(simulate=lambda self, asks: [[0.0, 10.0, 5.0] for _ in asks])
     )()
@@ -381,7 +384,8 @@ def test_moments():
 
 
 # ---- the truth as a judge
-def test_feature_concepts_and_concept_fit():
+def concepts_and_features():
+    "What holds, and a feature for one, for none, for two, and one that is always on."
     draw = np.random.default_rng(0)
     truth = draw.random((4000, 6)) < [0.9, 0.1, 0.05, 0.2, 0.001, 0.1]
     f = np.stack(
@@ -393,6 +397,11 @@ def test_feature_concepts_and_concept_fit():
         ],
         1,
     )
+    return f, truth
+
+
+def test_feature_concepts_and_concept_fit():
+    f, truth = concepts_and_features()
     got = feature_concepts(f, truth)
     assert (
         got["concept"][[0, 2]].tolist() == [1, 3]

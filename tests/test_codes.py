@@ -368,9 +368,15 @@ def test_a_builders_mistakes_are_named(index, stories, tmp_path):
         "there is an index in .*; open_index reads it, overwrite=True replaces it",
         folder=index.folder,
     )
+
+
+def test_a_folder_that_is_no_index_is_left_alone(stories, tmp_path):
+    tok, text, _, cb = stories
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "thesis.txt").write_text("years of work")
-    fails("is there and no index", folder=tmp_path / "mine", overwrite=True)
+    with pytest.raises(ValueError, match="is there and no index"):
+        build_index(cb, tok, text[:1], folder=tmp_path / "mine", overwrite=True)
+    assert not list(tmp_path.glob("*.part"))
     assert (tmp_path / "mine" / "thesis.txt").exists()
 
 
@@ -886,8 +892,8 @@ def test_neuron_acts_are_the_models_own(stories):
     assert got.shape == (text[:3].n_tokens, 3 * 384) and torch.allclose(got, want, atol=1e-5)
 
 
-def test_codes_against_neurons(index, stories, active):
-    _, text, facts, _ = stories
+def held_and_neurons(text, active):
+    "What holds where, and five neurons, of which one follows `the`."
     held = {
         "the code itself": torch.tensor([17 in s for s in active["mlp.2"]]).view(24, 256),
         "the": text.ids == ID["the"],
@@ -897,6 +903,12 @@ def test_codes_against_neurons(index, stories, active):
     held["in one half"][12:] = False
     acts = torch.randn(text.n_tokens, 5, generator=seeded(0))
     acts[:, 1] -= 9 * held["the"][text.mask]
+    return held, acts
+
+
+def test_codes_against_neurons(index, stories, active):
+    _, text, facts, _ = stories
+    held, acts = held_and_neurons(text, active)
     got = against_neurons(index, acts, torch.stack(list(held.values()), -1), min_recall=0.05)
     assert (
         got["skipped"] == 2
@@ -922,6 +934,11 @@ def test_codes_against_neurons(index, stories, active):
             got["precision_codes"][c],
             got["recall_codes"][c],
         ) == pytest.approx((r["precision"], r["recall"]))
+
+
+def test_codes_of_a_pool_against_neurons(index, stories, active):
+    held, acts = held_and_neurons(stories[1], active)
+    got = against_neurons(index, acts, torch.stack(list(held.values()), -1), min_recall=0.05)
     few = against_neurons(
         index, acts, torch.stack(list(held.values()), -1), pool={"heads.1": [3, 4]}
     )
@@ -975,6 +992,26 @@ def test_many_concepts_on_the_first_rows(index, stories):
 
 
 # ---------------------------------------------------------------- contexts and neighbours
+def check_window(w, f, text, *, active):
+    "Inside its document, at most six tokens before and three behind, and all of those."
+    span = range(w["begin"], w["begin"] + len(w["words"]))
+    assert (
+        w["at"] in span
+        and w["at"] - w["begin"] <= 6
+        and span[-1] - w["at"] <= 3
+        and text.mask[w["row"], list(span)].all()
+    )
+    assert [v.strip() for v in w["words"]] == [
+        VOCABULARY[i] for i in text.ids[w["row"], list(span)]
+    ]
+    assert (
+        w["values"] == [float(f in active[256 * w["row"] + t]) for t in span]
+        and w["values"][w["at"] - w["begin"]] == 1
+    )
+    for t, edge in ((span[0] - 1, w["at"] - 6), (span[-1] + 1, w["at"] + 4)):
+        assert t in (edge - 1, edge) or not 0 <= t < 256 or not text.mask[w["row"], t]
+
+
 def test_contexts_lie_inside_documents_and_show_what_is_active(index, stories, active):
     tok, text, *_ = stories
     f = int(index.active("mlp.2").argmax())
@@ -991,22 +1028,7 @@ def test_contexts_lie_inside_documents_and_show_what_is_active(index, stories, a
         for seed in range(9)
         for w in index.windows("mlp.2", f, n=99, before=6, after=3, seed=seed)
     ):
-        span = range(w["begin"], w["begin"] + len(w["words"]))
-        assert (
-            w["at"] in span
-            and w["at"] - w["begin"] <= 6
-            and span[-1] - w["at"] <= 3
-            and text.mask[w["row"], list(span)].all()
-        )
-        assert [v.strip() for v in w["words"]] == [
-            VOCABULARY[i] for i in text.ids[w["row"], list(span)]
-        ]
-        assert (
-            w["values"] == [float(f in active["mlp.2"][256 * w["row"] + t]) for t in span]
-            and w["values"][w["at"] - w["begin"]] == 1
-        )
-        for t, edge in ((span[0] - 1, w["at"] - 6), (span[-1] + 1, w["at"] + 4)):
-            assert t in (edge - 1, edge) or not 0 <= t < 256 or not text.mask[w["row"], t]
+        check_window(w, f, text, active=active["mlp.2"])
     assert any(len(w["words"]) < 10 for w in index.windows("mlp.2", f, n=24, before=6, after=3))
     assert (
         index.windows("mlp.2", f, seed=0)
@@ -1107,12 +1129,11 @@ def test_scores_of_nothing_are_zero():
 @pytest.mark.skipif(
     not STORIES260K.exists(), reason=f"no real model at {STORIES260K}; set COURSE_SHARED"
 )
-def test_a_sentencepiece_model_and_text_with_bytes(tmp_path):
-    model, tok = load_lm(str(STORIES260K))
+def shared_stories(tok):
     stories = ["The naïve 日本 dog said: “Hi!”\nHe didn't 👍."] + json.loads(
         (SHARED / "text" / "tinystories.json").read_text()
     )[:12]
-    text = Text(
+    return Text(
         pack(
             [tok(s, add_special_tokens=False)["input_ids"] for s in stories],
             128,
@@ -1122,6 +1143,11 @@ def test_a_sentencepiece_model_and_text_with_bytes(tmp_path):
         tok.bos_token_id,
         tok.pad_token_id,
     )
+
+
+def test_a_sentencepiece_model_and_text_with_bytes(tmp_path):
+    model, tok = load_lm(str(STORIES260K))
+    text = shared_stories(tok)
     cb = (
         add_codebooks(model, "mlp.*", n_codes=32)
         .eval()

@@ -130,39 +130,47 @@ TEMPLATE = (
 )
 
 
-def tokenizer(kind, chat=False):
-    """bytes: GPT-4's way to cut, which joins a tab to the letters behind it, digits alone.
-
-    Bytes10: the same with a token 10; words: 10 is a word; marks: a ▁ before each word, cut
-    into letters; letters: ▁ at the start alone."""
+def byte_level(long_numbers):
     from tokenizers import Regex, Tokenizer, decoders, models, trainers
     from tokenizers import pre_tokenizers as pre
 
-    if kind.startswith("bytes"):
-        raw = Tokenizer(models.BPE())
-        raw.pre_tokenizer = pre.Sequence(
-            [
-                pre.Split(
-                    Regex(
-                        r"[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}"
-                        + ("{1,3}" if kind == "bytes10" else "")
-                        + r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-                    ),
-                    "isolated",
+    raw = Tokenizer(models.BPE())
+    raw.pre_tokenizer = pre.Sequence(
+        [
+            pre.Split(
+                Regex(
+                    r"[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}"
+                    + ("{1,3}" if long_numbers else "")
+                    + r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
                 ),
-                pre.ByteLevel(add_prefix_space=False, use_regex=False),
-            ]
-        )
-        raw.decoder = decoders.ByteLevel()
-        raw.train_from_iterator(
-            ["a\tunknown\nthe\tunknown\n10 10 10 storm"] * 9,
-            trainers.BpeTrainer(
-                vocab_size=320,
-                special_tokens=["<bos>", "<pad>"],
-                initial_alphabet=pre.ByteLevel.alphabet(),
-                show_progress=False,
+                "isolated",
             ),
-        )
+            pre.ByteLevel(add_prefix_space=False, use_regex=False),
+        ]
+    )
+    raw.decoder = decoders.ByteLevel()
+    raw.train_from_iterator(
+        ["a\tunknown\nthe\tunknown\n10 10 10 storm"] * 9,
+        trainers.BpeTrainer(
+            vocab_size=320,
+            special_tokens=["<bos>", "<pad>"],
+            initial_alphabet=pre.ByteLevel.alphabet(),
+            show_progress=False,
+        ),
+    )
+    return raw
+
+
+def tokenizer(kind, chat=False):
+    """bytes: GPT-4's way to cut, which joins a tab to the letters behind it, digits alone.
+
+    bytes10: the same with a token 10; words: 10 is a word; marks: a ▁ before each word, cut
+    into letters; letters: ▁ at the start alone."""
+    from tokenizers import Tokenizer, decoders, models
+    from tokenizers import pre_tokenizers as pre
+
+    if kind.startswith("bytes"):
+        raw = byte_level(long_numbers=kind == "bytes10")
     elif kind == "words":
         raw = Tokenizer(models.WordLevel({w: i for i, w in enumerate(WORDS)}, unk_token="<unk>"))
         raw.pre_tokenizer = pre.WhitespaceSplit()
@@ -515,6 +523,25 @@ class _Handler(BaseHTTPRequestHandler):
         self.end_headers()
         self.wfile.write(body)
 
+    def answer(self, request, fault):
+        "Right, or as the fault has it."
+        api = self.api
+        if fault == "hang":
+            api.release.wait(5)
+        elif fault == "cut":
+            self.send(200, b'{"choices": [', **{"Content-Length": "999"})
+        elif isinstance(fault, bytes):
+            self.send(200, fault)
+        elif fault:
+            status, headers = fault if isinstance(fault, tuple) else (fault, {})
+            self.send(
+                status,
+                json.dumps({"error": {"message": f"no: {self.headers['Authorization']}"}}).encode(),
+                **headers,
+            )
+        else:
+            self.send(200, json.dumps(completion(api, request)).encode())
+
     def do_POST(self):
         api, request = self.api, json.loads(self.rfile.read(int(self.headers["Content-Length"])))
         with api.lock:
@@ -536,23 +563,7 @@ class _Handler(BaseHTTPRequestHandler):
         if api.hold:
             time.sleep(api.hold)
         try:
-            if fault == "hang":
-                api.release.wait(5)
-            elif fault == "cut":
-                self.send(200, b'{"choices": [', **{"Content-Length": "999"})
-            elif isinstance(fault, bytes):
-                self.send(200, fault)
-            elif fault:
-                status, headers = fault if isinstance(fault, tuple) else (fault, {})
-                self.send(
-                    status,
-                    json.dumps(
-                        {"error": {"message": f"no: {self.headers['Authorization']}"}}
-                    ).encode(),
-                    **headers,
-                )
-            else:
-                self.send(200, json.dumps(completion(api, request)).encode())
+            self.answer(request, fault)
         except BrokenPipeError:
             pass
         finally:
@@ -735,6 +746,8 @@ def test_without_log_probabilities_the_numbers_as_written(tmp_path):
             and "logprobs" not in api.asked[0]
         )
 
+
+def test_where_one_answer_lacks_log_probabilities_all_are_read_as_written(tmp_path):
     def cut(change):
         return lambda request: json.dumps(change(completion(Endpoint(), request))).encode()
 
@@ -908,6 +921,9 @@ def test_a_useless_answer_is_asked_again_and_then_named_and_the_others_are_kept(
         assert len(api.asked) == 5 + 1 + wire.BAD_ANSWERS and len(files(tmp_path)) == 5
         api.faults = []
         assert len(explainer.simulate(MANY)) == 6 and len(api.asked) == 9
+
+
+def test_numbers_are_read_line_by_line_or_refused():
     for text, says in [
         ("x\t1", "expected 2 lines, got 1: 'x 1'"),
         ("x\t1\ny\t11", "got 'y 11'"),
@@ -1132,6 +1148,20 @@ def test_the_key_is_in_no_frame_when_no_client_can_be_made(trouble, tmp_path, mo
     assert seen and not [v for v in seen if KEY[:12] in v]
 
 
+def exposed(explainer, e, tmp_path):
+    "What a user may print of an explainer and its error, and what lies on disk."
+    return [
+        repr(explainer),
+        str(explainer),
+        repr(vars(explainer)),
+        str(e.value),
+        repr(e.value),
+        *traceback.format_exception(e.value),
+        *traceback.TracebackException.from_exception(e.value, capture_locals=True).format(),
+        *(f.read_text() + f.name for f in files(tmp_path)),
+    ]
+
+
 @pytest.mark.parametrize(
     "fault",
     [
@@ -1179,18 +1209,7 @@ def test_the_key_is_nowhere(fault, tmp_path, monkeypatch, caplog, capfd):
         )
         with pytest.raises((ValueError, ConnectionError)) as e:
             explainer.explain(FEATURES)
-    shown = [
-        repr(explainer),
-        str(explainer),
-        repr(vars(explainer)),
-        str(e.value),
-        repr(e.value),
-        *traceback.format_exception(e.value),
-        *traceback.TracebackException.from_exception(e.value, capture_locals=True).format(),
-        caplog.text,
-        *capfd.readouterr(),
-        *(f.read_text() + f.name for f in files(tmp_path)),
-    ]
+    shown = [*exposed(explainer, e, tmp_path), caplog.text, *capfd.readouterr()]
     assert not [text for text in shown if KEY[:12] in text or KEY[-10:] in text]
     assert e.value.__context__ is None or e.value.__suppress_context__
     if fault not in ("newline", "other", "wrong argument"):

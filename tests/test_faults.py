@@ -171,9 +171,16 @@ def disturbed(name, folder, kills):
     )
 
 
-DRIVER = f"import sys; sys.path[:0] = {[str(Path(__file__).parent)]!r}\nimport json, openai, "
-f"torch; torch.set_num_threads(1)\nimport test_faults; test_faults.tiny()\nfor line in sys.stdin: "
-f"print(json.dumps(test_faults.disturbed(*json.loads(line))), flush=True)"
+DRIVER = f"""
+import sys
+sys.path[:0] = {[str(Path(__file__).parent)]!r}
+import json, openai, torch
+torch.set_num_threads(1)
+import test_faults
+test_faults.tiny()
+for line in sys.stdin:
+    print(json.dumps(test_faults.disturbed(*json.loads(line))), flush=True)
+"""
 
 
 @pytest.fixture(scope="module")

@@ -280,9 +280,8 @@ def test_finetuning_learns_and_the_logs_say_what_happened():
         )
 
 
-def test_relative_errors_and_usage_are_what_they_are_called():
-    "One step at learning rate 0 on all rows: the logs against numbers worked out here."
-    text, cb = some_text(8), with_codes(text=some_text(8), n_codes=10)
+def logs_by_hand(cb, text):
+    "Each site's relative error, and the use of the codes."
     there, want = text.attention_mask, {}
     cb.train()
     cb.reset_counts()
@@ -305,6 +304,13 @@ def test_relative_errors_and_usage_are_what_they_are_called():
         .mean()
         .item(),
     )
+    return want
+
+
+def test_relative_errors_and_usage_are_what_they_are_called():
+    "One step at learning rate 0 on all rows: the logs against numbers worked out here."
+    text, cb = some_text(8), with_codes(text=some_text(8), n_codes=10)
+    want = logs_by_hand(cb, text)
     assert code_usage(cb)["usage_entropy"] == pytest.approx(want["usage_entropy"])
     for b in cb.codebooks.values():
         b.new.zero_()

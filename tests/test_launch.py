@@ -84,6 +84,28 @@ def command(model, folder, **kw):
     ]
 
 
+def local_bytes(tensors):
+    return sum(t.to_local().numel() * t.element_size() for t in tensors if hasattr(t, "to_local"))
+
+
+def noting(step, path):
+    "The optimizer's step, which also writes down how much this process holds."
+
+    def noted(self, *a, **kw):
+        out = step(self, *a, **kw)
+        ps = [p for g in self.param_groups for p in g["params"]]
+        held = {
+            "parameters": local_bytes(ps),
+            "gradients": local_bytes(p.grad for p in ps),
+            "moments": local_bytes(t for p in ps for t in self.state[p].values()),
+            "whole": sum(p.numel() * p.element_size() for p in ps),
+        }
+        path.write_text(json.dumps(held))
+        return out
+
+    return noted
+
+
 def work(rank, world, port, *, argv, stop, dtype):
     """One of several processes, as torchrun would start it; notes what it holds.
 
@@ -98,28 +120,7 @@ def work(rank, world, port, *, argv, stop, dtype):
         TQDM_DISABLE="1",
     )
     torch.set_num_threads(1)
-    step, rename, folder = (
-        torch.optim.AdamW.step,
-        Path.replace,
-        Path(argv[argv.index("--folder") + 1]),
-    )
-
-    def noting(self, *a, **kw):
-        out, bytes = (
-            step(self, *a, **kw),
-            lambda ts: sum(
-                t.to_local().numel() * t.element_size() for t in ts if hasattr(t, "to_local")
-            ),
-        )
-        ps = [p for g in self.param_groups for p in g["params"]]
-        held = {
-            "parameters": bytes(ps),
-            "gradients": bytes(p.grad for p in ps),
-            "moments": bytes(t for p in ps for t in self.state[p].values()),
-            "whole": sum(p.numel() * p.element_size() for p in ps),
-        }
-        (folder / f"held-{rank}.json").write_text(json.dumps(held))
-        return out
+    rename, folder = Path.replace, Path(argv[argv.index("--folder") + 1])
 
     def killed(self, to):
         os.kill(os.getpid(), signal.SIGKILL) if self.name == f"sharded-{stop}.part" else rename(
@@ -128,7 +129,7 @@ def work(rank, world, port, *, argv, stop, dtype):
 
     launch.load_lm = partial(launch.load_lm, dtype=dtype)
     if "--fsdp" in argv:
-        torch.optim.AdamW.step = noting
+        torch.optim.AdamW.step = noting(torch.optim.AdamW.step, folder / f"held-{rank}.json")
     Path.replace = killed
     launch.main(argv)
 

@@ -715,95 +715,108 @@ def home(tmp_path_factory):
     return tmp_path_factory.mktemp("hf")
 
 
+def add_models(hub, root, want):
+    "Every family, a sharded one, one in two versions."
+    for family, id, tokenizer in (
+        ("gpt2", "openai-community/gpt2", byte_tokenizer),
+        ("neo", "tests/neo", byte_tokenizer),
+        ("neox", "EleutherAI/pythia-70m", byte_tokenizer),
+        ("llama", "tests/llama", word_tokenizer),
+        ("llama", "alone", word_tokenizer),
+    ):
+        want[id] = save(root / id, family, tokenizer=tokenizer, seed=len(want))
+        hub.add("model", id, root / id)
+    want["sharded"] = save(root / "sharded", seed=11, max_shard_size="10KB")
+    hub.add("model", "tests/sharded", root / "sharded")
+    want["v2"] = save(root / "v2", seed=12)
+    want["sha"] = hub.add("model", "tests/versions", root / "v2", "v2")
+    want["main"] = save(root / "v3", seed=13)
+    hub.add("model", "tests/versions", root / "v3")
+    for folder in ("elsewhere", "onnx"):
+        (root / "v3" / folder).mkdir()
+
+
+def add_pinned(hub, root, want):
+    """As on the Hub: main has a pickle and the tokenizer, a pull request safetensors
+    and no tokenizer."""
+    pinned = PRESETS["tinystories-1l-21m"]
+    want["pinned"] = save(root / "pr", "neo", seed=14, tokenizer=None)
+    byte_tokenizer(root / "main")
+    hub.add(
+        "model",
+        pinned["id"],
+        {
+            "pytorch_model.bin": b"a pickle",
+            "config.json": (root / "pr" / "config.json").read_bytes(),
+            **{p.name: p.read_bytes() for p in (root / "main").iterdir()},
+        },
+    )
+    hub.add("model", pinned["id"], root / "pr", "refs/pr/1", sha=pinned["revision"])
+
+
+def add_faulty(hub, root, want):
+    "What must be refused, and files that break off or are damaged."
+    hub.add("model", "tests/pickled", {"config.json": b"{}", "pytorch_model.bin": b"a pickle"})
+    hub.add("model", "tests/files", {"README.md": b"nothing"})
+    hub.add("model", "tests/gated", root / "v2", gated=True)
+    for fault in ("truncated", "corrupt"):
+        want[fault] = save(root / fault, seed=15)
+        hub.add("model", f"tests/{fault}", root / fault)
+        hub.faults[f"tests/{fault}", "model.safetensors"] = fault
+
+
+def add_texts(hub, root):
+    for split, seed in (("train", 0), ("validation", 1)):
+        parquet(documents(200, seed), root / "ts" / "data" / f"{split}-00000-of-00001.parquet")
+    hub.add("dataset", "roneneldan/TinyStories", root / "ts")
+    lines = [{"story": d} for d in documents(200, 2)]
+    hub.add("dataset", "tests/lines", {"train.jsonl": "\n".join(map(json.dumps, lines)).encode()})
+    hub.add(
+        "dataset",
+        "tests/lines",
+        {"train.jsonl": "\n".join(map(json.dumps, lines[::-1])).encode()},
+        "backwards",
+    )
+    hub.add("dataset", "tests/gated", {"train.jsonl": b'{"text": "a"}'}, gated=True)
+    hub.add("dataset", "tests/none", {"README.md": b"nothing"})
+
+
+def add_articles(hub, root, want):
+    articles = [
+        [
+            f" = the {w} = \n",
+            "",
+            " the dog saw the cat . \n",
+            " = = home = = \n",
+            f" it ran and the {w} slept . \n",
+        ]
+        for w in WORDS
+    ]
+    parquet(sum(articles, []), root / "wiki" / "raw" / "train-0.parquet")
+    parquet(["no"] * 9, root / "wiki" / "other" / "train-0.parquet")
+    (root / "wiki" / "README.md").write_text(
+        "---\nconfigs:\n- config_name: wikitext-103-raw-v1\n  data_files:\n"
+        "  - split: test\n    path: raw/train-*\n"
+        "- config_name: other\n  data_files:\n  - split: train\n    path: other/train-*\n---\n"
+    )
+    hub.add("dataset", "Salesforce/wikitext", root / "wiki")
+    want["articles"] = ["".join(a) for a in articles]
+
+
 @pytest.fixture(scope="module")
 def served(tmp_path_factory, home):
     "One Hub with models and data sets, what they should give, and what one client saw of them."
     root, want = tmp_path_factory.mktemp("repos"), {}
     with Hub() as hub:
-        for family, id, tokenizer in (
-            ("gpt2", "openai-community/gpt2", byte_tokenizer),
-            ("neo", "tests/neo", byte_tokenizer),
-            ("neox", "EleutherAI/pythia-70m", byte_tokenizer),
-            ("llama", "tests/llama", word_tokenizer),
-            ("llama", "alone", word_tokenizer),
-        ):
-            want[id] = save(root / id, family, tokenizer=tokenizer, seed=len(want))
-            hub.add("model", id, root / id)
-        want["sharded"] = save(root / "sharded", seed=11, max_shard_size="10KB")
-        hub.add("model", "tests/sharded", root / "sharded")
-        want["v2"] = save(root / "v2", seed=12)
-        want["sha"] = hub.add("model", "tests/versions", root / "v2", "v2")
-        want["main"] = save(root / "v3", seed=13)
-        hub.add("model", "tests/versions", root / "v3")
-        for folder in ("elsewhere", "onnx"):
-            (root / "v3" / folder).mkdir()
-        # as on the Hub: main has a pickle and the tokenizer,
-        # a pull request safetensors and no tokenizer
-        pinned = PRESETS["tinystories-1l-21m"]
-        want["pinned"] = save(root / "pr", "neo", seed=14, tokenizer=None)
-        byte_tokenizer(root / "main")
-        hub.add(
-            "model",
-            pinned["id"],
-            {
-                "pytorch_model.bin": b"a pickle",
-                "config.json": (root / "pr" / "config.json").read_bytes(),
-                **{p.name: p.read_bytes() for p in (root / "main").iterdir()},
-            },
-        )
-        hub.add("model", pinned["id"], root / "pr", "refs/pr/1", sha=pinned["revision"])
-        hub.add("model", "tests/pickled", {"config.json": b"{}", "pytorch_model.bin": b"a pickle"})
-        hub.add("model", "tests/files", {"README.md": b"nothing"})
-        hub.add("model", "tests/gated", root / "v2", gated=True)
-        for fault in ("truncated", "corrupt"):
-            want[fault] = save(root / fault, seed=15)
-            hub.add("model", f"tests/{fault}", root / fault)
-            hub.faults[f"tests/{fault}", "model.safetensors"] = fault
-
-        for split, seed in (("train", 0), ("validation", 1)):
-            parquet(documents(200, seed), root / "ts" / "data" / f"{split}-00000-of-00001.parquet")
-        hub.add("dataset", "roneneldan/TinyStories", root / "ts")
-        lines = [{"story": d} for d in documents(200, 2)]
-        hub.add(
-            "dataset", "tests/lines", {"train.jsonl": "\n".join(map(json.dumps, lines)).encode()}
-        )
-        hub.add(
-            "dataset",
-            "tests/lines",
-            {"train.jsonl": "\n".join(map(json.dumps, lines[::-1])).encode()},
-            "backwards",
-        )
-        hub.add("dataset", "tests/gated", {"train.jsonl": b'{"text": "a"}'}, gated=True)
-        hub.add("dataset", "tests/none", {"README.md": b"nothing"})
-        articles = [
-            [
-                f" = the {w} = \n",
-                "",
-                " the dog saw the cat . \n",
-                " = = home = = \n",
-                f" it ran and the {w} slept . \n",
-            ]
-            for w in WORDS
-        ]
-        parquet(sum(articles, []), root / "wiki" / "raw" / "train-0.parquet")
-        parquet(["no"] * 9, root / "wiki" / "other" / "train-0.parquet")
-        (root / "wiki" / "README.md").write_text(
-            "---\nconfigs:\n- config_name: wikitext-103-raw-v1\n  data_files:\n"
-            "  - split: test\n    path: raw/train-*\n"
-            "- config_name: other\n  data_files:\n  - split: train\n    path: other/train-*\n---\n"
-        )
-        hub.add("dataset", "Salesforce/wikitext", root / "wiki")
-        want["articles"] = ["".join(a) for a in articles]
+        add_models(hub, root, want)
+        add_pinned(hub, root, want)
+        add_faulty(hub, root, want)
+        add_texts(hub, root)
+        add_articles(hub, root, want)
         yield hub, want, root
 
 
-@pytest.fixture(scope="module")
-def seen(served, home):
-    "One process asks for everything: models, texts, and what must fail."
-    hub, want, _ = served
-    return client(
-        hub.env(home, HF_TOKEN="hf_secret"),
-        f"""
+ASKED = """
 for id in ("openai-community/gpt2", "tests/neo", "EleutherAI/pythia-70m", "tests/llama", "alone"):
     out[id] = logits(id)
 out["gpt2"] = logits("gpt2")
@@ -811,7 +824,7 @@ out["pythia-70m"] = logits("pythia-70m")
 out["sharded"] = logits("tests/sharded")
 out["main"] = logits("tests/versions")
 out["v2"] = logits("tests/versions", revision="v2")
-out["sha"] = logits("tests/versions", revision={want["sha"]!r})
+out["sha"] = logits("tests/versions", revision=SHA)
 model, tok = load_lm("tinystories-1l-21m")
 out["pinned"] = model(IDS).logits.tolist()
 out["name"] = model.name_or_path
@@ -845,9 +858,17 @@ out["text revision"] = told(ids, "tinystories", revision="v9")
 out["text split"] = told(ids, "tinystories", split="test")
 out["text config"], out["partial texts"] = told(ids, "Salesforce/wikitext"), partial()
 from huggingface_hub import snapshot_download
-snapshot_download("roneneldan/TinyStories", repo_type="dataset")       # what `hf download` does, for the test without a network
-""",
-    )
+# what `hf download` does, for the test without a network
+snapshot_download("roneneldan/TinyStories", repo_type="dataset")
+"""
+
+
+@pytest.fixture(scope="module")
+def seen(served, home):
+    "One process asks for everything: models, texts, and what must fail."
+    hub, want, _ = served
+    code = f"SHA = {want['sha']!r}\n{ASKED}"
+    return client(hub.env(home, HF_TOKEN="hf_secret"), code)
 
 
 @pytest.mark.parametrize(

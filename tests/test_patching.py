@@ -157,7 +157,7 @@ def test_pairs_that_cannot_be_are_refused(lm):
         "Henry",
     )
 
-    def make(a=ok[0], b=ok[1], x=ok[2], y=ok[3]):
+    def make(a=ok[0], b=ok[1], x=ok[2], *, y=ok[3]):
         return make_pairs(tok, [a], [b], base_answers=[x], target_answers=[y])
 
     assert len(make()) == 1
@@ -331,6 +331,12 @@ def test_all_coordinates_patched_are_the_counterfactual_and_none_is_the_prompt(l
     ).all()
 
 
+def states_at(model, ids, site="resid.1"):
+    with torch.no_grad(), capture(model, site) as acts:
+        model(input_ids=ids)
+        return acts[site]
+
+
 @pytest.mark.parametrize(
     "settings",
     [
@@ -342,12 +348,7 @@ def test_all_coordinates_patched_are_the_counterfactual_and_none_is_the_prompt(l
 )
 def test_codes_are_written_over_codes(lm, pairs, settings):
     model, tok = lm
-    with torch.no_grad(), capture(model, "resid.1") as acts:
-        model(input_ids=pairs.base)
-        x = acts["resid.1"]
-    with torch.no_grad(), capture(model, "resid.1") as acts:
-        model(input_ids=pairs.target)
-        y = acts["resid.1"]
+    x, y = (states_at(model, ids) for ids in (pairs.base, pairs.target))
     book = Codebook(96, 24, **settings).init_from(x.flatten(0, 1), generator=seeded(0)).eval()
     patch, a, b = Patch(model, "resid.1", book, pairs=pairs), book.choose(x), book.choose(y)
     chosen = torch.rand(2, len(pairs), len(patch.features), generator=seeded(0)) < 0.5

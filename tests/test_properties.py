@@ -336,7 +336,7 @@ def best_of(f, truth):
 
 
 @pytest.mark.filterwarnings("error")
-@given(labelled(2, size(1, 3), ORDINARY | HUGE), size(1, 3))
+@given(labelled(2, size(1, 3), of=ORDINARY | HUGE), size(1, 3))
 def test_concept_scores_choose_the_best_and_score_it_elsewhere(told, at_least):
     f, truth = (t.numpy() for t in told)
     half, found = len(f) // 2, concept_scores(f, truth.astype(int), at_least=at_least, points=500)
@@ -362,7 +362,9 @@ def test_concept_scores_choose_the_best_and_score_it_elsewhere(told, at_least):
     refuses(lambda: concept_scores(f[:, 0], truth), "of the same tokens")
 
 
-@given(labelled(4, size(1, 4), ORDINARY | HUGE), st.sampled_from([(1,), (1, 2), (2,), (0,), (5,)]))
+@given(
+    labelled(4, size(1, 4), of=ORDINARY | HUGE), st.sampled_from([(1,), (1, 2), (2,), (0,), (5,)])
+)
 def test_sparse_probes_take_what_explains_most(told, ks):
     f, truth = told
     if not 1 <= min(ks) <= max(ks) <= f.shape[1]:

@@ -357,6 +357,15 @@ def test_the_scale_chapter_runs_on_the_real_model(tmp_path):
     )
 
 
+def explained(d, x, words, *, explainer):
+    from codebook_tutorial.feature.explain.protocol import make_cases, some_features
+    from codebook_tutorial.feature.explain.scores import interpret
+
+    f, ids = some_features(d, x, 60)
+    cases = make_cases(f, words, ids)
+    return cases, interpret(cases, explainer)
+
+
 def test_features_of_the_real_model_have_explanations_and_pages(tmp_path):
     """Words of real text: an autoencoder's features are explained better than random directions.
 
@@ -365,14 +374,9 @@ def test_features_of_the_real_model_have_explanations_and_pages(tmp_path):
     from codebook_tutorial.dictionary.harvest import harvest
     from codebook_tutorial.dictionary.train import train_sae
     from codebook_tutorial.feature.explain.local import LocalLMExplainer
-    from codebook_tutorial.feature.explain.protocol import (
-        fragments,
-        make_cases,
-        pieces,
-        some_features,
-    )
+    from codebook_tutorial.feature.explain.protocol import fragments, pieces
     from codebook_tutorial.feature.explain.rules import PredicateExplainer
-    from codebook_tutorial.feature.explain.scores import difference, interpret, summary
+    from codebook_tutorial.feature.explain.scores import difference, summary
     from codebook_tutorial.model.hub import load_lm
     from codebook_tutorial.model.text import load_text
     from codebook_tutorial.show.features import export_features
@@ -382,13 +386,9 @@ def test_features_of_the_real_model_have_explanations_and_pages(tmp_path):
     words, site = pieces(text, tok), f"resid.{model.config.num_hidden_layers // 2}"
     x = harvest(model, text, site, folder=tmp_path / "states", verbose=False).load(site)
     sae, explainer, scores = train_sae(x, 128, "topk", k=8, steps=400), PredicateExplainer(), {}
-    for name, d in (
-        ("sae", sae),
-        ("random", random_directions(128, x.shape[1], seed=100, relu=True)),
-    ):
-        f, ids = some_features(d, x, 60)
-        cases = make_cases(f, words, ids)
-        rows = interpret(cases, explainer)
+    random = random_directions(128, x.shape[1], seed=100, relu=True)
+    for name, d in (("sae", sae), ("random", random)):
+        cases, rows = explained(d, x, words, explainer=explainer)
         scores[name] = [r["r"] for r in rows if r]
         if name == "sae":
             page = export_features(cases, rows, tmp_path / "features.html")

@@ -428,27 +428,31 @@ def harvested(model, text, site):
     return acts[site][text.mask].float()
 
 
+def pythia_shaped():
+    from transformers import GPTNeoXConfig, GPTNeoXForCausalLM
+
+    torch.manual_seed(0)
+    model = GPTNeoXForCausalLM(
+        GPTNeoXConfig(
+            vocab_size=300,
+            hidden_size=64,
+            num_hidden_layers=3,
+            num_attention_heads=4,
+            intermediate_size=256,
+            max_position_embeddings=128,
+        )
+    ).eval()
+    ids = torch.randint(2, 300, (30, 64), generator=seeded(0))
+    ids[:, 0] = 1
+    return model, Text(ids, bos=1, pad=0)
+
+
 @pytest.mark.parametrize("name", ["stories260K", "pythia"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_any_model_in_any_precision(name, dtype, tmp_path):
     "The whole path, store to loss, on a Llama and on a Pythia-shaped random model."
     if name == "pythia":
-        from transformers import GPTNeoXConfig, GPTNeoXForCausalLM
-
-        torch.manual_seed(0)
-        model = GPTNeoXForCausalLM(
-            GPTNeoXConfig(
-                vocab_size=300,
-                hidden_size=64,
-                num_hidden_layers=3,
-                num_attention_heads=4,
-                intermediate_size=256,
-                max_position_embeddings=128,
-            )
-        ).eval()
-        ids = torch.randint(2, 300, (30, 64), generator=seeded(0))
-        ids[:, 0] = 1
-        text = Text(ids, bos=1, pad=0)
+        model, text = pythia_shaped()
     else:
         if not (REAL / "models" / name).exists():
             pytest.skip(f"no {name}")
