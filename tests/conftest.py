@@ -1,4 +1,5 @@
-"""Shared by all tests: one torch thread, no network, and a line that counts the real-model tests."""
+"""Shared by all tests: one torch thread, no network,
+and a line that counts the real-model tests."""
 
 import os
 
@@ -16,7 +17,8 @@ transformers.logging.disable_progress_bar()
 def pytest_configure(config):
     config.addinivalue_line(
         "markers",
-        "nightly: a second case of what another test shows, run by the nightly workflow (COURSE_NIGHTLY=1)",
+        "nightly: a second case of what another test shows, run by the nightly workflow "
+        "(COURSE_NIGHTLY=1)",
     )
 
 

@@ -1,4 +1,5 @@
-"""Harvested activations: against capture and plain loops, killed and taken up again, in several processes, under faults, and read back in random order."""
+"""Harvested activations: against capture and plain loops, killed and taken up again,
+in several processes, under faults, and read back in random order."""
 
 import errno
 import itertools
@@ -118,8 +119,10 @@ class Plain(torch.nn.Module):
         return x
 
 
-def some_text(rows=14, length=16, pad=1, seed=0):
-    "Documents cut into rows, so that rows begin in their middle; every third row ends in padding; the pad token also stands inside."
+def some_text(rows=14, length=16, pad=1, *, seed=0):
+    """Documents cut into rows, so that rows begin in their middle.
+
+    Every third row ends in padding; the pad token also stands inside."""
     draw = seeded(seed)
     docs = [
         torch.randint(1, 50, (int(n),), generator=draw).tolist()
@@ -159,7 +162,7 @@ def ordinary(text):
     return found
 
 
-def captured(model, text, sites, batch, k):
+def captured(model, text, sites, *, batch, k):
     "What capture itself reads in the whole model, in the same passes."
     kept = {site: [] for site in sites}
     for part in (
@@ -185,7 +188,7 @@ def copy(whole, tmp_path):
     return Path(shutil.copytree(whole, tmp_path / "copy"))
 
 
-# ---- what is written -------------------------------------------------------------------------------------------------
+# ---- what is written ---------------------------------------------------------------------------
 @pytest.mark.parametrize("family", CONFIGS)
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
 def test_values_are_what_capture_reads(tmp_path, family, dtype):
@@ -198,7 +201,7 @@ def test_values_are_what_capture_reads(tmp_path, family, dtype):
             sites=["resid.0", "mlp.1", "heads.*", "neurons.0"],
             dtype=dtype,
         ),
-        captured(model, text, [*FOUR, "heads.0"], 2, 3),
+        captured(model, text, [*FOUR, "heads.0"], batch=2, k=3),
     )
     assert store.sites == {
         "resid.0": 32,
@@ -302,7 +305,10 @@ def test_a_folder_holds_safetensors_and_json(whole):
 def test_the_model_is_left_as_it_was_and_runs_in_eval_mode_without_its_head(tmp_path):
     model = tiny("gpt2")
     want = make(tmp_path / "eval", model)
-    hooks = lambda: sum(len(m._forward_hooks) + len(m._forward_pre_hooks) for m in model.modules())
+
+    def hooks():
+        return sum(len(m._forward_hooks) + len(m._forward_pre_hooks) for m in model.modules())
+
     model.train()
     heads = []
     handle = model.get_output_embeddings().register_forward_hook(lambda *a: heads.append(1))
@@ -321,7 +327,9 @@ def test_codebooks_are_seen_and_a_model_without_head_will_do(tmp_path):
     )
     cb = add_codebooks(model, ["mlp.0", "resid.1"], n_codes=4, k=1)
     store = make(tmp_path / "codes", cb, text, dtype=torch.float32)
-    assert torch.equal(store.load("resid.1"), captured(cb, text, ["resid.1"], 2, 3)["resid.1"])
+    assert torch.equal(
+        store.load("resid.1"), captured(cb, text, ["resid.1"], batch=2, k=3)["resid.1"]
+    )
     assert len(store.load("resid.1").unique(dim=0)) <= 4 < len(plain.load("resid.1").unique(dim=0))
 
 
@@ -330,7 +338,10 @@ def test_shipped_model(tmp_path, capsys):
     text = load_text(tok, n_tokens=24 * 128, length=128)
     capsys.readouterr()
     store = harvest(model, text, ["resid.*", "heads.1"], folder=tmp_path / "a", shard=1000)
-    said, want = capsys.readouterr().out, captured(model, text, ["resid.2", "heads.1"], 16, 7)
+    said, want = (
+        capsys.readouterr().out,
+        captured(model, text, ["resid.2", "heads.1"], batch=16, k=7),
+    )
     assert len(store.shards) == 4 and all(
         torch.equal(store.load(site), want[site].half().float()) for site in want
     )
@@ -343,7 +354,8 @@ def test_shipped_model(tmp_path, capsys):
     ) == ordinary(text)
     size = sum(p.stat().st_size for p in tmp_path.rglob("*.safetensors"))
     assert said.count("\n") == 1 and said.startswith(
-        f"harvest: {text.n_tokens:,} tokens x 4 sites (resid.0 96, resid.1 96, resid.2 96, heads.1 96), float16: "
+        f"harvest: {text.n_tokens:,} tokens x 4 sites (resid.0 96, resid.1 96, resid.2 96, heads.1 "
+        f"96), float16: "
     )
     assert "in 4 shards, at most " in said and float(
         said.split(": ")[2].split(" MB")[0]
@@ -363,21 +375,33 @@ def test_no_more_than_one_shard_is_held(tmp_path, monkeypatch):
     assert len(seen) == 5 * 6
 
 
-# ---- interrupted -----------------------------------------------------------------------------------------------------
+# ---- interrupted -------------------------------------------------------------------------------
 KILLED = """
 import os, signal, sys
 sys.path[:0] = {path!r}
 import torch; torch.set_num_threads(1)
 from test_activations import *
-die = lambda: os.kill(os.getpid(), signal.SIGKILL)
+def die(): os.kill(os.getpid(), signal.SIGKILL)
 save, write, rows = activations.save_file, activations.write_json, activations._harvest_rows
-def in_a_shard(model, text, first, **kw): return rows(model, text, first, **kw) if first < 6 else die()
+def in_a_shard(model, text, first, **kw):
+    return rows(model, text, first, **kw) if first < 6 else die()
 def in_a_file(tensors, path):
     save(tensors, path)
-    if "00002" in path.name: os.truncate(path, path.stat().st_size // 2); Path(path.parent, ".tmpA1b2C3").write_bytes(b"half"); die()
+    if "00002" in path.name:
+        os.truncate(path, path.stat().st_size // 2)
+        Path(path.parent, ".tmpA1b2C3").write_bytes(b"half")
+        die()
 def before(name): return lambda path, info: die() if path.name == name else write(path, info)
-def at_the_start(path, info): path.parent.mkdir(); Path(str(path) + ".part").write_text("half"); die()
-cases = {{"in a shard": ("_harvest_rows", in_a_shard), "in a file": ("save_file", in_a_file), "before the json": ("write_json", before("shard-00002.json")), "at the start": ("write_json", at_the_start)}}
+def at_the_start(path, info):
+    path.parent.mkdir()
+    Path(str(path) + ".part").write_text("half")
+    die()
+cases = {{
+    "in a shard": ("_harvest_rows", in_a_shard),
+    "in a file": ("save_file", in_a_file),
+    "before the json": ("write_json", before("shard-00002.json")),
+    "at the start": ("write_json", at_the_start),
+}}
 for case, (name, fn) in cases.items():
     if not (child := os.fork()):
         setattr(activations, name, fn)
@@ -444,9 +468,12 @@ import sys; sys.path[:0] = {[str(Path(__file__).parent)]!r}
 import torch; torch.set_num_threads(1)
 from test_activations import *
 save, rank = activations._save, os.environ["RANK"]
-def spy(folder, i, tensors, *, info): save(folder, i, tensors, info=info); print(f"rank {{rank}} made {{i}};", file=open({str(tmp_path)!r} + "/made-" + rank, "a"))
+folder = Path({str(tmp_path)!r})
+def spy(part, i, tensors, *, info):
+    save(part, i, tensors, info=info)
+    print(f"rank {{rank}} made {{i}};", file=open(folder / f"made-{{rank}}", "a"))
 activations._save = spy
-Path({str(tmp_path)!r}, "tokens-" + os.environ["RANK"]).write_text(str(make(Path({str(tmp_path / "acts")!r})).n))
+(folder / f"tokens-{{rank}}").write_text(str(make(folder / "acts").n))
 """)
     got = subprocess.run(
         [
@@ -477,7 +504,7 @@ Path({str(tmp_path)!r}, "tokens-" + os.environ["RANK"]).write_text(str(make(Path
     assert contents(tmp_path / "acts") == contents(whole)
 
 
-# ---- faults ----------------------------------------------------------------------------------------------------------
+# ---- faults ------------------------------------------------------------------------------------
 def test_a_disk_that_fills_up(tmp_path, whole, monkeypatch):
     def full(tensors, path):
         save(tensors, path)
@@ -490,7 +517,8 @@ def test_a_disk_that_fills_up(tmp_path, whole, monkeypatch):
         m.setattr(activations, "save_file", full)
         with pytest.raises(
             OSError,
-            match=r"shard-00002.* could not be written \(.*No space left.*2 of 5 shards are in .*call harvest again",
+            match=r"shard-00002.* could not be written \(.*No space left.*2 of 5 shards are in "
+            r".*call harvest again",
         ):
             make(tmp_path / "a")
     assert set(contents(tmp_path / "a")) == {
@@ -516,9 +544,11 @@ def test_a_file_that_the_system_refuses(tmp_path, whole):
 
 
 def test_too_little_room_is_seen_before_anything_is_made(copy, tmp_path, monkeypatch):
-    room = lambda free: monkeypatch.setattr(
-        shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(10**9, 10**9 - free, free)
-    )
+    def room(free):
+        return monkeypatch.setattr(
+            shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(10**9, 10**9 - free, free)
+        )
+
     room(20_000)
     with pytest.raises(
         OSError, match=r"harvest: 0\.\d MB are needed in .*, the disk has 0\.0 MB left"
@@ -731,7 +761,7 @@ def test_what_is_not_whole_is_refused(copy, fault, says):
         open_activations(copy)
 
 
-# ---- read back -------------------------------------------------------------------------------------------------------
+# ---- read back ---------------------------------------------------------------------------------
 @pytest.fixture(scope="module")
 def large(tmp_path_factory):
     "Some 2,000 tokens in 10 shards."
@@ -791,7 +821,9 @@ def test_batches_are_shuffled(numbered, hold):
 
 
 def test_seeds_and_dtypes(large):
-    first = lambda **kw: torch.cat(list(large.batches("resid.1", 50, hold=200, **kw)))
+    def first(**kw):
+        return torch.cat(list(large.batches("resid.1", 50, hold=200, **kw)))
+
     assert torch.equal(first(), first(seed=0)) and not torch.equal(first(), first(seed=1))
     assert torch.equal(first(epochs=2)[: large.n], first()) and not torch.equal(
         first(epochs=2)[large.n :], first()

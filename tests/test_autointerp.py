@@ -1,4 +1,5 @@
-"""The protocol of chapter 09 against slow forms, its scorers where the answer is known, the language of predicates, puzzles and pages."""
+"""The protocol of chapter 09 against slow forms, its scorers where the answer is known,
+the language of predicates, puzzles and pages."""
 
 import math
 import re
@@ -106,7 +107,8 @@ def test_some_features():
 
 # ---- cases
 def planted(n=60, length=6, seed=0):
-    "A feature active in the first 40 fragments, at one token each, with the fragment's rank for its height."
+    """A feature active in the first 40 fragments, at one token each,
+    with the fragment's rank for its height."""
     words, f = (
         [[f"w{i}.{t}" for t in range(length)] for i in range(n)],
         np.zeros((n * length, 1), np.float32),
@@ -121,7 +123,10 @@ def test_ranks_explain_and_score_and_random_ones_are_others():
     words, f, heights = planted()
     (case,) = make_cases(f, words, [7])
     rank = {f"w{i}": int((heights > h).sum()) for i, h in enumerate(heights)}
-    ranks = lambda some: [rank.get(fr.tokens[0].split(".")[0]) for fr in some]
+
+    def ranks(some):
+        return [rank.get(fr.tokens[0].split(".")[0]) for fr in some]
+
     assert (
         case.feature == 7
         and case.active == 40
@@ -152,7 +157,10 @@ def test_silent_fragments_are_as_long_as_those_that_score():
     for i in draw.permutation(400)[:60]:
         f[starts[i], 0] = len(words[i])  # the longer, the stronger
     (case,) = make_cases(f, words)
-    lengths = lambda some: [len(fr.tokens) for fr in some]
+
+    def lengths(some):
+        return [len(fr.tokens) for fr in some]
+
     assert (
         len(case.silent) == len(case.score) == 10
         and max(abs(a - b) for a, b in zip(lengths(case.score), lengths(case.silent))) <= 1
@@ -218,7 +226,7 @@ class Known(Explainer):
         return self.answers
 
 
-def random_cases(n_feats=12, seed=0, n=80, length=20):
+def random_cases(n_feats=12, seed=0, n=80, *, length=20):
     draw = np.random.default_rng(seed)
     words = [[f"t{w}" for w in draw.integers(50, size=length)] for _ in range(n)]
     return make_cases(np.maximum(draw.standard_normal((n * length, n_feats)) - 1, 0), words), words
@@ -247,7 +255,10 @@ def test_r_is_pooled_over_tokens():
     for row, case in zip(
         interpret(cases, Known(cases, lambda a: a + draw.standard_normal(len(a)))), cases
     ):
-        flat = lambda some: np.concatenate(some)
+
+        def flat(some):
+            return np.concatenate(some)
+
         assert row["r"] == pytest.approx(
             np.corrcoef(flat([fr.acts for fr in case.score]), flat(row["simulated"]))[0, 1]
         )
@@ -317,6 +328,9 @@ def test_detection_and_fuzzing():
     assert len(asked) == 20 and all(len(marked) == 1 for _, _, marked in asked)
     with pytest.raises(ValueError):
         detection(cases, ["a"], knows)
+
+
+def test_an_explainer_that_simulates_can_judge():
     simulates = type(
         "S", (Explainer,), dict(simulate=lambda self, asks: [[0.0, 10.0, 5.0] for _ in asks])
     )()
@@ -370,7 +384,8 @@ def test_moments():
 
 
 # ---- the truth as a judge
-def test_feature_concepts_and_concept_fit():
+def concepts_and_features():
+    "What holds, and a feature for one, for none, for two, and one that is always on."
     draw = np.random.default_rng(0)
     truth = draw.random((4000, 6)) < [0.9, 0.1, 0.05, 0.2, 0.001, 0.1]
     f = np.stack(
@@ -382,6 +397,11 @@ def test_feature_concepts_and_concept_fit():
         ],
         1,
     )
+    return f, truth
+
+
+def test_feature_concepts_and_concept_fit():
+    f, truth = concepts_and_features()
     got = feature_concepts(f, truth)
     assert (
         got["concept"][[0, 2]].tolist() == [1, 3]
@@ -391,7 +411,8 @@ def test_feature_concepts_and_concept_fit():
         and got["recall"][0] > 0.99
     )
     assert abs(got["gain"][1]) < 0.1 and abs(got["gain"][3]) < 0.02, (
-        "above always firing, noise and a constant gain nothing, though F1 of the frequent concept is high"
+        "above always firing, noise and a constant gain nothing, though F1 of the frequent concept "
+        "is high"
     )
     fires = f[2000:, 2] >= 4
     assert got["f1"][2] == pytest.approx(
@@ -614,7 +635,11 @@ def test_puzzles(told):
     one = Puzzle("never", lambda w: [False] * len(w), "any word", [])
     assert puzzle_cases(told[2], [one]) == [None] and solve(STORIES, [None], [one]) == []
     broken = PredicateExplainer(**story_words())
-    broken.simulate = lambda asks: (_ for _ in ()).throw(ValueError("the endpoint answers 400"))
+
+    def refused(asks):
+        raise ValueError("the endpoint answers 400")
+
+    broken.simulate = refused
     with pytest.raises(ValueError, match="answers 400"):
         solve(broken, puzzle_cases(told[2]))
 

@@ -1,4 +1,6 @@
-"""The benchmark's race: contestants take turns, ratios are to the first, one that fails is told and the others go on. (What it measures is not tested: times are no tests.)"""
+"""The benchmark's race: contestants take turns, ratios are to the first,
+one that fails is told and the others go on. (What it measures is not tested: times are no
+tests.)"""
 
 import sys
 from pathlib import Path

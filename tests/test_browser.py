@@ -1,4 +1,6 @@
-"""The code browser in a real Chromium: as one file with no network, and as a panel in JupyterLab; a story full of markup is shown as text."""
+"""The code browser in a real Chromium: as one file with no network, and as a panel in JupyterLab.
+
+A story full of markup is shown as text."""
 
 import contextlib
 import json
@@ -24,7 +26,10 @@ from codebook_tutorial.show.browser import browse, export_browser
 from codebook_tutorial.show.html import escape
 from codebook_tutorial.show.pages import script_json
 
-EVIL = "the <script>window.hacked=1</script> dog & <img src=x onerror=window.hacked=1> </script><!-- \u2028 naïve 日本 👍 end"
+EVIL = (
+    "the <script>window.hacked=1</script> dog & <img src=x onerror=window.hacked=1> "
+    "</script><!-- \u2028 naïve 日本 👍 end"
+)
 DOCS = [
     EVIL,
     *(
@@ -44,13 +49,11 @@ FLAGS = [
 ]
 
 
-@pytest.fixture(scope="module")
-def built(tmp_path_factory):
-    "An index of a small random model over byte-level text: codes, and a site name's worth of features with values."
+def byte_level():
+    "A tokenizer over bytes that has seen the documents."
     import transformers as t
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
-    folder = tmp_path_factory.mktemp("browser")
     raw = Tokenizer(models.BPE())
     raw.pre_tokenizer, raw.decoder = (
         pre_tokenizers.ByteLevel(add_prefix_space=False),
@@ -65,7 +68,17 @@ def built(tmp_path_factory):
             show_progress=False,
         ),
     )
-    tok = t.PreTrainedTokenizerFast(tokenizer_object=raw, bos_token="<|end|>", pad_token="<|end|>")
+    return t.PreTrainedTokenizerFast(tokenizer_object=raw, bos_token="<|end|>", pad_token="<|end|>")
+
+
+@pytest.fixture(scope="module")
+def built(tmp_path_factory):
+    """An index of a small random model over byte-level text:
+    codes, and a site name's worth of features with values."""
+    import transformers as t
+
+    folder = tmp_path_factory.mktemp("browser")
+    tok = byte_level()
     tok.save_pretrained(folder / "tok")
     model, draw = (
         t.GPT2LMHeadModel(
@@ -142,6 +155,19 @@ def test_the_file_holds_no_markup_of_the_text_and_is_written_at_once(built, tmp_
     assert [p.name for p in tmp_path.iterdir()] == ["b.html"]
 
 
+def check_documents(index, docs):
+    pieces = index.surface.pieces
+    for doc in docs:
+        units, n = doc["text"].encode("utf-16-le"), len(doc["begin"])
+        ids = index.ids.ravel()[doc["at"] : doc["at"] + n]
+        assert (
+            doc["text"].encode() == b"".join(pieces[ids])
+            and index.mask.ravel()[doc["at"] : doc["at"] + n].all()
+        )
+        for b, e, piece in zip(doc["begin"], doc["end"], pieces[ids]):
+            assert piece in units[2 * b : 2 * e].decode("utf-16-le").encode()
+
+
 def test_the_file_holds_what_the_index_says(built, tmp_path):
     index, valued, _ = built
     d = data_of(
@@ -167,16 +193,7 @@ def test_the_file_holds_what_the_index_says(built, tmp_path):
                 == own[own < 800].tolist()
                 != []
             )
-    pieces = index.surface.pieces
-    for doc in d["documents"]:
-        units, n = doc["text"].encode("utf-16-le"), len(doc["begin"])
-        ids = index.ids.ravel()[doc["at"] : doc["at"] + n]
-        assert (
-            doc["text"].encode() == b"".join(pieces[ids])
-            and index.mask.ravel()[doc["at"] : doc["at"] + n].all()
-        )
-        for b, e, piece in zip(doc["begin"], doc["end"], pieces[ids]):
-            assert piece in units[2 * b : 2 * e].decode("utf-16-le").encode()
+    check_documents(index, d["documents"])
     whole = data_of(export_browser(valued, tmp_path / "v.html", patterns=[]))
     assert whole["size"] == valued.mask.size and np.allclose(
         whole["sites"][0]["values"],
@@ -212,7 +229,8 @@ def test_the_panel_says_what_is_wrong(built):
     assert (
         says.value
         == escape(
-            "mark: '<b>(' is no regular expression: missing ), unterminated subpattern at position 3"
+            "mark: '<b>(' is no regular expression: missing ), unterminated subpattern at position "
+            "3"
         )
         and shown.value == ""
         and len(lines.options) == 0
@@ -272,6 +290,25 @@ def type_pattern(page, pattern):
     page.wait_for_timeout(400)
 
 
+def check_pattern(page, index, pattern):
+    "The page finds what Python finds."
+    type_pattern(page, pattern)
+    want = sorted(index.search(pattern), key=lambda r: (-r["precision"], -r["recall"]))
+    assert (
+        page.inner_text("#status")
+        == f"{int(index.mark(pattern).sum()):,} tokens marked, {len(want)} features, in the "
+        f"{index.mask.sum():,} tokens of this page."
+    )
+    got = [number(r) for r in rows(page)]
+    assert (
+        np.allclose(got, [[r["precision"], r["recall"], r["active"]] for r in want], atol=0.0006)
+        and len(got) > 2
+    )
+    heads = next((t.split("\t") for t in rows(page) if "\theads.1\t" in t), None)
+    if heads:
+        assert int(heads[0].split()[-1]) == 24 * int(heads[2]) + int(heads[3])
+
+
 def test_one_file_searches_filters_and_shows(built, page, tmp_path):
     index, *_ = built
     path = export_browser(
@@ -294,22 +331,7 @@ def test_one_file_searches_filters_and_shows(built, page, tmp_path):
         r"“(.*?)”",
         r"r=(.)",
     ):  # live, over all of the text: as Python finds
-        type_pattern(page, pattern)
-        want = sorted(index.search(pattern), key=lambda r: (-r["precision"], -r["recall"]))
-        assert (
-            page.inner_text("#status")
-            == f"{int(index.mark(pattern).sum()):,} tokens marked, {len(want)} features, in the {index.mask.sum():,} tokens of this page."
-        )
-        got = [number(r) for r in rows(page)]
-        assert (
-            np.allclose(
-                got, [[r["precision"], r["recall"], r["active"]] for r in want], atol=0.0006
-            )
-            and len(got) > 2
-        )
-        heads = next((t.split("\t") for t in rows(page) if "\theads.1\t" in t), None)
-        if heads:
-            assert int(heads[0].split()[-1]) == 24 * int(heads[2]) + int(heads[3])
+        check_pattern(page, index, pattern)
     type_pattern(page, "dog")
     prepared = rows(page)
     page.locator("#precision").fill("0.3")
@@ -321,6 +343,28 @@ def test_one_file_searches_filters_and_shows(built, page, tmp_path):
         and page.inner_text("#recallShown") == "0.20"
     )
     assert page.asked == [path.as_uri()] and page.complaints == []
+
+
+def check_errors(page):
+    for bad, says in (
+        ("(", "Unterminated group"),
+        ("(a)(b)", "2 groups, expected one or none"),
+        ("[", "Invalid regular expression"),
+    ):
+        type_pattern(page, bad)
+        assert (
+            says in page.inner_text("#error")
+            and rows(page) == []
+            and page.inner_text("#contexts") == ""
+        )
+    page.get_by_role(
+        "button", name="(?P<x>cat)"
+    ).click()  # Python's own syntax works where it was prepared
+    assert (
+        page.inner_text("#error") == ""
+        and len(rows(page)) > 1
+        and "in all" in page.inner_text("#status")
+    )
 
 
 def test_one_file_by_keyboard_and_its_errors(built, page, tmp_path):
@@ -347,25 +391,7 @@ def test_one_file_by_keyboard_and_its_errors(built, page, tmp_path):
         page.locator("tr.chosen").count() == 1
         and page.locator(".context span[title='1']").count() >= page.locator(".context").count()
     )
-    for bad, says in (
-        ("(", "Unterminated group"),
-        ("(a)(b)", "2 groups, expected one or none"),
-        ("[", "Invalid regular expression"),
-    ):
-        type_pattern(page, bad)
-        assert (
-            says in page.inner_text("#error")
-            and rows(page) == []
-            and page.inner_text("#contexts") == ""
-        )
-    page.get_by_role(
-        "button", name="(?P<x>cat)"
-    ).click()  # Python's own syntax works where it was prepared
-    assert (
-        page.inner_text("#error") == ""
-        and len(rows(page)) > 1
-        and "in all" in page.inner_text("#status")
-    )
+    check_errors(page)
     type_pattern(page, "")
     assert page.inner_text("#status") == "" and rows(page) == []
     assert page.complaints == []
@@ -406,7 +432,8 @@ def test_the_files_own_policy_forbids_the_network(built, browser, tmp_path):
     page.goto(export_browser(index, tmp_path / "b.html").as_uri())
     page.evaluate("fetch('http://127.0.0.1:9/').catch(() => 0)")
     page.evaluate(
-        "new Promise(r => { const i = new Image(); i.onerror = r; i.src = 'http://127.0.0.1:9/x.png'; document.body.append(i); })"
+        "new Promise(r => { const i = new Image(); i.onerror = r; i.src = "
+        "'http://127.0.0.1:9/x.png'; document.body.append(i); })"
     )
     assert sum("Content Security Policy" in r for r in refused) >= 2
     page.close()
@@ -445,8 +472,8 @@ def test_values_are_shown_strongest_first_in_light_and_dark(built, browser, tmp_
     assert len(ground) == 2
 
 
-def test_the_page_of_explained_features_opens_without_scripts_or_network(page, browser, tmp_path):
-    "Tokens and explanations full of markup are text; a feature opens by a click; light and dark."
+def explained(tmp_path):
+    "The page of three features of tokens full of markup."
     from codebook_tutorial.feature.explain.protocol import make_cases
     from codebook_tutorial.feature.explain.rules import PredicateExplainer
     from codebook_tutorial.feature.explain.scores import interpret
@@ -461,9 +488,14 @@ def test_the_page_of_explained_features_opens_without_scripts_or_network(page, b
     f[0:40:4, 2] = 1.0
     cases = make_cases(f, words)
     explainer = PredicateExplainer()
-    path = export_features(
+    return export_features(
         cases, interpret(cases, explainer), tmp_path / "f.html", title="Features <i>here</i>"
     )
+
+
+def test_the_page_of_explained_features_opens_without_scripts_or_network(page, browser, tmp_path):
+    "Tokens and explanations full of markup are text; a feature opens by a click; light and dark."
+    path = explained(tmp_path)
     page.goto(path.as_uri())
     assert (
         page.locator("details").count() == 2
@@ -492,10 +524,8 @@ def test_the_page_of_explained_features_opens_without_scripts_or_network(page, b
     assert len(colours) == 2
 
 
-def test_the_page_of_steered_texts_offers_what_there_is_and_marks_what_changed(
-    page, browser, tmp_path
-):
-    "Four choices, each offering what the ones before leave; markup in texts is text; no network."
+def steered(tmp_path):
+    "The page of two prompts, plain and steered in three ways."
     from codebook_tutorial.show.steering import export_steering
 
     samples = [
@@ -508,7 +538,14 @@ def test_the_page_of_steered_texts_offers_what_there_is_and_marks_what_changed(
         for w, t in (("switch", "dragon"), ("switch", "space"), ("vector", "dragon"))
         for s in ((1.0, 2.0) if w == "switch" else (4.0,))
     ]
-    path = export_steering(tmp_path / "s.html", samples, "Steering <i>here</i>")
+    return export_steering(tmp_path / "s.html", samples, "Steering <i>here</i>")
+
+
+def test_the_page_of_steered_texts_offers_what_there_is_and_marks_what_changed(
+    page, browser, tmp_path
+):
+    "Four choices, each offering what the ones before leave; markup in texts is text; no network."
+    path = steered(tmp_path)
     page.goto(path.as_uri())
     assert (
         page.locator("h1").inner_text() == "Steering <i>here</i>"
@@ -541,11 +578,7 @@ def test_the_page_of_steered_texts_offers_what_there_is_and_marks_what_changed(
 
 
 # ---------------------------------------------------------------- JupyterLab
-@contextlib.contextmanager
-def jupyter(tmp_path, source):
-    "A JupyterLab on the loopback device with folders of its own and a notebook of these cells; gives its address."
-    pytest.importorskip("jupyterlab", reason="no JupyterLab: pip install jupyterlab")
-    pytest.importorskip("ipywidgets", reason="no ipywidgets: pip install ipywidgets")
+def write_notebook(tmp_path, source):
     cells = [
         dict(cell_type="code", id=f"c{i}", metadata={}, execution_count=None, outputs=[], source=s)
         for i, s in enumerate(source)
@@ -563,9 +596,10 @@ def jupyter(tmp_path, source):
             )
         )
     )
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        port = s.getsockname()[1]
+
+
+def jupyter_folders(tmp_path):
+    "JupyterLab's folders, as variables of its environment; it asks for no news."
     dirs = {
         f"JUPYTER_{n}_DIR": str(tmp_path / n.lower()) for n in ("CONFIG", "DATA", "RUNTIME")
     } | dict(
@@ -577,16 +611,39 @@ def jupyter(tmp_path, source):
     (
         tmp_path / "s" / "@jupyterlab" / "apputils-extension" / "notification.jupyterlab-settings"
     ).write_text('{"fetchNews": "false", "checkForUpdates": false}')
+    return dirs
+
+
+def wait_for(server, port, log):
+    "Until the server answers."
+    for _ in range(240):
+        if server.poll() is not None:
+            pytest.fail(log.read_text()[-2000:])
+        try:
+            urllib.request.urlopen(f"http://127.0.0.1:{port}/api", timeout=1)
+            return
+        except OSError:
+            time.sleep(0.25)
+
+
+@contextlib.contextmanager
+def jupyter(tmp_path, source):
+    """A JupyterLab on the loopback device with folders of its own and a notebook of these cells.
+
+    Gives its address."""
+    pytest.importorskip("jupyterlab", reason="no JupyterLab: pip install jupyterlab")
+    pytest.importorskip("ipywidgets", reason="no ipywidgets: pip install ipywidgets")
+    write_notebook(tmp_path, source)
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        port = s.getsockname()[1]
+    dirs = jupyter_folders(tmp_path)
     log = open(tmp_path / "lab.log", "w")
     server = subprocess.Popen(
         [
             sys.executable,
             "-m",
-            "jupyter",
-            "lab",
-            "--no-browser",
-            "--allow-root",
-            "--ip=127.0.0.1",
+            *"jupyter lab --no-browser --allow-root --ip=127.0.0.1".split(),
             f"--port={port}",
             "--IdentityProvider.token=",
             "--ServerApp.password=",
@@ -598,14 +655,7 @@ def jupyter(tmp_path, source):
         start_new_session=True,
     )
     try:
-        for _ in range(240):
-            if server.poll() is not None:
-                pytest.fail((tmp_path / "lab.log").read_text()[-2000:])
-            try:
-                urllib.request.urlopen(f"http://127.0.0.1:{port}/api", timeout=1)
-                break
-            except OSError:
-                time.sleep(0.25)
+        wait_for(server, port, tmp_path / "lab.log")
         yield f"http://127.0.0.1:{port}/lab/tree/panel.ipynb?reset"
     finally:
         server.terminate()
@@ -618,7 +668,9 @@ def jupyter(tmp_path, source):
 
 
 def run_all(page, address):
-    "Open the notebook and choose Run All from the menu; nothing but the loopback device can be reached."
+    """Open the notebook and choose Run All from the menu.
+
+    Nothing but the loopback device can be reached."""
     page.route(
         lambda url: not url.startswith(("http://127.0.0.1", "ws://127.0.0.1", "data:", "blob:")),
         lambda r: r.abort(),
@@ -652,8 +704,11 @@ def lab(tmp_path, built):
     with jupyter(
         tmp_path,
         [
-            f"from codebook_tutorial.show.browser import browse\nfrom codebook_tutorial.feature.index import open_index\nfrom transformers import AutoTokenizer",
-            f"browse(open_index({str(folder / 'codes')!r}, AutoTokenizer.from_pretrained({str(folder / 'tok')!r})))",
+            "from codebook_tutorial.show.browser import browse\n"
+            "from codebook_tutorial.feature.index import open_index\n"
+            "from transformers import AutoTokenizer",
+            f"browse(open_index({str(folder / 'codes')!r}, "
+            f"AutoTokenizer.from_pretrained({str(folder / 'tok')!r})))",
         ],
     ) as address:
         yield address
@@ -681,24 +736,19 @@ def test_the_panel_in_jupyterlab_after_run_all(lab, built, browser):
         page.locator(".widget-select select").select_option(index=i)
         site, f = want[i - 1]["site"], want[i - 1]["feature"]
         page.wait_for_function(
-            "words => [...document.querySelectorAll('.widget-html')].some(e => e.textContent.includes(words))",
+            "words => [...document.querySelectorAll('.widget-html')].some(e => "
+            "e.textContent.includes(words))",
             arg=f"{site} feature {f}, row",
             timeout=20_000,
         )
         seen += page.locator(".widget-html").last.inner_text()
     assert "<" in seen and "script" in seen.replace(" ", "")
-    assert (
-        page.evaluate("typeof window.hacked") == "undefined"
-        and page.locator(".widget-html img, .widget-html script").count() == 0
-    )
+    assert page.evaluate("typeof window.hacked") == "undefined"
+    assert page.locator(".widget-html img, .widget-html script").count() == 0
     box.fill("(")
     box.press("Enter")
     page.get_by_text("is no regular expression").wait_for(timeout=20_000)
-    assert (
-        options.count() == 0
-        and page.locator(
-            ".jp-RenderedText[data-mime-type='application/vnd.jupyter.stderr']"
-        ).count()
-        == 0
-    )
+    assert options.count() == 0
+    stderr = ".jp-RenderedText[data-mime-type='application/vnd.jupyter.stderr']"
+    assert page.locator(stderr).count() == 0
     context.close()

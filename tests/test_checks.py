@@ -1,4 +1,5 @@
-"""Every exercise: its solution passes, its stub fails, another right answer passes, plausible wrong answers fail, and at least one is told by name."""
+"""Every exercise: its solution passes, its stub fails, another right answer passes,
+plausible wrong answers fail, and at least one is told by name."""
 
 import ast
 import functools
@@ -55,11 +56,14 @@ def words_after(fragments, before, better=lambda a, b: a > b):
         for tokens, acts in fragments
         for i, (w, a) in enumerate(zip(tokens, acts))
     ]
-    mean = lambda w, there: (
-        sum(some) / len(some)
-        if (some := [a for v, a, at in pairs if v == w and at == there])
-        else 0.0
-    )
+
+    def mean(w, there):
+        return (
+            sum(some) / len(some)
+            if (some := [a for v, a, at in pairs if v == w and at == there])
+            else 0.0
+        )
+
     return [
         w for w in sorted({w for w, _, at in pairs if at}) if better(mean(w, True), mean(w, False))
     ]
@@ -96,7 +100,7 @@ def _next_by_hand(z, y, chosen):
     return max((j for j in range(z.shape[1]) if j not in chosen), key=lambda j: size[j])
 
 
-def _renamed_by_hand(ids, girls, boys, seed=0):
+def _renamed_by_hand(ids, girls, boys):
     other = {int(a): int(b) for some in (girls, boys) for a, b in zip(some, some.roll(1))}
     return ids.clone().apply_(lambda i: other.get(i, i))
 
@@ -113,7 +117,7 @@ def _sparse_random(n, d, k):
     return Affine(random_directions(n, d, seed=9).directions, k=k)
 
 
-def _attention_share(model, ids, layer, a="attn", b="mlp", mean=None):
+def _attention_share(model, ids, layer, *, a="attn", b="mlp", mean=None):
     from codebook_tutorial.model.sites import capture
 
     with torch.no_grad(), capture(model, [f"{kind}.{layer}" for kind in ("attn", "mlp")]) as acts:
@@ -1174,7 +1178,7 @@ CASES = {
         "The block still does all its products|More sites, but more blocks",
     ),
     "renamed": (
-        _renamed_by_hand,
+        lambda ids, girls, boys, seed=0: _renamed_by_hand(ids, girls, boys),
         [
             lambda ids, girls, boys, seed=0: ids,
             lambda ids, girls, boys, seed=0: torch.where(
@@ -1189,7 +1193,7 @@ CASES = {
     ),
     "word_lists": (
         lambda groups, ids: {
-            n: [ids[w] for w in ws if w in ids and sum(w in o for o in groups.values()) == 1]
+            n: [ids[w] for w in ws if w in ids and sum(groups.values(), []).count(w) == 1]
             for n, ws in groups.items()
         },
         [
@@ -1299,7 +1303,8 @@ CASES = {
 
 
 def exercises():
-    "Every exercise cell of every chapter with the check cell behind it: (chapter, name of the function, cell, check cell)."
+    """Every exercise cell of every chapter with the check cell behind it:
+    (chapter, name of the function, cell, check cell)."""
     for path in books.chapters():
         cells = books.read_book(path).cells
         for i, cell in enumerate(cells):
@@ -1379,7 +1384,10 @@ class TestExercise:
         name = re.search(r"^def (\w+)", source, re.M)[1]
         other, wrong, words = CASES[name]
         _, space, call = run_cell(path, source, check_source)
-        judge = lambda fn: eval(call, {**space, name: fn})
+
+        def judge(fn):
+            return eval(call, {**space, name: fn})
+
         assert judge(other), f"another right answer is refused: {judge(other)!r}"
         verdicts = [judge(fn) for fn in wrong]
         assert len(wrong) >= 3 and not any(verdicts), [repr(v) for v in verdicts]

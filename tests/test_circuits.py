@@ -145,9 +145,10 @@ def test_the_best_code_is_found_by_counting(neox):
     found = best_features(neox, "resid.0", book, text=text, truths={"a": truth})["a"]
     assert (found.feature, found.f1) == (j, 1) and torch.equal(found.acts, f[..., j])
     shifted = truth.roll(1, 1)
-    score = lambda some, true: (
-        2 * (some & true).sum() / (some.sum() + true.sum()).clamp(min=1)
-    ).item()
+
+    def score(some, true):
+        return (2 * (some & true).sum() / (some.sum() + true.sum()).clamp(min=1)).item()
+
     found = best_features(neox, "resid.0", book, text=text, truths={"a": shifted})["a"]
     want = [score(f[:8, :, i] > 0, (shifted & text.mask)[:8]) for i in range(6)]
     assert found.f1 == pytest.approx(max(want)) and found.f1_held_out == pytest.approx(
@@ -397,7 +398,7 @@ def at_words(contexts, fn):
     return lambda x: torch.where(contexts.there[..., None], fn(x), x)
 
 
-def plain_effect(model, dicts, parent, child, contexts, at_end):
+def plain_effect(model, dicts, parent, *, child, contexts, at_end):
     def strength(edits):
         with torch.no_grad(), intervene(model, edits), capture(model, parent[0]) as acts:
             model(input_ids=contexts.ids)
@@ -429,7 +430,10 @@ def test_effects_are_those_of_plain_hooks(tiny, at_end):
     assert len(children) > 12 and 0 < runs <= len(children) * len(c)
     for j, e in list(zip(children.tolist(), effects.tolist()))[::5]:
         assert e == pytest.approx(
-            plain_effect(tiny, dicts, ("resid.2", 5), ("resid.0", j), c, at_end), abs=2e-4
+            plain_effect(
+                tiny, dicts, ("resid.2", 5), child=("resid.0", j), contexts=c, at_end=at_end
+            ),
+            abs=2e-4,
         )
     assert hooks(tiny) == 0 and not any("forward" in m.__dict__ for m in tiny.modules())
 
@@ -447,7 +451,8 @@ def test_inside_a_block_as_well(neox):
     )
     for j, e in list(zip(children.tolist(), effects.tolist()))[::6]:
         assert e == pytest.approx(
-            plain_effect(neox, dicts, ("attn.1", 5), ("mlp.0", j), c, False), abs=2e-4
+            plain_effect(neox, dicts, ("attn.1", 5), child=("mlp.0", j), contexts=c, at_end=False),
+            abs=2e-4,
         )
 
 
@@ -634,9 +639,10 @@ def test_others_are_active_at_the_same_words_and_none_twice(neox):
     with torch.no_grad(), capture(neox, ["resid.0"]) as acts:
         neox(input_ids=c.ids)
     active = (dicts["resid.0"].encode(acts["resid.0"]) > 0)[c.there]
-    like = lambda i, j: (
-        (active[:, i] & active[:, j]).sum() / (active[:, i] | active[:, j]).sum()
-    ).item()
+
+    def like(i, j):
+        return ((active[:, i] & active[:, j]).sum() / (active[:, i] | active[:, j]).sum()).item()
+
     ranked = sorted((like(1, j) for j in range(60) if j not in (1, 2)), reverse=True)
     for some in draws:
         assert (

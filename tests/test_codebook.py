@@ -1,4 +1,5 @@
-"""The codebook layer and the model around it: against the plain form, by its invariants, and under bad input."""
+"""The codebook layer and the model around it:
+against the plain form, by its invariants, and under bad input."""
 
 import copy
 import json
@@ -30,12 +31,12 @@ def distances(a, b):
     return torch.cdist(a, b, compute_mode="donot_use_mm_for_euclid_dist")
 
 
-def layer(n_codes=30, k=2, groups=1, seed=1, **kw):
+def layer(n_codes=30, k=2, groups=1, *, seed=1, **kw):
     torch.manual_seed(seed)
     return Codebook(16, n_codes, k, groups=groups, **kw)
 
 
-def naive_ids(x, codes, k, select):
+def naive_ids(x, codes, k, *, select):
     if select == "cosine":
         return (F.normalize(x, dim=-1) @ F.normalize(codes, dim=-1).T).topk(k).indices
     if select == "euclidean":
@@ -56,7 +57,7 @@ def test_output_is_that_of_the_plain_form(form, k, groups):
     assert out.shape == X.shape and ids.shape == (3, 20, groups, k)
     parts = []
     for g, (x, codes) in enumerate(zip(X.flatten(0, 1).chunk(groups, -1), book.weight)):
-        own = naive_ids(x, codes, k, form["select"])
+        own = naive_ids(x, codes, k, select=form["select"])
         assert torch.equal(own, ids.flatten(0, 1)[:, g])
         gathered = codes[own]
         parts.append(gathered.mean(1) if form.get("combine") == "mean" else gathered.sum(1))
@@ -150,7 +151,7 @@ def test_selection_does_not_depend_on_the_chunks():
             )
 
 
-# ---- as a Dictionary -------------------------------------------------------------------------------------------------
+# ---- as a Dictionary ---------------------------------------------------------------------------
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("groups", [1, 4])
 def test_encode_and_decode_say_what_the_layer_does(form, groups):
@@ -195,7 +196,7 @@ def test_the_mean_predictor_has_fvu_one():
     assert fvu(x, x.mean(0).expand_as(x)) == pytest.approx(1) and fvu(x, x) == 0
 
 
-# ---- k-means ---------------------------------------------------------------------------------------------------------
+# ---- k-means -----------------------------------------------------------------------------------
 @pytest.mark.parametrize("cosine", [True, False])
 def test_kmeans_finds_separate_crowds(cosine):
     centres = 5 * F.normalize(torch.randn(12, 24, generator=seeded(0)), dim=-1)
@@ -244,7 +245,7 @@ def test_init_from_data_lowers_the_error():
             )
 
 
-# ---- counting, moving averages, revival --------------------------------------------------------------------------------
+# ---- counting, moving averages, revival --------------------------------------------------------
 def test_uses_are_counted_per_group_and_code():
     book = layer(k=2, groups=2)
     _, ids, _ = book(X)
@@ -365,7 +366,7 @@ def test_guided_revival_goes_where_the_error_is():
     assert ((targets >= 20) & (targets < 30)).all()
 
 
-# ---- bad input ---------------------------------------------------------------------------------------------------------
+# ---- bad input ---------------------------------------------------------------------------------
 @pytest.mark.parametrize(
     "kw,says",
     [
@@ -425,7 +426,7 @@ def test_a_bad_edit_says_what_was_expected(edit, says):
         layer()(X, edit)
 
 
-# ---- the model around it -----------------------------------------------------------------------------------------------
+# ---- the model around it -----------------------------------------------------------------------
 V = 40
 IDS = torch.randint(1, V, (4, 9), generator=seeded(0))
 SMALL = dict(vocab_size=V, bos_token_id=0, eos_token_id=None, pad_token_id=None)
@@ -657,7 +658,7 @@ def test_accumulated_gradients_are_those_of_the_big_batch(base):
     assert all(torch.allclose(a, b, atol=1e-6) for a, b in zip(whole, cut, strict=True))
 
 
-# ---- what a review found ---------------------------------------------------------------------------------------------
+# ---- what a review found -----------------------------------------------------------------------
 def test_codebooks_put_twice_do_not_stack(base):
     first = with_codebooks(base)
     again = with_codebooks(base)
@@ -726,12 +727,13 @@ def test_bypass_leaves_no_stale_codes_and_copies_work_after_a_pass(base):
         assert not cb.ids and not cb.recon and cb.recon_loss() == 0
 
 
-# ---- padding, LayerNorm, the Hub -------------------------------------------------------------------------------------
+# ---- padding, LayerNorm, the Hub ---------------------------------------------------------------
 @pytest.mark.parametrize(
     "form", [dict(select="residual", learn="ema", k=2), dict(select="cosine", k=2)]
 )
 def test_padding_counts_nowhere(base, form):
-    "The last three positions of two rows are padding: reconstruction, uses and averages are those of the other positions alone."
+    """The last three positions of two rows are padding:
+    reconstruction, uses and averages are those of the other positions alone."""
     cb = with_codebooks(base, commitment=0.25, **form).train()
     cb.model.eval()  # no dropout
     there = torch.ones_like(IDS)
@@ -790,11 +792,15 @@ def test_beginning_from_data_leaves_padding_out(base):
 
 
 def test_layernorm_before_the_look_up():
-    "Chosen for LayerNorm(x), so a shift of all numbers and a scale change nothing; what is written is as without it."
+    """Chosen for LayerNorm(x), so a shift of all numbers and a scale change nothing.
+
+    What is written is as without it."""
     book, plain = layer(k=2, norm=True), layer(k=2)
     ids = book.choose(X)
     assert (
-        torch.equal(ids[..., 0, :], naive_ids(F.layer_norm(X, (16,)), book.weight[0], 2, "cosine"))
+        torch.equal(
+            ids[..., 0, :], naive_ids(F.layer_norm(X, (16,)), book.weight[0], 2, select="cosine")
+        )
         and torch.equal(ids, book.choose(3 * X + 7))
         and not torch.equal(ids, plain.choose(X + 7))
     )

@@ -1,4 +1,5 @@
-"""The index of what every feature is active at, and what is asked of it: against plain loops, on real tokenizers, under damage and on endless text."""
+"""The index of what every feature is active at, and what is asked of it:
+against plain loops, on real tokenizers, under damage and on endless text."""
 
 import functools
 import gc
@@ -52,7 +53,9 @@ SITES = ["mlp.0", "mlp.2", "heads.1"]
 # ---------------------------------------------------------------- what there is to ask
 @pytest.fixture(scope="module")
 def stories():
-    "Tokenizer, text of 24 rows, what holds in it, and a model with small books; heads.1 has a book a head."
+    """Tokenizer, text of 24 rows, what holds in it, and a model with small books.
+
+    Heads.1 has a book a head."""
     (model, tok), (text, facts) = load_lm("stories"), story_text(24 * 256)
     return (
         tok,
@@ -236,7 +239,8 @@ def test_negative_values_are_activations_and_huge_ones_are_cut(stories, tmp_path
 
 
 class Steps(Directions):
-    "1 in the text's first row or rows, 2 in those behind: which value is seen last must not decide."
+    """1 in the text's first row or rows, 2 in those behind:
+    which value is seen last must not decide."""
 
     def encode(self, x):
         Steps.calls += 1
@@ -275,7 +279,7 @@ def test_sorting_a_few_at_a_time_gives_the_same(index, stories, tmp_path, monkey
             assert np.array_equal(array, streamed.arrays[site][name]), (site, name)
 
 
-# ---------------------------------------------------------------- building: streams, mistakes, interruptions
+# ---- building: streams, mistakes, interruptions
 def test_a_stream_of_texts_is_one_text(index, stories, tmp_path):
     tok, text, _, cb = stories
     streamed = build_index(
@@ -286,7 +290,9 @@ def test_a_stream_of_texts_is_one_text(index, stories, tmp_path):
 
 
 def test_memory_does_not_grow_with_the_text(stories, tmp_path, monkeypatch):
-    "numpy's and Python's memory, for a text four times as long; sorting is told to hold few at a time, as it would on a long one."
+    """numpy's and Python's memory, for a text four times as long.
+
+    Sorting is told to hold few at a time, as it would on a long one."""
     tok, text, _, _ = stories
     monkeypatch.setattr(index_module, "_invert", functools.partial(index_module._invert, step=4096))
     monkeypatch.setattr(
@@ -327,7 +333,7 @@ def test_a_builders_mistakes_are_named(index, stories, tmp_path):
     tok, text, _, cb = stories
     model, fits = cb.model, random_directions(5, 96)
 
-    def fails(says, model=cb, text=text[:1], folder=tmp_path / "i", **kw):
+    def fails(says, model=cb, text=text[:1], *, folder=tmp_path / "i", **kw):
         with pytest.raises(ValueError, match=says):
             build_index(model, tok, text, folder=folder, **kw)
         assert not folder.exists() or folder.name != "i"
@@ -362,9 +368,15 @@ def test_a_builders_mistakes_are_named(index, stories, tmp_path):
         "there is an index in .*; open_index reads it, overwrite=True replaces it",
         folder=index.folder,
     )
+
+
+def test_a_folder_that_is_no_index_is_left_alone(stories, tmp_path):
+    tok, text, _, cb = stories
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "thesis.txt").write_text("years of work")
-    fails("is there and no index", folder=tmp_path / "mine", overwrite=True)
+    with pytest.raises(ValueError, match="is there and no index"):
+        build_index(cb, tok, text[:1], folder=tmp_path / "mine", overwrite=True)
+    assert not list(tmp_path.glob("*.part"))
     assert (tmp_path / "mine" / "thesis.txt").exists()
 
 
@@ -405,7 +417,8 @@ from codebook_tutorial.dictionary.base import random_directions
 from codebook_tutorial.model.hub import load_lm
 (model, tok), (text, _) = load_lm('stories'), story_text(1024)
 def stream(): yield text; os.kill(os.getpid(), signal.SIGKILL)
-build_index(model, tok, stream(), folder={str(tmp_path / "i")!r}, dictionaries={{'mlp.1': random_directions(8, 96)}})"""
+books = {{'mlp.1': random_directions(8, 96)}}
+build_index(model, tok, stream(), folder={str(tmp_path / "i")!r}, dictionaries=books)"""
     assert (
         subprocess.run([sys.executable, "-c", code], capture_output=True).returncode
         == -signal.SIGKILL
@@ -520,7 +533,7 @@ def test_byte_level_text_keeps_every_byte(byte_tok):
     assert (starts[1:] == ends[:-1]).all()
 
 
-def bytes_index(byte_tok, docs, length, tmp_path, **kw):
+def bytes_index(byte_tok, docs, length, *, tmp_path, **kw):
     "An index of a plain model without features to speak of, over this text."
     from transformers import GPT2Config, GPT2LMHeadModel
 
@@ -538,9 +551,12 @@ def bytes_index(byte_tok, docs, length, tmp_path, **kw):
 
 
 def test_marks_on_parts_of_characters(byte_tok, tmp_path):
-    index, text = bytes_index(byte_tok, [MIXED, "x日"], 100, tmp_path)
+    index, text = bytes_index(byte_tok, [MIXED, "x日"], 100, tmp_path=tmp_path)
     pieces = Surface(byte_tok).pieces
-    got = lambda pattern: b"".join(pieces[index.ids[index.mark(pattern).numpy()]])
+
+    def got(pattern):
+        return b"".join(pieces[index.ids[index.mark(pattern).numpy()]])
+
     assert (
         got("日") == "日".encode() * 2
         and got("本") == "本".encode()
@@ -562,7 +578,7 @@ def test_a_character_cut_in_two_by_a_rows_end_is_no_character(byte_tok, tmp_path
     ids = byte_tok("a日b")["input_ids"]
     assert len(ids) == 5
     index, _ = bytes_index(
-        byte_tok, ["a日b", "a日b"], 3, tmp_path
+        byte_tok, ["a日b", "a日b"], 3, tmp_path=tmp_path
     )  # BOS a \xe6 | \x97 \xa5 b | BOS a \xe6 | ...
     assert (
         not index.mark("日").any()
@@ -606,7 +622,9 @@ def test_no_match_crosses_a_document_or_a_row(index, stories, byte_tok, tmp_path
     assert torch.equal(starts, text.mask & (text.ids.roll(1, 1) == ID["<bos>"]))  # once a document
     whole = index.mark(r"(?s)(.*)")
     assert torch.equal(whole, text.mask)
-    cut, _ = bytes_index(byte_tok, ["the cat the cat"], 3, tmp_path)  # one document over two rows
+    cut, _ = bytes_index(
+        byte_tok, ["the cat the cat"], 3, tmp_path=tmp_path
+    )  # one document over two rows
     assert (
         not cut.mark("the cat the").any()
         and cut.mark("the cat").any()
@@ -646,7 +664,7 @@ def test_functions_and_masks_ask_the_same(index, stories):
 
 
 # ---------------------------------------------------------------- search
-def naive_rows(active, marked, first=0, last=None):
+def naive_rows(active, marked, first=0, *, last=None):
     "{(site, feature): (hits, active, number marked)} over some positions."
     marked = marked.flatten().tolist()[first:last]
     out = {}
@@ -720,8 +738,11 @@ def test_search_narrows_and_sorts(index):
 def test_best_is_chosen_on_one_half_and_scored_on_the_other(index, stories, active, by):
     marked = index.mark(r"\b(the|a)\b")
     half, at = 12 * 256, dict(precision=0, recall=1, f1=2)[by]
-    score = lambda h, a, m: (h / a, h / m, 2 * h / (a + m))
-    early, late = naive_rows(active, marked, 0, half), naive_rows(active, marked, half)
+
+    def score(h, a, m):
+        return (h / a, h / m, 2 * h / (a + m))
+
+    early, late = naive_rows(active, marked, 0, last=half), naive_rows(active, marked, half)
     got = index.best(marked, min_recall=0.05, by=by)
     assert sorted(r["site"] for r in got) == sorted(SITES)
     for r in got:
@@ -833,7 +854,8 @@ def test_units_agree_with_the_sorted_search(kind):
 
 
 def test_the_unit_for_a_rare_concept_is_found():
-    "Twenty-five tokens of 2500: one unit knows them, another takes a hundred for them, which bins of equal width could not tell."
+    """Twenty-five tokens of 2500: one unit knows them, another takes a hundred for them,
+    which bins of equal width could not tell."""
     g = seeded(2)
     order = torch.cat(
         [torch.randperm(2500, generator=g), 2500 + torch.randperm(2500, generator=g)]
@@ -870,8 +892,8 @@ def test_neuron_acts_are_the_models_own(stories):
     assert got.shape == (text[:3].n_tokens, 3 * 384) and torch.allclose(got, want, atol=1e-5)
 
 
-def test_codes_against_neurons(index, stories, active):
-    _, text, facts, _ = stories
+def held_and_neurons(text, active):
+    "What holds where, and five neurons, of which one follows `the`."
     held = {
         "the code itself": torch.tensor([17 in s for s in active["mlp.2"]]).view(24, 256),
         "the": text.ids == ID["the"],
@@ -881,6 +903,12 @@ def test_codes_against_neurons(index, stories, active):
     held["in one half"][12:] = False
     acts = torch.randn(text.n_tokens, 5, generator=seeded(0))
     acts[:, 1] -= 9 * held["the"][text.mask]
+    return held, acts
+
+
+def test_codes_against_neurons(index, stories, active):
+    _, text, facts, _ = stories
+    held, acts = held_and_neurons(text, active)
     got = against_neurons(index, acts, torch.stack(list(held.values()), -1), min_recall=0.05)
     assert (
         got["skipped"] == 2
@@ -906,6 +934,11 @@ def test_codes_against_neurons(index, stories, active):
             got["precision_codes"][c],
             got["recall_codes"][c],
         ) == pytest.approx((r["precision"], r["recall"]))
+
+
+def test_codes_of_a_pool_against_neurons(index, stories, active):
+    held, acts = held_and_neurons(stories[1], active)
+    got = against_neurons(index, acts, torch.stack(list(held.values()), -1), min_recall=0.05)
     few = against_neurons(
         index, acts, torch.stack(list(held.values()), -1), pool={"heads.1": [3, 4]}
     )
@@ -959,6 +992,26 @@ def test_many_concepts_on_the_first_rows(index, stories):
 
 
 # ---------------------------------------------------------------- contexts and neighbours
+def check_window(w, f, text, *, active):
+    "Inside its document, at most six tokens before and three behind, and all of those."
+    span = range(w["begin"], w["begin"] + len(w["words"]))
+    assert (
+        w["at"] in span
+        and w["at"] - w["begin"] <= 6
+        and span[-1] - w["at"] <= 3
+        and text.mask[w["row"], list(span)].all()
+    )
+    assert [v.strip() for v in w["words"]] == [
+        VOCABULARY[i] for i in text.ids[w["row"], list(span)]
+    ]
+    assert (
+        w["values"] == [float(f in active[256 * w["row"] + t]) for t in span]
+        and w["values"][w["at"] - w["begin"]] == 1
+    )
+    for t, edge in ((span[0] - 1, w["at"] - 6), (span[-1] + 1, w["at"] + 4)):
+        assert t in (edge - 1, edge) or not 0 <= t < 256 or not text.mask[w["row"], t]
+
+
 def test_contexts_lie_inside_documents_and_show_what_is_active(index, stories, active):
     tok, text, *_ = stories
     f = int(index.active("mlp.2").argmax())
@@ -975,22 +1028,7 @@ def test_contexts_lie_inside_documents_and_show_what_is_active(index, stories, a
         for seed in range(9)
         for w in index.windows("mlp.2", f, n=99, before=6, after=3, seed=seed)
     ):
-        span = range(w["begin"], w["begin"] + len(w["words"]))
-        assert (
-            w["at"] in span
-            and w["at"] - w["begin"] <= 6
-            and span[-1] - w["at"] <= 3
-            and text.mask[w["row"], list(span)].all()
-        )
-        assert [v.strip() for v in w["words"]] == [
-            VOCABULARY[i] for i in text.ids[w["row"], list(span)]
-        ]
-        assert (
-            w["values"] == [float(f in active["mlp.2"][256 * w["row"] + t]) for t in span]
-            and w["values"][w["at"] - w["begin"]] == 1
-        )
-        for t, edge in ((span[0] - 1, w["at"] - 6), (span[-1] + 1, w["at"] + 4)):
-            assert t in (edge - 1, edge) or not 0 <= t < 256 or not text.mask[w["row"], t]
+        check_window(w, f, text, active=active["mlp.2"])
     assert any(len(w["words"]) < 10 for w in index.windows("mlp.2", f, n=24, before=6, after=3))
     assert (
         index.windows("mlp.2", f, seed=0)
@@ -1021,7 +1059,9 @@ def test_contexts_of_nothing(index):
 
 
 def test_markup_in_the_text_is_shown_as_text(byte_tok, tmp_path):
-    index, _ = bytes_index(byte_tok, ["<script>window.hacked=1</script> & more"], 60, tmp_path)
+    index, _ = bytes_index(
+        byte_tok, ["<script>window.hacked=1</script> & more"], 60, tmp_path=tmp_path
+    )
     source = index.contexts("mlp.0", 0, before=60, after=60).source
     assert "<script" not in source and source.count("&lt;") == 2 and "&amp;" in source
 
@@ -1048,13 +1088,14 @@ def test_nearest_directions(stories):
 )
 def test_shared_codes_are_those_of_a_plain_loop(index, active, a, b, rows):
     upto = (rows or 24) * 256
-    where = {
-        s: {
+
+    def where_of(s):
+        return {
             f: {i for i, fs in enumerate(active[s][:upto]) if f in fs}
             for f in range(index.sites[s]["n_feats"])
         }
-        for s in {a, b}
-    }
+
+    where = {s: where_of(s) for s in {a, b}}
     want = sorted(
         (
             len(p & q) / len(p | q)
@@ -1088,12 +1129,11 @@ def test_scores_of_nothing_are_zero():
 @pytest.mark.skipif(
     not STORIES260K.exists(), reason=f"no real model at {STORIES260K}; set COURSE_SHARED"
 )
-def test_a_sentencepiece_model_and_text_with_bytes(tmp_path):
-    model, tok = load_lm(str(STORIES260K))
+def shared_stories(tok):
     stories = ["The naïve 日本 dog said: “Hi!”\nHe didn't 👍."] + json.loads(
         (SHARED / "text" / "tinystories.json").read_text()
     )[:12]
-    text = Text(
+    return Text(
         pack(
             [tok(s, add_special_tokens=False)["input_ids"] for s in stories],
             128,
@@ -1103,6 +1143,11 @@ def test_a_sentencepiece_model_and_text_with_bytes(tmp_path):
         tok.bos_token_id,
         tok.pad_token_id,
     )
+
+
+def test_a_sentencepiece_model_and_text_with_bytes(tmp_path):
+    model, tok = load_lm(str(STORIES260K))
+    text = shared_stories(tok)
     cb = (
         add_codebooks(model, "mlp.*", n_codes=32)
         .eval()

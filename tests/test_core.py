@@ -179,7 +179,9 @@ def test_strip_wants_one_value_a_token():
 
 
 def test_strips_may_share_a_scale():
-    alpha = lambda shown: re.findall(r"rgba\([\d,]+,([\d.]+)\)", shown.source)
+    def alpha(shown):
+        return re.findall(r"rgba\([\d,]+,([\d.]+)\)", shown.source)
+
     assert alpha(show.strip(["a", "b"], [1, 2])) == ["0.375", "0.750"] and alpha(
         show.strip(["a", "b"], [1, -20], top=10)
     ) == ["0.075", "0.750"]

@@ -24,8 +24,9 @@ from codebook_tutorial.feature.detect import (
 )
 
 
-def drawn(seed=0, n=300, f=5, c=4):
-    "Features in steps of one half, so that there are ties, and concepts: two told, one always, one never."
+def drawn(seed=0, n=300, f=5, *, c=4):
+    """Features in steps of one half, so that there are ties, and concepts:
+    two told, one always, one never."""
     g = np.random.default_rng(seed)
     values = np.round(2 * g.normal(size=(n, f))) / 2
     truth = np.stack([values[:, i % f] + g.normal(size=n) > 1 for i in range(c)], 1)

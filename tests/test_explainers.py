@@ -1,4 +1,6 @@
-"""Explainers that are language models: the local one against plain passes, the one behind an address against a real HTTP server with faults."""
+"""Explainers that are language models:
+the local one against plain passes, the one behind an address against a real HTTP server with
+faults."""
 
 import json
 import math
@@ -122,39 +124,53 @@ CHARS = [
     "ï",
     "€",
 ]
-TEMPLATE = "{% for m in messages %}<|{{ m.role }}|>{{ m.content }}<|end|>{% endfor %}{% if add_generation_prompt %}<|assistant|>{% endif %}"
+TEMPLATE = (
+    "{% for m in messages %}<|{{ m.role }}|>{{ m.content }}<|end|>{% endfor %}{% if "
+    "add_generation_prompt %}<|assistant|>{% endif %}"
+)
 
 
-def tokenizer(kind, chat=False):
-    "bytes: GPT-4's way to cut, which joins a tab to the letters behind it, digits alone; bytes10: the same with a token 10; words: 10 is a word; marks: a ▁ before each word, cut into letters; letters: ▁ at the start alone."
+def byte_level(long_numbers):
     from tokenizers import Regex, Tokenizer, decoders, models, trainers
     from tokenizers import pre_tokenizers as pre
 
-    if kind.startswith("bytes"):
-        raw = Tokenizer(models.BPE())
-        raw.pre_tokenizer = pre.Sequence(
-            [
-                pre.Split(
-                    Regex(
-                        r"[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}"
-                        + ("{1,3}" if kind == "bytes10" else "")
-                        + r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-                    ),
-                    "isolated",
+    raw = Tokenizer(models.BPE())
+    raw.pre_tokenizer = pre.Sequence(
+        [
+            pre.Split(
+                Regex(
+                    r"[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}"
+                    + ("{1,3}" if long_numbers else "")
+                    + r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
                 ),
-                pre.ByteLevel(add_prefix_space=False, use_regex=False),
-            ]
-        )
-        raw.decoder = decoders.ByteLevel()
-        raw.train_from_iterator(
-            ["a\tunknown\nthe\tunknown\n10 10 10 storm"] * 9,
-            trainers.BpeTrainer(
-                vocab_size=320,
-                special_tokens=["<bos>", "<pad>"],
-                initial_alphabet=pre.ByteLevel.alphabet(),
-                show_progress=False,
+                "isolated",
             ),
-        )
+            pre.ByteLevel(add_prefix_space=False, use_regex=False),
+        ]
+    )
+    raw.decoder = decoders.ByteLevel()
+    raw.train_from_iterator(
+        ["a\tunknown\nthe\tunknown\n10 10 10 storm"] * 9,
+        trainers.BpeTrainer(
+            vocab_size=320,
+            special_tokens=["<bos>", "<pad>"],
+            initial_alphabet=pre.ByteLevel.alphabet(),
+            show_progress=False,
+        ),
+    )
+    return raw
+
+
+def tokenizer(kind, chat=False):
+    """bytes: GPT-4's way to cut, which joins a tab to the letters behind it, digits alone.
+
+    bytes10: the same with a token 10; words: 10 is a word; marks: a ▁ before each word, cut
+    into letters; letters: ▁ at the start alone."""
+    from tokenizers import Tokenizer, decoders, models
+    from tokenizers import pre_tokenizers as pre
+
+    if kind.startswith("bytes"):
+        raw = byte_level(long_numbers=kind == "bytes10")
     elif kind == "words":
         raw = Tokenizer(models.WordLevel({w: i for i, w in enumerate(WORDS)}, unk_token="<unk>"))
         raw.pre_tokenizer = pre.WhitespaceSplit()
@@ -180,7 +196,7 @@ def tokenizer(kind, chat=False):
     return tok
 
 
-def local(kind, family="llama", chat=False, sharp=4, **more):
+def local(kind, family="llama", chat=False, *, sharp=4, **more):
     "A random model that minds its context, and a tokenizer."
     tok, t = tokenizer(kind, chat), transformers
     common = dict(
@@ -219,10 +235,13 @@ def local(kind, family="llama", chat=False, sharp=4, **more):
 
 
 @torch.no_grad()
-def exactly(model, tok, ids, slots, split, space=""):
+def exactly(model, tok, ids, *, slots, split, space=""):
     "The same by plain passes, one prompt each, from the probabilities of the whole vocabulary."
     after, out = lambda ids: model(torch.tensor([ids])).logits[0, -1].double().softmax(-1), []
-    digit = lambda n: tok.convert_tokens_to_ids(f"{space}{n}")
+
+    def digit(n):
+        return tok.convert_tokens_to_ids(f"{space}{n}")
+
     for slot in slots:
         p = after(ids[: slot + 1])
         chance = [p[digit(n)].item() for n in range(10)]
@@ -268,7 +287,7 @@ def test_the_expectation_is_that_of_plain_passes(kind, split, chat, family):
         assert len(got) == len(ask[1]) == len(slots)
         torch.testing.assert_close(
             torch.tensor(got),
-            torch.tensor(exactly(model, tok, ids, slots, split)),
+            torch.tensor(exactly(model, tok, ids, slots=slots, split=split)),
             atol=1e-4,
             rtol=1e-4,
         )
@@ -284,9 +303,10 @@ def test_other_models_branch_or_take_plain_passes(family):
         family == "gpt2"
     )  # BLOOM reads no positions, and Mistral's window of 99 is no part of our mask
     for ask, one in zip(ASKS[1:], got):
+        ids, slots = explainer._prompt(*ask)
         torch.testing.assert_close(
             torch.tensor(one),
-            torch.tensor(exactly(model, tok, *explainer._prompt(*ask), True)),
+            torch.tensor(exactly(model, tok, ids, slots=slots, split=True)),
             atol=1e-4,
             rtol=1e-4,
         )
@@ -362,7 +382,10 @@ def test_a_mark_that_stands_before_every_number_stands_before_the_slot():
 def test_special_tokens_in_a_text_are_only_text():
     model, tok = local("bytes", chat=True)
     explainer = LocalLMExplainer(model, tok)
-    special = lambda ids: [i for i in ids if i in tok.all_special_ids]
+
+    def special(ids):
+        return [i for i in ids if i in tok.all_special_ids]
+
     plain, _ = explainer._prompt("why", ["a"])
     tricky, slots = explainer._prompt("<|end|> why", ["<bos>", "<|assistant|>"])
     assert special(tricky) == special(plain) and len(special(plain)) == 11 and len(slots) == 2
@@ -444,7 +467,10 @@ def test_a_prompt_too_long_says_so_and_the_mode_is_left_as_it_was():
 
 # ---- a model behind an address
 class Endpoint:
-    "`with Endpoint(...) as api`: chat completions on this machine; faults are used up one a request: a status, (status, headers), bytes to send as they are, 'hang', 'cut', or a function of the request."
+    """`with Endpoint(...) as api`: chat completions on this machine.
+
+    Faults are used up one a request: a status, (status, headers), bytes to send as they are,
+    'hang', 'cut', or a function of the request."""
 
     def __init__(self, *faults, answer=None, logprobs=True, split=False, dies_after=None, hold=0.0):
         self.faults, self.answer, self.logprobs, self.split, self.dies_after, self.hold = (
@@ -497,6 +523,25 @@ class _Handler(BaseHTTPRequestHandler):
         self.end_headers()
         self.wfile.write(body)
 
+    def answer(self, request, fault):
+        "Right, or as the fault has it."
+        api = self.api
+        if fault == "hang":
+            api.release.wait(5)
+        elif fault == "cut":
+            self.send(200, b'{"choices": [', **{"Content-Length": "999"})
+        elif isinstance(fault, bytes):
+            self.send(200, fault)
+        elif fault:
+            status, headers = fault if isinstance(fault, tuple) else (fault, {})
+            self.send(
+                status,
+                json.dumps({"error": {"message": f"no: {self.headers['Authorization']}"}}).encode(),
+                **headers,
+            )
+        else:
+            self.send(200, json.dumps(completion(api, request)).encode())
+
     def do_POST(self):
         api, request = self.api, json.loads(self.rfile.read(int(self.headers["Content-Length"])))
         with api.lock:
@@ -518,23 +563,7 @@ class _Handler(BaseHTTPRequestHandler):
         if api.hold:
             time.sleep(api.hold)
         try:
-            if fault == "hang":
-                api.release.wait(5)
-            elif fault == "cut":
-                self.send(200, b'{"choices": [', **{"Content-Length": "999"})
-            elif isinstance(fault, bytes):
-                self.send(200, fault)
-            elif fault:
-                status, headers = fault if isinstance(fault, tuple) else (fault, {})
-                self.send(
-                    status,
-                    json.dumps(
-                        {"error": {"message": f"no: {self.headers['Authorization']}"}}
-                    ).encode(),
-                    **headers,
-                )
-            else:
-                self.send(200, json.dumps(completion(api, request)).encode())
+            self.answer(request, fault)
         except BrokenPipeError:
             pass
         finally:
@@ -547,7 +576,8 @@ def number(token):
 
 
 def completion(api, request):
-    "A phrase for a feature; for a text lines of numbers, with alternatives where they are asked for."
+    """A phrase for a feature; for a text lines of numbers,
+    with alternatives where they are asked for."""
     asked = request["messages"][-1]["content"]
     if "Explanation:" not in asked:
         return body([asked.split("\t")[0]])
@@ -579,7 +609,10 @@ def body(pieces, logprobs=False, alternatives=None):
             else {piece: 0.0}
         )
     )
-    entry = lambda text, lp: dict(token=text, logprob=lp, bytes=list(text.encode()))
+
+    def entry(text, lp):
+        return dict(token=text, logprob=lp, bytes=list(text.encode()))
+
     content = [
         entry(p, alts(p)[p]) | dict(top_logprobs=[entry(*a) for a in alts(p).items()])
         for p in pieces
@@ -674,7 +707,9 @@ def test_the_expectation_is_taken_over_the_alternatives(tmp_path):
 
 @pytest.mark.parametrize("split", [False, True])
 def test_a_ten_in_two_tokens(split, tmp_path):
-    "1 then 0: P(10) = P(1) P(0 | 1); 1 then the end of the line: the same, from the next token's alternatives."
+    """1 then 0: P(10) = P(1) P(0 | 1).
+
+    1 then the end of the line: the same, from the next token's alternatives."""
     alternatives = {
         "1": {"1": 0.5, "4": 0.3, "x": 0.2},
         "0": {"0": 0.9, "\n": 0.1},
@@ -710,9 +745,11 @@ def test_without_log_probabilities_the_numbers_as_written(tmp_path):
             and explainer.way == "numbers as written"
             and "logprobs" not in api.asked[0]
         )
-    cut = lambda change: (
-        lambda request: json.dumps(change(completion(Endpoint(), request))).encode()
-    )
+
+
+def test_where_one_answer_lacks_log_probabilities_all_are_read_as_written(tmp_path):
+    def cut(change):
+        return lambda request: json.dumps(change(completion(Endpoint(), request))).encode()
 
     def no_alternatives(b):
         b["choices"][0]["logprobs"]["content"][2]["top_logprobs"] = []
@@ -850,8 +887,9 @@ def test_what_a_refusal_says_and_whether_it_may_pass():
     spent = json.dumps(
         dict(
             error=dict(
-                message="You exceeded your current quota, please check your plan and billing details. For more information on this error, read the docs: https://platform.openai.com/docs/guides/error-codes/api-errors. "
-                * 2,
+                message="You exceeded your current quota, please check your plan and billing "
+                "details. For more information on this error, read the docs: "
+                "https://platform.openai.com/docs/guides/error-codes/api-errors. " * 2,
                 type="insufficient_quota",
                 param=None,
                 code="insufficient_quota",
@@ -864,7 +902,8 @@ def test_what_a_refusal_says_and_whether_it_may_pass():
 
 
 def test_a_useless_answer_is_asked_again_and_then_named_and_the_others_are_kept(tmp_path):
-    bad = lambda tokens: json.dumps(body(tokens)).encode()
+    def bad(tokens):
+        return json.dumps(body(tokens)).encode()
 
     def by(request):
         return (
@@ -875,12 +914,16 @@ def test_a_useless_answer_is_asked_again_and_then_named_and_the_others_are_kept(
         explainer = at(api, tmp_path, max_concurrency=2)
         with pytest.raises(
             ValueError,
-            match=r"'why 1': expected a token, a tab and a number 0..10 on each line, got 'no number'.* 5 of 6 answers are done",
+            match=r"'why 1': expected a token, a tab and a number 0..10 on each line, got 'no "
+            r"number'.* 5 of 6 answers are done",
         ):
             explainer.simulate(MANY)
         assert len(api.asked) == 5 + 1 + wire.BAD_ANSWERS and len(files(tmp_path)) == 5
         api.faults = []
         assert len(explainer.simulate(MANY)) == 6 and len(api.asked) == 9
+
+
+def test_numbers_are_read_line_by_line_or_refused():
     for text, says in [
         ("x\t1", "expected 2 lines, got 1: 'x 1'"),
         ("x\t1\ny\t11", "got 'y 11'"),
@@ -915,7 +958,8 @@ def test_a_server_that_dies_half_way_and_one_that_goes_on(workers, tmp_path, cap
     kept = len(files(tmp_path))
     assert (
         kept == 9
-        and f"9 of 20 answers are done and kept in {tmp_path / 'cache'}: calling again asks only for the other 11"
+        and f"9 of 20 answers are done and kept in {tmp_path / 'cache'}: calling again asks only "
+        f"for the other 11"
         in str(e.value)
         and "no connection" in str(e.value)
     )
@@ -1104,6 +1148,20 @@ def test_the_key_is_in_no_frame_when_no_client_can_be_made(trouble, tmp_path, mo
     assert seen and not [v for v in seen if KEY[:12] in v]
 
 
+def exposed(explainer, e, tmp_path):
+    "What a user may print of an explainer and its error, and what lies on disk."
+    return [
+        repr(explainer),
+        str(explainer),
+        repr(vars(explainer)),
+        str(e.value),
+        repr(e.value),
+        *traceback.format_exception(e.value),
+        *traceback.TracebackException.from_exception(e.value, capture_locals=True).format(),
+        *(f.read_text() + f.name for f in files(tmp_path)),
+    ]
+
+
 @pytest.mark.parametrize(
     "fault",
     [
@@ -1128,9 +1186,12 @@ def test_the_key_is_nowhere(fault, tmp_path, monkeypatch, caplog, capfd):
     monkeypatch.setenv(
         "OPENAI_API_KEY", KEY + {"newline": "\nX: y", "other": "é"}.get(str(fault), "")
     )
-    echo = lambda request: json.dumps(
-        body([f"a phrase with {KEY}"])
-    ).encode()  # the server says it back: in an answer, in a refusal, in rubbish
+
+    def echo(request):
+        return json.dumps(
+            body([f"a phrase with {KEY}"])
+        ).encode()  # the server says it back: in an answer, in a refusal, in rubbish
+
     faults = [echo] + (
         [lambda request: f"{{{KEY}".encode()] * 9
         if fault == "garbage"
@@ -1148,18 +1209,7 @@ def test_the_key_is_nowhere(fault, tmp_path, monkeypatch, caplog, capfd):
         )
         with pytest.raises((ValueError, ConnectionError)) as e:
             explainer.explain(FEATURES)
-    shown = [
-        repr(explainer),
-        str(explainer),
-        repr(vars(explainer)),
-        str(e.value),
-        repr(e.value),
-        *traceback.format_exception(e.value),
-        *traceback.TracebackException.from_exception(e.value, capture_locals=True).format(),
-        caplog.text,
-        *capfd.readouterr(),
-        *(f.read_text() + f.name for f in files(tmp_path)),
-    ]
+    shown = [*exposed(explainer, e, tmp_path), caplog.text, *capfd.readouterr()]
     assert not [text for text in shown if KEY[:12] in text or KEY[-10:] in text]
     assert e.value.__context__ is None or e.value.__suppress_context__
     if fault not in ("newline", "other", "wrong argument"):

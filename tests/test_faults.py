@@ -1,4 +1,6 @@
-"""Faults that come from outside: processes killed at any moment, files damaged in any way; and what must never stand in a file: code to run, and keys."""
+"""Faults that come from outside: processes killed at any moment, files damaged in any way.
+
+And what must never stand in a file: code to run, and keys."""
 
 import ast
 import functools
@@ -53,7 +55,7 @@ ROOT = Path(__file__).resolve().parents[1]
 KILLS = int(os.environ.get("COURSE_KILLS", 2))
 
 
-# ---- killed at any moment --------------------------------------------------------------------------------------------
+# ---- killed at any moment ----------------------------------------------------------------------
 @functools.cache
 def stories():
     return load_lm("stories"), load_text(
@@ -114,14 +116,17 @@ def trained(folder):
 
 def interpreted(folder):
     "Behind an address, whose server stands in the same process; answers are kept one by one."
-    case = lambda i: Case(
-        i,
-        [Fragment([f"w{i}", "x"], [10, 0])],
-        [Fragment([f"a{i}{j}", " b", f" {j}0"], [1.0, 0.0, 2.0 * j]) for j in range(4)],
-        [],
-        [],
-        4,
-    )
+
+    def case(i):
+        return Case(
+            i,
+            [Fragment([f"w{i}", "x"], [10, 0])],
+            [Fragment([f"a{i}{j}", " b", f" {j}0"], [1.0, 0.0, 2.0 * j]) for j in range(4)],
+            [],
+            [],
+            4,
+        )
+
     with Endpoint(hold=0.01) as api:
         (folder / "found.json").write_text(
             json.dumps(interpret([case(i) for i in range(8)], at(api, folder, max_concurrency=2)))
@@ -151,7 +156,8 @@ def attempt(work, folder, after=None):
 
 
 def disturbed(name, folder, kills):
-    "One undisturbed run, and others that were killed at a random moment and called again: how all of them ended."
+    """One undisturbed run, and others that were killed at a random moment and called again:
+    how all of them ended."""
     work, draw, folder = WORK[name], random.Random(name), Path(folder)
     if work is indexed:
         stories()
@@ -165,7 +171,16 @@ def disturbed(name, folder, kills):
     )
 
 
-DRIVER = f"import sys; sys.path[:0] = {[str(Path(__file__).parent)]!r}\nimport json, openai, torch; torch.set_num_threads(1)\nimport test_faults; test_faults.tiny()\nfor line in sys.stdin: print(json.dumps(test_faults.disturbed(*json.loads(line))), flush=True)"
+DRIVER = f"""
+import sys
+sys.path[:0] = {[str(Path(__file__).parent)]!r}
+import json, openai, torch
+torch.set_num_threads(1)
+import test_faults
+test_faults.tiny()
+for line in sys.stdin:
+    print(json.dumps(test_faults.disturbed(*json.loads(line))), flush=True)
+"""
 
 
 @pytest.fixture(scope="module")
@@ -234,7 +249,7 @@ def test_killed_at_any_moment_and_called_again_it_ends_with_the_same_files(drive
     )
 
 
-# ---- damaged in any way ----------------------------------------------------------------------------------------------
+# ---- damaged in any way ------------------------------------------------------------------------
 def begun(folder):
     return train_sae(torch.randn(100, 6, generator=seeded(0)), 10, steps=2, batch=20, folder=folder)
 
@@ -376,7 +391,7 @@ def test_every_exception_is_a_case():
     assert NO_CHECKSUM | NOT_NEEDED <= set(CASES)
 
 
-# ---- what must stand in no file --------------------------------------------------------------------------------------
+# ---- what must stand in no file ----------------------------------------------------------------
 RUNS_CODE = {"pickle", "cPickle", "dill", "cloudpickle", "joblib", "shelve", "marshal"}
 
 
@@ -438,13 +453,17 @@ def test_no_file_is_read_that_could_run_code():
         assert list(unsafe(bad)), bad
     assert not list(
         unsafe(
-            "torch.load(f, weights_only=True); np.load(f); np.load(f, allow_pickle=False); load_sae(f)"
+            "torch.load(f, weights_only=True); np.load(f); np.load(f, allow_pickle=False); "
+            "load_sae(f)"
         )
     )
 
 
 KEYS = re.compile(
-    r"(?<![\w-])(sk-[\w-]{16,}|hf_[A-Za-z0-9]{16,}|gh[opsur]_\w{20,}|github_pat_\w{20,}|AKIA[0-9A-Z]{16}|AIza[\w-]{30,}|xox[abp]-[\w-]{10,}|-----BEGIN [A-Z ]*PRIVATE KEY)|[Bb]earer\s+(?!none\b)[\w.~+/-]{8,}|api[_-]?key\W{0,3}[:=]\s*\\?[\"'][\w-]{8,}"
+    r"(?<![\w-])(sk-[\w-]{16,}|hf_[A-Za-z0-9]{16,}|gh[opsur]_\w{20,}|github_pat_\w{20,}|"
+    r"AKIA[0-9A-Z]{16}|AIza[\w-]{30,}|xox[abp]-[\w-]{10,}|-----BEGIN [A-Z ]*PRIVATE KEY)|"
+    r"[Bb]earer\s+(?!none\b)[\w.~+/-]{8,}|"
+    r"api[_-]?key\W{0,3}[:=]\s*\\?[\"'][\w-]{8,}"
 )
 
 
@@ -479,7 +498,7 @@ def test_no_key_is_committed():
         assert KEYS.search(f"x {key} y"), key
 
 
-# ---- one seed, one result --------------------------------------------------------------------------------------------
+# ---- one seed, one result ----------------------------------------------------------------------
 def sparse():
     draw = seeded(5)
     return torch.randn(400, 12, generator=draw) * (torch.rand(400, 12, generator=draw) < 0.3)

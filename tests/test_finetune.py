@@ -1,4 +1,5 @@
-"""Finetuning with codebooks through transformers' Trainer: sums over parts and processes, stops and resumes, logs, controls, faults."""
+"""Finetuning with codebooks through transformers' Trainer:
+sums over parts and processes, stops and resumes, logs, controls, faults."""
 
 import json
 import os
@@ -79,7 +80,8 @@ def tiny(family="neox"):
 
 
 def some_text(rows=32, length=16, padded=True):
-    "Rows that follow a rule (each token is the one before plus 1, 2 or 3), so that there is something to learn; half of them end in padding (1)."
+    """Rows that follow a rule (each token is the one before plus 1, 2 or 3),
+    so that there is something to learn; half of them end in padding (1)."""
     draw = seeded(1)
     ids = 2 + (torch.randint(1, 4, (rows, length), generator=draw).cumsum(1) % 48)
     ids[:, 0] = 0
@@ -202,7 +204,8 @@ def test_gradient_checkpointing_changes_nothing(family, kind, monkeypatch):
 
 
 def test_a_loss_scaled_for_mixed_precision_gives_the_same_step():
-    "The reconstruction term reaches the codes through autograd, so a scaled loss scales its gradient too."
+    """The reconstruction term reaches the codes through autograd,
+    so a scaled loss scales its gradient too."""
     grads = []
     for scale in (1.0, 1024.0):
         cb = with_codes(**KINDS["gradient, k=1"])
@@ -277,9 +280,8 @@ def test_finetuning_learns_and_the_logs_say_what_happened():
         )
 
 
-def test_relative_errors_and_usage_are_what_they_are_called():
-    "One step at learning rate 0 on all rows: the logs against numbers worked out here."
-    text, cb = some_text(8), with_codes(text=some_text(8), n_codes=10)
+def logs_by_hand(cb, text):
+    "Each site's relative error, and the use of the codes."
     there, want = text.attention_mask, {}
     cb.train()
     cb.reset_counts()
@@ -302,6 +304,13 @@ def test_relative_errors_and_usage_are_what_they_are_called():
         .mean()
         .item(),
     )
+    return want
+
+
+def test_relative_errors_and_usage_are_what_they_are_called():
+    "One step at learning rate 0 on all rows: the logs against numbers worked out here."
+    text, cb = some_text(8), with_codes(text=some_text(8), n_codes=10)
+    want = logs_by_hand(cb, text)
     assert code_usage(cb)["usage_entropy"] == pytest.approx(want["usage_entropy"])
     for b in cb.codebooks.values():
         b.new.zero_()
@@ -326,7 +335,7 @@ def test_relative_errors_and_usage_are_what_they_are_called():
         )  # its inputs are those of the untouched model
 
 
-# ---- stops, resumes, processes ---------------------------------------------------------------------------------------
+# ---- stops, resumes, processes -----------------------------------------------------------------
 RUN = """
 import functools, os, signal, sys
 sys.path[:0] = {path!r}
@@ -339,15 +348,24 @@ class Stop(TrainerCallback):
         if state.global_step == int(os.environ.get("STOP", 0)): os.kill(os.getpid(), signal.SIGKILL)
 import codebook_tutorial.dictionary.trainer as ft
 init = ft.CodebookTrainer.__init__
-ft.CodebookTrainer.__init__ = functools.wraps(init)(lambda self, *a, **kw: (init(self, *a, **kw), self.add_callback(Stop()))[0])
+@functools.wraps(init)
+def stopping(self, *a, **kw):
+    init(self, *a, **kw)
+    self.add_callback(Stop())
+ft.CodebookTrainer.__init__ = stopping
 family, folder, kind, batch = sys.argv[1], sys.argv[2], sys.argv[3], int(sys.argv[4])
 cb = with_codes(tiny(family), **KINDS[kind], n_codes=int(os.environ.get("CODES", 100)))
-logs = finetune(cb, some_text(), steps=11, batch=batch, folder=folder, save_every=3, log_every=2, revive_every=4, revive_until=1.)
-if int(os.environ.get("RANK", 0)) == 0: cb.save_pretrained(folder + "/end"); (Path(folder) / "logs.json").write_text(json.dumps(logs))
+logs = finetune(
+    cb, some_text(), steps=11, batch=batch, folder=folder, save_every=3, log_every=2,
+    revive_every=4, revive_until=1.,
+)
+if int(os.environ.get("RANK", 0)) == 0:
+    cb.save_pretrained(folder + "/end")
+    (Path(folder) / "logs.json").write_text(json.dumps(logs))
 """
 
 
-def run(folder, family="neox", kind="averages, residual", batch=8, stop=0, processes=0, **more):
+def run(folder, family="neox", kind="averages, residual", *, batch=8, stop=0, processes=0, **more):
     "finetune in a process of its own (or several), killed after step `stop`."
     code = folder.parent / "run.py"
     code.write_text(RUN.format(path=[str(Path(__file__).parent)]))
@@ -412,7 +430,8 @@ def test_killed_and_resumed_it_ends_with_the_same_weights(tmp_path, family, kind
     [("averages, residual", 24), pytest.param("the paper's", 40, marks=pytest.mark.nightly)],
 )
 def test_two_processes_reach_what_one_does(tmp_path, kind, codes):
-    "In float64 and with few codes, so that neither rounding nor two equal codes can turn a choice: what is left to differ is an error."
+    """In float64 and with few codes, so that neither rounding nor two equal codes can turn a
+    choice: what is left to differ is an error."""
     logs = []
     for processes, batch in ((0, 8), (2, 4)):
         folder = tmp_path / str(processes) / "x"
@@ -558,11 +577,13 @@ def test_the_best_checkpoint_is_loaded_at_the_end_and_a_longer_run_is_not_taken_
 
 @pytest.mark.skipif(
     Version(transformers.__version__) < Version("5.18"),
-    reason="before 5.18 Trainer cannot take up a run of several processes on CPUs: it asks torch for the device cpu:0",
+    reason="before 5.18 Trainer cannot take up a run of several processes on CPUs: it asks torch "
+    "for the device cpu:0",
 )
 @pytest.mark.nightly
 def test_counts_of_a_window_survive_a_stop_of_two_processes(tmp_path):
-    "Stopped in the middle of a window and resumed, two processes end where two undisturbed ones do."
+    """Stopped in the middle of a window and resumed,
+    two processes end where two undisturbed ones do."""
     ends = []
     for name, stop in (("whole", 0), ("cut", 8)):
         folder = tmp_path / name / "x"
@@ -683,7 +704,7 @@ def test_bad_arguments_say_what_is_wrong():
         finetune(tiny(), some_text(), nonsense=3)
 
 
-# ---- folders and the Hub ---------------------------------------------------------------------------------------------
+# ---- folders and the Hub -----------------------------------------------------------------------
 def test_a_folder_holds_all_and_a_card(tmp_path):
     from codebook_tutorial.world.stories import make_tokenizer
 
@@ -740,25 +761,29 @@ def test_what_does_not_fit_is_refused(tmp_path, fault, says):
         CodebookModel.from_pretrained(tmp_path)
 
 
-def test_push_and_load_through_a_hub(tmp_path):
-    from hub import Hub
-
-    with_codes().save_pretrained(tmp_path / "kept")
-    code = f"""
-import torch; from codebook_tutorial.dictionary.bottleneck import CodebookModel; import codebook_tutorial.dictionary.finetune
-cb = CodebookModel.from_pretrained({str(tmp_path / "kept")!r})
-print(cb.push_to_hub("tests/codes", losses={{"text": 1.5}}, token="hf_secret"))
+PUSH = """
+import sys, torch
+from codebook_tutorial.dictionary.bottleneck import CodebookModel
+import codebook_tutorial.dictionary.finetune
+cb = CodebookModel.from_pretrained(sys.argv[1])
+print(cb.push_to_hub("tests/codes", losses={"text": 1.5}, token="hf_secret"))
 again = CodebookModel.from_pretrained("tests/codes")
 ids = torch.arange(10)[None]
 print(torch.equal(cb(input_ids=ids).logits, again(input_ids=ids).logits))
 try: CodebookModel.from_pretrained("tests/plain")
 except ValueError as e: print(e)
 """
+
+
+def test_push_and_load_through_a_hub(tmp_path):
+    from helpers.hub import Hub
+
+    with_codes().save_pretrained(tmp_path / "kept")
     with Hub() as hub:
         tiny().save_pretrained(tmp_path / "plain")
         hub.add("model", "tests/plain", tmp_path / "plain")
         got = subprocess.run(
-            [sys.executable, "-c", code],
+            [sys.executable, "-c", PUSH, str(tmp_path / "kept")],
             capture_output=True,
             text=True,
             env=hub.env(tmp_path / "home"),
@@ -768,7 +793,8 @@ except ValueError as e: print(e)
         assert got.stdout.splitlines() == [
             f"{hub.url}/tests/codes",
             "True",
-            "from_pretrained: no codebooks.json in tests/plain; expected what CodebookModel.save_pretrained wrote",
+            "from_pretrained: no codebooks.json in tests/plain; expected what "
+            "CodebookModel.save_pretrained wrote",
         ]
         files = hub.repos["model", "tests/codes"]["commits"][
             hub.repos["model", "tests/codes"]["refs"]["main"]

@@ -1,5 +1,8 @@
-"""Files of autoencoders: ours, and the peers' layouts written and read; what we cannot compute or trust is refused; the Hub; the penalty's units.
-The peers themselves stand in peers_formats.py; here their forward passes are written out in numpy, from the raw files."""
+"""Files of autoencoders: ours, and the peers' layouts written and read.
+
+What we cannot compute or trust is refused; the Hub; the penalty's units. The peers themselves
+stand in peers_formats.py; here their forward passes are written out in numpy, from the raw
+files."""
 
 import json
 import os
@@ -26,7 +29,8 @@ PAIRS = [(layout, kind) for layout, kinds in WRITES.items() for kind in kinds]
 
 
 def random_sae(kind, unit=True, seed=0, **settings):
-    "An autoencoder with nothing at its beginning: b_dec, thresholds and all else are as uneven as after training."
+    """An autoencoder with nothing at its beginning:
+    b_dec, thresholds and all else are as uneven as after training."""
     draw = seeded(seed)
     settings = (dict(k=K) if "topk" in kind or kind == "matryoshka" else {}) | settings
     sae = KINDS[kind](D, N, generator=draw, **settings)
@@ -248,7 +252,8 @@ def change(file, **more):
 
 
 def retensor(file, fn):
-    "A weights file with fn(tensors) in place of its tensors, as a peer would have written it: without a checksum."
+    """A weights file with fn(tensors) in place of its tensors, as a peer would have written it:
+    without a checksum."""
     for told in file.parent.glob("*.json"):
         told.write_text(
             json.dumps({k: v for k, v in json.loads(told.read_text()).items() if k != "sha256"})
@@ -683,7 +688,8 @@ def test_what_cannot_be_written(tmp_path):
     for kind in set(KINDS) - {"topk"}:
         with pytest.raises(
             ValueError,
-            match=f"sparsify holds topk only, got kind '{kind}'; expected layout saelens or dictionary_learning",
+            match=f"sparsify holds topk only, got kind '{kind}'; expected layout saelens or "
+            f"dictionary_learning",
         ):
             export_sae(random_sae(kind), tmp_path, "sparsify")
     sae, below = random_sae("untied"), random_sae("jumprelu")
@@ -758,7 +764,10 @@ import sys, json
 from codebook_tutorial.dictionary.formats import load_sae
 for line in sys.stdin:
     name, path, revision = json.loads(line)
-    try: sae = load_sae(name, path, revision); print(json.dumps([sae.kind, sae.source["layout"], sae.source["path"], sae.W_dec.double().sum().item()]))
+    try:
+        sae = load_sae(name, path, revision)
+        sum = sae.W_dec.double().sum().item()
+        print(json.dumps([sae.kind, sae.source["layout"], sae.source["path"], sum]))
     except Exception as e: print(json.dumps([type(e).__name__, str(e)]))
 """
 
@@ -776,10 +785,8 @@ def client(env, *asks):
     return [json.loads(line) for line in got.stdout.splitlines()]
 
 
-def test_from_the_hub_only_what_is_needed(tmp_path):
-    from hub import Hub
-
-    repo, v2 = tmp_path / "repo", tmp_path / "v2"
+def fill(repo, v2):
+    "A repository of every layout, with files beside them that nobody needs, and another revision."
     for layout, write in WRITERS.items():
         write(random_sae("topk", seed=1), repo / layout / "layer.2")
     gemma(repo / "gemma" / "layer_2" / "average_l0_9")
@@ -787,6 +794,23 @@ def test_from_the_hub_only_what_is_needed(tmp_path):
         (repo / "saelens" / "layer.2" / f"more{n}.safetensors").write_bytes(b"x" * 99)
     (repo / "README.md").write_text("about")
     save_sae(random_sae("gated", seed=2), v2)
+
+
+WRONG = [
+    (("tests/saes", "", None), "5 autoencoders in tests/saes; expected path= one of"),
+    (("tests/saes", "nowhere", None), "no autoencoder in tests/saes at nowhere"),
+    (("tests/saes", "", "v9"), "no revision 'v9'"),
+    (("tests/none", "", None), "no public repository"),
+    (("tests/gated", "", None), "is gated"),
+    (("tests/noise", "", None), "sae.safetensors of tests/noise/layer.2 is damaged"),
+]
+
+
+def test_from_the_hub_only_what_is_needed(tmp_path):
+    from helpers.hub import Hub
+
+    repo, v2 = tmp_path / "repo", tmp_path / "v2"
+    fill(repo, v2)
     asks = [("tests/saes", f"{layout}/layer.2", None) for layout in WRITERS] + [
         ("tests/saes", "gemma", None),
         ("tests/saes", "dictionary_learning/layer.2/ae.pt", None),
@@ -799,15 +823,7 @@ def test_from_the_hub_only_what_is_needed(tmp_path):
         env = hub.env(tmp_path / "home", PYTHONPATH=os.pathsep.join(sys.path))
         hub.add("model", "tests/noise", repo / "sparsify")
         hub.faults["tests/noise", "layer.2/sae.safetensors"] = "corrupt"
-        wrong = [
-            (("tests/saes", "", None), "5 autoencoders in tests/saes; expected path= one of"),
-            (("tests/saes", "nowhere", None), "no autoencoder in tests/saes at nowhere"),
-            (("tests/saes", "", "v9"), "no revision 'v9'"),
-            (("tests/none", "", None), "no public repository"),
-            (("tests/gated", "", None), "is gated"),
-            (("tests/noise", "", None), "sae.safetensors of tests/noise/layer.2 is damaged"),
-        ]
-        got = client(env, *asks, *(ask for ask, _ in wrong))
+        got = client(env, *asks, *(ask for ask, _ in WRONG))
         loaded = {
             line.split("/resolve/")[1].partition("/")[2]
             for line in hub.log
@@ -821,16 +837,12 @@ def test_from_the_hub_only_what_is_needed(tmp_path):
         [sae.kind, sae.source["layout"], sae.source["path"], sae.W_dec.double().sum().item()]
         for sae in local
     ]
-    for (kind, text), (_, says) in zip(got[len(asks) :], wrong, strict=True):
+    for (kind, text), (_, says) in zip(got[len(asks) :], WRONG, strict=True):
         assert kind == "ValueError" and text.startswith("load_sae: ") and says in text, text
-    offline = client(
-        env, *asks, ("tests/elsewhere", "", None)
-    )  # the Hub is gone: what was loaded is still there
-    assert (
-        offline[:-1] == got[: len(asks)]
-        and offline[-1][0] == "ConnectionError"
-        and "is not in this machine's cache" in offline[-1][1]
-    )
+    # the Hub is gone: what was loaded is still there
+    offline = client(env, *asks, ("tests/elsewhere", "", None))
+    assert offline[:-1] == got[: len(asks)] and offline[-1][0] == "ConnectionError"
+    assert "is not in this machine's cache" in offline[-1][1]
 
 
 # ---- units

@@ -1,4 +1,5 @@
-"""The world with known answers: exact numbers, the branch trick against plain passes, and the shipped models."""
+"""The world with known answers: exact numbers, the branch trick against plain passes,
+and the shipped models."""
 
 import hashlib
 import math
@@ -35,13 +36,15 @@ def fsm():
 
 
 class Oracle(nn.Module):
-    "Knows the world: exact next-digit probabilities from the last complete state; reads branches by position ids and mask."
+    """Knows the world: exact next-digit probabilities from the last complete state.
+
+    Reads branches by position ids and mask."""
 
     def __init__(self, fsm, mix=0.0):
         super().__init__()
         self.fsm, self.mix, self.p = fsm, mix, nn.Parameter(torch.zeros(1))
 
-    def forward(self, input_ids, attention_mask=None, position_ids=None, use_cache=None):
+    def forward(self, input_ids, attention_mask=None, position_ids=None, *, use_cache=None):
         n, length = input_ids.shape
         sees = (
             torch.ones(length, length).tril().bool()

@@ -1,4 +1,6 @@
-"""scripts/finetune_model.py: a model split over two processes trains as in one, stops and resumes; the commands that start it; faults."""
+"""scripts/finetune_model.py: a model split over two processes trains as in one, stops and resumes.
+
+The commands that start it; faults."""
 
 import json
 import multiprocessing
@@ -82,8 +84,32 @@ def command(model, folder, **kw):
     ]
 
 
-def work(rank, world, port, argv, stop, dtype):
-    "One of several processes, as torchrun would start it; notes what it holds; killed before checkpoint `stop` gets its name."
+def local_bytes(tensors):
+    return sum(t.to_local().numel() * t.element_size() for t in tensors if hasattr(t, "to_local"))
+
+
+def noting(step, path):
+    "The optimizer's step, which also writes down how much this process holds."
+
+    def noted(self, *a, **kw):
+        out = step(self, *a, **kw)
+        ps = [p for g in self.param_groups for p in g["params"]]
+        held = {
+            "parameters": local_bytes(ps),
+            "gradients": local_bytes(p.grad for p in ps),
+            "moments": local_bytes(t for p in ps for t in self.state[p].values()),
+            "whole": sum(p.numel() * p.element_size() for p in ps),
+        }
+        path.write_text(json.dumps(held))
+        return out
+
+    return noted
+
+
+def work(rank, world, port, *, argv, stop, dtype):
+    """One of several processes, as torchrun would start it; notes what it holds.
+
+    Killed before checkpoint `stop` gets its name."""
     os.environ |= dict(
         RANK=str(rank),
         LOCAL_RANK=str(rank),
@@ -94,28 +120,7 @@ def work(rank, world, port, argv, stop, dtype):
         TQDM_DISABLE="1",
     )
     torch.set_num_threads(1)
-    step, rename, folder = (
-        torch.optim.AdamW.step,
-        Path.replace,
-        Path(argv[argv.index("--folder") + 1]),
-    )
-
-    def noting(self, *a, **kw):
-        out, bytes = (
-            step(self, *a, **kw),
-            lambda ts: sum(
-                t.to_local().numel() * t.element_size() for t in ts if hasattr(t, "to_local")
-            ),
-        )
-        ps = [p for g in self.param_groups for p in g["params"]]
-        held = {
-            "parameters": bytes(ps),
-            "gradients": bytes(p.grad for p in ps),
-            "moments": bytes(t for p in ps for t in self.state[p].values()),
-            "whole": sum(p.numel() * p.element_size() for p in ps),
-        }
-        (folder / f"held-{rank}.json").write_text(json.dumps(held))
-        return out
+    rename, folder = Path.replace, Path(argv[argv.index("--folder") + 1])
 
     def killed(self, to):
         os.kill(os.getpid(), signal.SIGKILL) if self.name == f"sharded-{stop}.part" else rename(
@@ -124,7 +129,7 @@ def work(rank, world, port, argv, stop, dtype):
 
     launch.load_lm = partial(launch.load_lm, dtype=dtype)
     if "--fsdp" in argv:
-        torch.optim.AdamW.step = noting
+        torch.optim.AdamW.step = noting(torch.optim.AdamW.step, folder / f"held-{rank}.json")
     Path.replace = killed
     launch.main(argv)
 
@@ -147,13 +152,15 @@ def server():
 
 @pytest.fixture(scope="module")
 def start(server):
-    def run(processes, argv, stop=0, dtype=torch.float64):
-        "Exit codes; in float64, so that rounding turns no choice of a code: what is left to differ is an error."
+    def run(processes, argv, stop=0, *, dtype=torch.float64):
+        """Exit codes; in float64, so that rounding turns no choice of a code:
+        what is left to differ is an error."""
         with socket.socket() as s:
             s.bind(("127.0.0.1", 0))
             port = s.getsockname()[1]
+        kw = dict(argv=argv, stop=stop, dtype=dtype)
         alive = [
-            server.Process(target=work, args=(r, processes, port, argv, stop, dtype))
+            server.Process(target=work, args=(r, processes, port), kwargs=kw)
             for r in range(processes)
         ]
         for p in alive:
@@ -177,7 +184,8 @@ def model(tmp_path_factory):
 
 @pytest.fixture(scope="module", autouse=True)
 def commands(model, tmp_path_factory):
-    "Started as a reader types them, and left to run beside the other tests: most of their time goes into imports."
+    """Started as a reader types them, and left to run beside the other tests:
+    most of their time goes into imports."""
     running, where = {}, tmp_path_factory.mktemp("commands")
     for i, (how, (tool, kw)) in enumerate(list(COMMANDS.items())[: None if NIGHTLY else 1]):
         with open(where / f"{i}.err", "w") as err:
@@ -327,7 +335,9 @@ def test_bfloat16_keeps_parameters_and_codes_in_float32(two, model, start, tmp_p
 
 @pytest.mark.parametrize("learn", [GRADIENT, "ema"])
 def test_its_loop_is_the_librarys(model, start, tmp_path, learn):
-    "As many rows as a step takes, so that their order, which differs, does not matter; nothing is revived, for that draws by order."
+    """As many rows as a step takes, so that their order, which differs, does not matter.
+
+    Nothing is revived, for that draws by order."""
     same = dict(tokens=1024, revive_every=0, **MORE[learn])
     assert (
         start(1, command(model, tmp_path / "split", fsdp=True, **same))
@@ -358,7 +368,10 @@ def test_each_process_holds_about_half(two, learn):
 
 @pytest.mark.parametrize("learn", [GRADIENT, "ema"])
 def test_killed_and_resumed_it_ends_with_the_same_weights(two, model, start, tmp_path, learn):
-    "Killed while a checkpoint is written; the one before lies in the middle of a window of counting. Another number of processes may go on."
+    """Killed while a checkpoint is written.
+
+    The one before lies in the middle of a window of counting. Another number of processes may
+    go on."""
     argv, difference = (
         command(model, tmp_path / "x", fsdp=True, batch=2, **MORE[learn]),
         partial(apart, two(learn)),
@@ -407,7 +420,7 @@ def test_the_commands_of_the_recipes(commands, model, start, tmp_path, how):
     )
 
 
-# ---- faults ----------------------------------------------------------------------------------------------------------
+# ---- faults ------------------------------------------------------------------------------------
 @pytest.mark.parametrize(
     "kw,says",
     [

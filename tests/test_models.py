@@ -1,4 +1,5 @@
-"""Models and texts from anywhere: four families, every kind of file and a Hub on this machine, through the real libraries; and what is said when it fails."""
+"""Models and texts from anywhere: four families, every kind of file and a Hub on this machine,
+through the real libraries; and what is said when it fails."""
 
 import json
 import os
@@ -9,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from hub import Hub
+from helpers.hub import Hub
 
 from codebook_tutorial.core import seeded
 from codebook_tutorial.model.hub import PRESETS, load_lm
@@ -22,10 +23,13 @@ WORDS = "the a dog cat bird saw chased liked and then it ran home sat slept".spl
 IDS = [[1, 5, 6, 7, 3, 9, 4, 8]]
 
 
-# ---------------------------------------------------------------- small models, tokenizers, documents
+# ---- small models, tokenizers, documents
 def documents(n, seed=0):
     "Sentences of 3 to 12 words; the last word is one of its own, so that order shows."
-    draw = lambda k: int(torch.randint(k, (), generator=g))
+
+    def draw(k):
+        return int(torch.randint(k, (), generator=g))
+
     g = seeded(seed)
     return [" ".join(WORDS[draw(len(WORDS))] for _ in range(3 + draw(10))) for _ in range(n)]
 
@@ -115,7 +119,7 @@ def logits(model):
     return model(torch.tensor(IDS)).logits.tolist()
 
 
-def save(folder, family="llama", seed=0, tokenizer=word_tokenizer, **kw):
+def save(folder, family="llama", seed=0, *, tokenizer=word_tokenizer, **kw):
     "A model's folder; returns the logits it should give."
     model = tiny(family, seed)
     model.save_pretrained(folder, **kw)
@@ -138,7 +142,7 @@ def tok(tmp_path_factory):
     return word_tokenizer(tmp_path_factory.mktemp("tok"))
 
 
-# ---------------------------------------------------------------- packing
+# ---- packing
 def random_docs(g, n, longest):
     return [
         torch.randint(
@@ -208,12 +212,13 @@ def test_pack_whole_fills_a_row_while_documents_fit():
     assert pack([[10] * 6], 8, 1, pad=0, whole=True).tolist() == [[1] + [10] * 6 + [1]]
     with pytest.raises(
         ValueError,
-        match=r"document 1 has 7 tokens, a row of 8 has room for 6; take length=9 or more, or whole=False",
+        match=r"document 1 has 7 tokens, a row of 8 has room for 6; take length=9 or more, or "
+        r"whole=False",
     ):
         pack([[10], [11] * 7], 8, 1, pad=0, whole=True)
 
 
-# ---------------------------------------------------------------- texts and losses
+# ---- texts and losses
 def test_text_knows_tokens_from_bos_and_padding():
     text = Text(torch.tensor([[1, 5, 6, 1, 7, 1, 0, 0], [8, 9, 1, 1, 5, 1, 0, 0]]), bos=1, pad=0)
     assert (
@@ -328,12 +333,13 @@ def test_loss_leaves_the_model_as_it_was():
     )  # no dropout while it measures
     with pytest.raises(
         ValueError,
-        match=r"token_losses: the model reads 64 positions, the text has rows of 65; load_text\(..., length=64\)",
+        match=r"token_losses: the model reads 64 positions, the text has rows of 65; "
+        r"load_text\(..., length=64\)",
     ):
         token_losses(model, Text(torch.full((1, 65), 5), 1, 0))
 
 
-# ---------------------------------------------------------------- text from files
+# ---- text from files
 def write_files(folder, docs):
     "The same documents in every format."
     folder.mkdir(parents=True, exist_ok=True)
@@ -500,7 +506,7 @@ def test_the_stories_are_asked_for_a_seed_and_a_split(tok, monkeypatch):
     )
 
 
-# ---------------------------------------------------------------- models from folders
+# ---- models from folders
 def test_a_folder_and_the_default_model(tmp_path, monkeypatch):
     want = save(tmp_path / "m", tokenizer=byte_tokenizer)
     model, tok = load_lm(tmp_path / "m")
@@ -633,7 +639,8 @@ def test_offline_names_the_ways_out(name, words):
 def test_offline_texts_and_names_that_cannot_be(tok, tmp_path):
     with pytest.raises(
         ConnectionError,
-        match=r"load_text: roneneldan/TinyStories is not .* `hf download roneneldan/TinyStories --repo-type dataset`.* load_text\(tok, 'stories'\)",
+        match=r"load_text: roneneldan/TinyStories is not .* `hf download roneneldan/TinyStories "
+        r"--repo-type dataset`.* load_text\(tok, 'stories'\)",
     ):
         load_text(tok, "tinystories")
     with pytest.raises(ValueError, match="load_lm: no folder"):
@@ -665,12 +672,13 @@ def test_presets_are_complete():
         assert {"id", "config", "split", "column", "note"} <= set(p) and p["id"].count("/") == 1
 
 
-# ---------------------------------------------------------------- from the Hub, in processes of their own
+# ---- from the Hub, in processes of their own
 CLIENT = """
 import json, os, sys, time, urllib.request
 from pathlib import Path
 import torch
-from codebook_tutorial.model.hub import load_lm; from codebook_tutorial.model.text import load_text
+from codebook_tutorial.model.hub import load_lm
+from codebook_tutorial.model.text import load_text
 time.sleep = lambda s: None                       # the libraries' pauses between their retries
 torch.set_num_threads(1)
 IDS, out, home = torch.tensor({ids}), {{}}, Path(os.environ["HF_HOME"])
@@ -680,7 +688,8 @@ def told(fn, *a, **kw):
     try: fn(*a, **kw)
     except Exception as e: return [type(e).__name__, str(e), type(e.__cause__).__name__]
     return ["no error", "", ""]
-def partial(): return [str(p) for p in home.rglob("*") if p.name.endswith((".incomplete", ".part", ".tmp"))]
+ends = (".incomplete", ".part", ".tmp")
+def partial(): return [str(p) for p in home.rglob("*") if p.name.endswith(ends)]
 def mend(): urllib.request.urlopen(os.environ["HF_ENDPOINT"] + "/mend").read()
 {code}
 print(); print(json.dumps(out))
@@ -706,122 +715,160 @@ def home(tmp_path_factory):
     return tmp_path_factory.mktemp("hf")
 
 
+def add_models(hub, root, want):
+    "Every family, a sharded one, one in two versions."
+    for family, id, tokenizer in (
+        ("gpt2", "openai-community/gpt2", byte_tokenizer),
+        ("neo", "tests/neo", byte_tokenizer),
+        ("neox", "EleutherAI/pythia-70m", byte_tokenizer),
+        ("llama", "tests/llama", word_tokenizer),
+        ("llama", "alone", word_tokenizer),
+    ):
+        want[id] = save(root / id, family, tokenizer=tokenizer, seed=len(want))
+        hub.add("model", id, root / id)
+    want["sharded"] = save(root / "sharded", seed=11, max_shard_size="10KB")
+    hub.add("model", "tests/sharded", root / "sharded")
+    want["v2"] = save(root / "v2", seed=12)
+    want["sha"] = hub.add("model", "tests/versions", root / "v2", "v2")
+    want["main"] = save(root / "v3", seed=13)
+    hub.add("model", "tests/versions", root / "v3")
+    for folder in ("elsewhere", "onnx"):
+        (root / "v3" / folder).mkdir()
+
+
+def add_pinned(hub, root, want):
+    """As on the Hub: main has a pickle and the tokenizer, a pull request safetensors
+    and no tokenizer."""
+    pinned = PRESETS["tinystories-1l-21m"]
+    want["pinned"] = save(root / "pr", "neo", seed=14, tokenizer=None)
+    byte_tokenizer(root / "main")
+    hub.add(
+        "model",
+        pinned["id"],
+        {
+            "pytorch_model.bin": b"a pickle",
+            "config.json": (root / "pr" / "config.json").read_bytes(),
+            **{p.name: p.read_bytes() for p in (root / "main").iterdir()},
+        },
+    )
+    hub.add("model", pinned["id"], root / "pr", "refs/pr/1", sha=pinned["revision"])
+
+
+def add_faulty(hub, root, want):
+    "What must be refused, and files that break off or are damaged."
+    hub.add("model", "tests/pickled", {"config.json": b"{}", "pytorch_model.bin": b"a pickle"})
+    hub.add("model", "tests/files", {"README.md": b"nothing"})
+    hub.add("model", "tests/gated", root / "v2", gated=True)
+    for fault in ("truncated", "corrupt"):
+        want[fault] = save(root / fault, seed=15)
+        hub.add("model", f"tests/{fault}", root / fault)
+        hub.faults[f"tests/{fault}", "model.safetensors"] = fault
+
+
+def add_texts(hub, root):
+    for split, seed in (("train", 0), ("validation", 1)):
+        parquet(documents(200, seed), root / "ts" / "data" / f"{split}-00000-of-00001.parquet")
+    hub.add("dataset", "roneneldan/TinyStories", root / "ts")
+    lines = [{"story": d} for d in documents(200, 2)]
+    hub.add("dataset", "tests/lines", {"train.jsonl": "\n".join(map(json.dumps, lines)).encode()})
+    hub.add(
+        "dataset",
+        "tests/lines",
+        {"train.jsonl": "\n".join(map(json.dumps, lines[::-1])).encode()},
+        "backwards",
+    )
+    hub.add("dataset", "tests/gated", {"train.jsonl": b'{"text": "a"}'}, gated=True)
+    hub.add("dataset", "tests/none", {"README.md": b"nothing"})
+
+
+def add_articles(hub, root, want):
+    articles = [
+        [
+            f" = the {w} = \n",
+            "",
+            " the dog saw the cat . \n",
+            " = = home = = \n",
+            f" it ran and the {w} slept . \n",
+        ]
+        for w in WORDS
+    ]
+    parquet(sum(articles, []), root / "wiki" / "raw" / "train-0.parquet")
+    parquet(["no"] * 9, root / "wiki" / "other" / "train-0.parquet")
+    (root / "wiki" / "README.md").write_text(
+        "---\nconfigs:\n- config_name: wikitext-103-raw-v1\n  data_files:\n"
+        "  - split: test\n    path: raw/train-*\n"
+        "- config_name: other\n  data_files:\n  - split: train\n    path: other/train-*\n---\n"
+    )
+    hub.add("dataset", "Salesforce/wikitext", root / "wiki")
+    want["articles"] = ["".join(a) for a in articles]
+
+
 @pytest.fixture(scope="module")
 def served(tmp_path_factory, home):
     "One Hub with models and data sets, what they should give, and what one client saw of them."
     root, want = tmp_path_factory.mktemp("repos"), {}
     with Hub() as hub:
-        for family, id, tokenizer in (
-            ("gpt2", "openai-community/gpt2", byte_tokenizer),
-            ("neo", "tests/neo", byte_tokenizer),
-            ("neox", "EleutherAI/pythia-70m", byte_tokenizer),
-            ("llama", "tests/llama", word_tokenizer),
-            ("llama", "alone", word_tokenizer),
-        ):
-            want[id] = save(root / id, family, tokenizer=tokenizer, seed=len(want))
-            hub.add("model", id, root / id)
-        want["sharded"] = save(root / "sharded", seed=11, max_shard_size="10KB")
-        hub.add("model", "tests/sharded", root / "sharded")
-        want["v2"] = save(root / "v2", seed=12)
-        want["sha"] = hub.add("model", "tests/versions", root / "v2", "v2")
-        want["main"] = save(root / "v3", seed=13)
-        hub.add("model", "tests/versions", root / "v3")
-        for folder in ("elsewhere", "onnx"):
-            (root / "v3" / folder).mkdir()
-        pinned = PRESETS[
-            "tinystories-1l-21m"
-        ]  # as on the Hub: main has a pickle and the tokenizer, a pull request safetensors and no tokenizer
-        want["pinned"] = save(root / "pr", "neo", seed=14, tokenizer=None)
-        byte_tokenizer(root / "main")
-        hub.add(
-            "model",
-            pinned["id"],
-            {
-                "pytorch_model.bin": b"a pickle",
-                "config.json": (root / "pr" / "config.json").read_bytes(),
-                **{p.name: p.read_bytes() for p in (root / "main").iterdir()},
-            },
-        )
-        hub.add("model", pinned["id"], root / "pr", "refs/pr/1", sha=pinned["revision"])
-        hub.add("model", "tests/pickled", {"config.json": b"{}", "pytorch_model.bin": b"a pickle"})
-        hub.add("model", "tests/files", {"README.md": b"nothing"})
-        hub.add("model", "tests/gated", root / "v2", gated=True)
-        for fault in ("truncated", "corrupt"):
-            want[fault] = save(root / fault, seed=15)
-            hub.add("model", f"tests/{fault}", root / fault)
-            hub.faults[f"tests/{fault}", "model.safetensors"] = fault
-
-        for split, seed in (("train", 0), ("validation", 1)):
-            parquet(documents(200, seed), root / "ts" / "data" / f"{split}-00000-of-00001.parquet")
-        hub.add("dataset", "roneneldan/TinyStories", root / "ts")
-        lines = [{"story": d} for d in documents(200, 2)]
-        hub.add(
-            "dataset", "tests/lines", {"train.jsonl": "\n".join(map(json.dumps, lines)).encode()}
-        )
-        hub.add(
-            "dataset",
-            "tests/lines",
-            {"train.jsonl": "\n".join(map(json.dumps, lines[::-1])).encode()},
-            "backwards",
-        )
-        hub.add("dataset", "tests/gated", {"train.jsonl": b'{"text": "a"}'}, gated=True)
-        hub.add("dataset", "tests/none", {"README.md": b"nothing"})
-        articles = [
-            [
-                f" = the {w} = \n",
-                "",
-                " the dog saw the cat . \n",
-                " = = home = = \n",
-                f" it ran and the {w} slept . \n",
-            ]
-            for w in WORDS
-        ]
-        parquet(sum(articles, []), root / "wiki" / "raw" / "train-0.parquet")
-        parquet(["no"] * 9, root / "wiki" / "other" / "train-0.parquet")
-        (root / "wiki" / "README.md").write_text(
-            "---\nconfigs:\n- config_name: wikitext-103-raw-v1\n  data_files:\n  - split: test\n    path: raw/train-*\n"
-            "- config_name: other\n  data_files:\n  - split: train\n    path: other/train-*\n---\n"
-        )
-        hub.add("dataset", "Salesforce/wikitext", root / "wiki")
-        want["articles"] = ["".join(a) for a in articles]
+        add_models(hub, root, want)
+        add_pinned(hub, root, want)
+        add_faulty(hub, root, want)
+        add_texts(hub, root)
+        add_articles(hub, root, want)
         yield hub, want, root
+
+
+ASKED = """
+for id in ("openai-community/gpt2", "tests/neo", "EleutherAI/pythia-70m", "tests/llama", "alone"):
+    out[id] = logits(id)
+out["gpt2"] = logits("gpt2")
+out["pythia-70m"] = logits("pythia-70m")
+out["sharded"] = logits("tests/sharded")
+out["main"] = logits("tests/versions")
+out["v2"] = logits("tests/versions", revision="v2")
+out["sha"] = logits("tests/versions", revision=SHA)
+model, tok = load_lm("tinystories-1l-21m")
+out["pinned"] = model(IDS).logits.tolist()
+out["name"] = model.name_or_path
+out["bos"] = [tok.bos_token, tok.pad_token, model.training]
+for name in ("gpt3", "tests/none", "tests/pickled", "tests/files", "tests/gated"):
+    out["told " + name] = told(load_lm, name)
+out["told revision"] = told(load_lm, "tests/versions", revision="v9")
+out["told truncated"], out["partial"] = told(load_lm, "tests/truncated"), partial()
+out["kept"] = [p.name for p in (home / "hub" / "models--tests--truncated" / "snapshots").rglob("*")]
+out["told corrupt"] = told(load_lm, "tests/corrupt")
+mend()
+# a plain call is enough: nothing of the broken download was kept
+out["truncated"] = logits("tests/truncated")
+# this file was whole, so the cache keeps it
+out["still corrupt"] = told(load_lm, "tests/corrupt")
+out["corrupt"] = logits("tests/corrupt", force_download=True)
+out["after"], out["partial after"] = logits("tests/corrupt"), partial()
+
+tok = load_lm("tests/llama")[1]
+def ids(*a, **kw): return load_text(tok, *a, length=32, **kw).ids.tolist()
+out["train"] = ids("tinystories", split="train")
+out["validation"] = ids("tinystories")
+out["lines"] = ids("tests/lines", column="story")
+out["by id"] = ids("roneneldan/TinyStories")
+out["shuffled"] = ids("tinystories", split="train", seed=5)
+out["backwards"] = ids("tests/lines", column="story", revision="backwards")
+out["articles"] = ids("wikitext-103")
+for name in ("tinystory", "tests/nothing", "tests/gated", "tests/lines", "tests/none"):
+    out["text " + name] = told(ids, name)
+out["text revision"] = told(ids, "tinystories", revision="v9")
+out["text split"] = told(ids, "tinystories", split="test")
+out["text config"], out["partial texts"] = told(ids, "Salesforce/wikitext"), partial()
+from huggingface_hub import snapshot_download
+# what `hf download` does, for the test without a network
+snapshot_download("roneneldan/TinyStories", repo_type="dataset")
+"""
 
 
 @pytest.fixture(scope="module")
 def seen(served, home):
     "One process asks for everything: models, texts, and what must fail."
     hub, want, _ = served
-    return client(
-        hub.env(home, HF_TOKEN="hf_secret"),
-        f"""
-for id in ("openai-community/gpt2", "tests/neo", "EleutherAI/pythia-70m", "tests/llama", "alone"): out[id] = logits(id)
-out["gpt2"], out["pythia-70m"], out["sharded"] = logits("gpt2"), logits("pythia-70m"), logits("tests/sharded")
-out["main"], out["v2"], out["sha"] = logits("tests/versions"), logits("tests/versions", revision="v2"), logits("tests/versions", revision={want["sha"]!r})
-model, tok = load_lm("tinystories-1l-21m")
-out["pinned"], out["name"], out["bos"] = model(IDS).logits.tolist(), model.name_or_path, [tok.bos_token, tok.pad_token, model.training]
-for name in ("gpt3", "tests/none", "tests/pickled", "tests/files", "tests/gated"): out["told " + name] = told(load_lm, name)
-out["told revision"] = told(load_lm, "tests/versions", revision="v9")
-out["told truncated"], out["partial"] = told(load_lm, "tests/truncated"), partial()
-out["kept"] = [p.name for p in (home / "hub" / "models--tests--truncated" / "snapshots").rglob("*")]
-out["told corrupt"] = told(load_lm, "tests/corrupt")
-mend()
-out["truncated"] = logits("tests/truncated")                     # a plain call is enough: nothing of the broken download was kept
-out["still corrupt"] = told(load_lm, "tests/corrupt")            # this file was whole, so the cache keeps it
-out["corrupt"] = logits("tests/corrupt", force_download=True)
-out["after"], out["partial after"] = logits("tests/corrupt"), partial()
-
-tok = load_lm("tests/llama")[1]
-def ids(*a, **kw): return load_text(tok, *a, length=32, **kw).ids.tolist()
-out["train"], out["validation"], out["lines"] = ids("tinystories", split="train"), ids("tinystories"), ids("tests/lines", column="story")
-out["by id"], out["shuffled"], out["backwards"] = ids("roneneldan/TinyStories"), ids("tinystories", split="train", seed=5), ids("tests/lines", column="story", revision="backwards")
-out["articles"] = ids("wikitext-103")
-for name in ("tinystory", "tests/nothing", "tests/gated", "tests/lines", "tests/none"): out["text " + name] = told(ids, name)
-out["text revision"], out["text split"] = told(ids, "tinystories", revision="v9"), told(ids, "tinystories", split="test")
-out["text config"], out["partial texts"] = told(ids, "Salesforce/wikitext"), partial()
-from huggingface_hub import snapshot_download
-snapshot_download("roneneldan/TinyStories", repo_type="dataset")       # what `hf download` does, for the test without a network
-""",
-    )
+    code = f"SHA = {want['sha']!r}\n{ASKED}"
+    return client(hub.env(home, HF_TOKEN="hf_secret"), code)
 
 
 @pytest.mark.parametrize(
@@ -906,7 +953,9 @@ def test_no_pickle_is_fetched_and_no_conversion_asked_for(served, seen):
 
 
 def test_streams_from_the_hub_are_the_documents(seen, served, tok):
-    rows = lambda docs: pack([tok(d)["input_ids"] for d in docs], 32, 1, pad=2).tolist()
+    def rows(docs):
+        return pack([tok(d)["input_ids"] for d in docs], 32, 1, pad=2).tolist()
+
     assert seen["train"] == seen["by id"] == rows(documents(200, 0)) and seen["validation"] == rows(
         documents(200, 1)
     )
@@ -958,10 +1007,14 @@ def test_without_a_network_the_cache_serves_and_the_rest_fails_at_once(served, s
         """
 def nobody(s): raise AssertionError("a library waits and tries again")
 time.sleep = nobody
-out["new"], out["pinned new"] = told(load_lm, "tests/never-loaded"), told(load_lm, "tinystories-33m")
-out["llama"], out["v2"], out["pinned"] = logits("tests/llama"), logits("tests/versions", revision="v2"), logits("tinystories-1l-21m")
+out["new"] = told(load_lm, "tests/never-loaded")
+out["pinned new"] = told(load_lm, "tinystories-33m")
+out["llama"] = logits("tests/llama")
+out["v2"] = logits("tests/versions", revision="v2")
+out["pinned"] = logits("tinystories-1l-21m")
 tok = load_lm("tests/llama")[1]
-out["text new"], out["text streamed"] = told(load_text, tok, "pile-10k"), told(load_text, tok, "tests/lines")
+out["text new"] = told(load_text, tok, "pile-10k")
+out["text streamed"] = told(load_text, tok, "tests/lines")
 out["text"] = load_text(tok, "tinystories", split="train", length=32).ids.tolist()
 """,
     )
@@ -985,7 +1038,7 @@ out["text"] = load_text(tok, "tinystories", split="train", length=32).ids.tolist
     )
 
 
-# ---------------------------------------------------------------- the real thing
+# ---- the real thing
 @pytest.mark.real
 @pytest.mark.skipif(
     not (STORIES260K.exists() and TINYSTORIES.exists()),
@@ -1000,7 +1053,8 @@ def test_a_real_model_reads_real_text_as_well_as_it_should():
     worse = Text(text.ids.masked_fill(text.ids == text.bos, tok.unk_token_id), text.bos, text.pad)
     losses = [lm_loss(model, t) for t in (text, short, worse)]
     print(
-        f"\nstories260K: {losses[0]:.3f} nats/token in rows of 512, {losses[1]:.3f} in rows of 128, {losses[2]:.3f} without BOS"
+        f"\nstories260K: {losses[0]:.3f} nats/token in rows of 512, {losses[1]:.3f} in rows of "
+        f"128, {losses[2]:.3f} without BOS"
     )
     assert losses[0] <= 1.52 and losses[0] < losses[1] < 1.9 and losses[0] < losses[2]
 

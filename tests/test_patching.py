@@ -1,4 +1,5 @@
-"""Pairs of prompts, patches by vectors and codes, rerun, and the three orders, against plain code."""
+"""Pairs of prompts, patches by vectors and codes, rerun, and the three orders,
+against plain code."""
 
 import pytest
 import torch
@@ -56,7 +57,7 @@ def some_pairs(n=3, length=7):
     return Pairs(base, target, last, torch.ones(n, 1, dtype=torch.long), torch.full((n, 1), 2))
 
 
-def whole(model, site, pairs, edit):
+def whole(model, site, pairs, *, edit):
     "Log-probabilities at the prompts' ends, by a hook and the whole model."
     with torch.no_grad(), intervene(model, {site: lambda x: x + edit}):
         return (
@@ -155,9 +156,10 @@ def test_pairs_that_cannot_be_are_refused(lm):
         "Anna",
         "Henry",
     )
-    make = lambda a=ok[0], b=ok[1], x=ok[2], y=ok[3]: make_pairs(
-        tok, [a], [b], base_answers=[x], target_answers=[y]
-    )
+
+    def make(a=ok[0], b=ok[1], x=ok[2], *, y=ok[3]):
+        return make_pairs(tok, [a], [b], base_answers=[x], target_answers=[y])
+
     assert len(make()) == 1
     with pytest.raises(ValueError, match="equal length, got 11 tokens .* and 12"):
         make(b="Anna and Henry met. Tom gave a big ball to")
@@ -244,7 +246,7 @@ def test_rerun_gives_what_the_whole_model_gives(tiny, kind):
         with torch.no_grad():
             found = tail(tail.x + edits)
         for edit, logp in zip(edits, found):
-            assert torch.allclose(logp, whole(tiny, site, pairs, edit), atol=1e-5)
+            assert torch.allclose(logp, whole(tiny, site, pairs, edit=edit), atol=1e-5)
     assert hooks(tiny) == 0 and overrides(tiny) == 0
 
 
@@ -312,7 +314,7 @@ def test_a_patch_is_the_papers_formula(lm, pairs):
         / ((y - x) * pairs.there[..., None]).flatten(1).norm(dim=1),
         atol=1e-5,
     )
-    logp = whole(model, "resid.1", pairs, patch.writes.edit(chosen)[0])
+    logp = whole(model, "resid.1", pairs, edit=patch.writes.edit(chosen)[0])
     assert torch.allclose(found["kl"][0], (logp.exp() * (logp - patch.goal)).sum(-1), atol=1e-4)
 
 
@@ -329,6 +331,12 @@ def test_all_coordinates_patched_are_the_counterfactual_and_none_is_the_prompt(l
     ).all()
 
 
+def states_at(model, ids, site="resid.1"):
+    with torch.no_grad(), capture(model, site) as acts:
+        model(input_ids=ids)
+        return acts[site]
+
+
 @pytest.mark.parametrize(
     "settings",
     [
@@ -340,12 +348,7 @@ def test_all_coordinates_patched_are_the_counterfactual_and_none_is_the_prompt(l
 )
 def test_codes_are_written_over_codes(lm, pairs, settings):
     model, tok = lm
-    with torch.no_grad(), capture(model, "resid.1") as acts:
-        model(input_ids=pairs.base)
-        x = acts["resid.1"]
-    with torch.no_grad(), capture(model, "resid.1") as acts:
-        model(input_ids=pairs.target)
-        y = acts["resid.1"]
+    x, y = (states_at(model, ids) for ids in (pairs.base, pairs.target))
     book = Codebook(96, 24, **settings).init_from(x.flatten(0, 1), generator=seeded(0)).eval()
     patch, a, b = Patch(model, "resid.1", book, pairs=pairs), book.choose(x), book.choose(y)
     chosen = torch.rand(2, len(pairs), len(patch.features), generator=seeded(0)) < 0.5
@@ -358,7 +361,7 @@ def test_codes_are_written_over_codes(lm, pairs, settings):
                         book.weight[g] * (1 / book.k if book.combine == "mean" else 1),
                         a[i, p, g].tolist(),
                         b[i, p, g].tolist(),
-                        {int(f) - 24 * g for f in patch.features[some[i]]},
+                        chosen={int(f) - 24 * g for f in patch.features[some[i]]},
                     )
             assert torch.allclose(edits[i], wanted, atol=1e-4)
     g = torch.randn(len(pairs), x.shape[1], 96, generator=seeded(1))
@@ -382,7 +385,7 @@ def test_codes_are_written_over_codes(lm, pairs, settings):
     )
 
 
-def written(codes, a, b, chosen):
+def written(codes, a, b, *, chosen):
     "One place by hand: what both hold stays; the target's chosen codes push out the base's others."
     slots, rest = list(a), list(b)
     for code in a:
@@ -459,7 +462,7 @@ def test_codebooks_between_the_blocks_do_not_touch_what_is_patched(tiny):
         with torch.no_grad():
             found = tail(tail.x + edits)
         assert torch.allclose(found[0], tail.logp, atol=1e-5) and torch.allclose(
-            found[1], whole(coded, site, pairs, edits[1]), atol=1e-5
+            found[1], whole(coded, site, pairs, edit=edits[1]), atol=1e-5
         )
     coded.remove()
 
@@ -545,7 +548,10 @@ def test_few_candidates_lose_little(lm, pairs):
 
 def test_acdc_is_the_algorithm_as_printed(lm, pairs):
     patch, thresholds = Patch(lm[0], "resid.1", pca_like(), pairs=pairs), [0.01, 0.1, 0.3, 1.0, 3.0]
-    kl_of = lambda left: patch.measure(left[None, None])["kl"].mean().item()
+
+    def kl_of(left):
+        return patch.measure(left[None, None])["kl"].mean().item()
+
     left, dropped, draw = torch.ones(len(patch.features), dtype=torch.bool), [], seeded(3)
     now = kl_of(left)
     for threshold in thresholds:
@@ -618,11 +624,14 @@ def test_one_set_is_chosen_on_the_first_half_and_measured_on_the_second(lm):
 
 def make_joined(a, b, n):
     length = max(a.base.shape[1], b.base.shape[1])
-    pad = lambda t: (
-        torch.nn.functional.pad(t, (0, length - t.shape[1]))
-        if t.dim() == 2 and t.shape[1] > 1
-        else t
-    )
+
+    def pad(t):
+        return (
+            torch.nn.functional.pad(t, (0, length - t.shape[1]))
+            if t.dim() == 2 and t.shape[1] > 1
+            else t
+        )
+
     return Pairs(
         *(
             torch.cat([pad(getattr(a, k))[:n], pad(getattr(b, k))[n:]])

@@ -1,4 +1,6 @@
-"""bfloat16 and torch.compile: codebooks, autoencoders and harvesting give what float32 without a compiler gives, within stated tolerances. (Compiled by `aot_eager`: the same graphs as on a GPU, no C++ compiler needed.)"""
+"""bfloat16 and torch.compile: codebooks,
+autoencoders and harvesting give what float32 without a compiler gives, within stated
+tolerances. (Compiled by `aot_eager`: the same graphs as on a GPU, no C++ compiler needed.)"""
 
 import pytest
 import torch
@@ -67,9 +69,13 @@ def test_a_model_with_codebooks_compiles():
 
 @pytest.mark.parametrize("kw", BOOKS)
 def test_codes_in_bfloat16_are_as_near(kw):
-    "Near ties may turn, so what is compared is how far the codes are from the states: within 1 % of float32's."
+    """Near ties may turn, so what is compared is how far the codes are from the states:
+    within 1 % of float32's."""
     book, x = Codebook(32, 50, **kw).init_from(states(), generator=seeded(0)).eval(), states()
-    far = lambda b, x: (b(x)[0].float() - states()).pow(2).sum().item()
+
+    def far(b, x):
+        return (b(x)[0].float() - states()).pow(2).sum().item()
+
     assert far(book.bfloat16(), x.bfloat16()) == pytest.approx(
         far(Codebook(32, 50, **kw).init_from(states(), generator=seeded(0)).eval(), x), rel=0.01
     )
@@ -77,7 +83,8 @@ def test_codes_in_bfloat16_are_as_near(kw):
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_an_autoencoder_trained_in_bfloat16_explains_as_much(kind):
-    "Products in bfloat16, weights in float32: unexplained variance within .02 of float32's, and far below what training begins with."
+    """Products in bfloat16, weights in float32:
+    unexplained variance within .02 of float32's, and far below what training begins with."""
     x = states(2000)
     kw = dict(
         n_feats=48,

@@ -315,10 +315,8 @@ class TestChapter:
     def test_colab_comes_from_settings(self, path):
         nb, again = books.read_book(path), author.apply_settings(books.read_book(path), path.name)
         assert [c.source for c in nb.cells] == [c.source for c in again.cells]
-        assert (
-            f"github/{SETTINGS['user']}/{SETTINGS['repo']}/blob/{SETTINGS['branch']}/nbs/{path.name}"
-            in nb.cells[0].source
-        )
+        address = f"github/{SETTINGS['user']}/{SETTINGS['repo']}/blob/{SETTINGS['branch']}"
+        assert f"{address}/nbs/{path.name}" in nb.cells[0].source
         install = next(c.source for c in nb.cells if "colab" in books.directives(c))
         assert (
             SETTINGS["user"] in install
@@ -390,29 +388,31 @@ def test_the_claims_are_there_and_hold(number):
         ), name
 
 
+BOUNDS = {
+    "01": {
+        "fsm.state_accuracy": ("at_least", 0.97),
+        "fsm.legal_mass": ("at_least", 0.97),
+        "fsm.loss": ("at_most", 1.19),
+    },
+    "03": {
+        "states.state_accuracy": ("at_least", 0.97),
+        "states.code_precision": ("at_least", 0.98),
+        "states.codeset_f1": ("at_least", 0.99),
+        "states.dead_share": ("at_most", 0.05),
+        "states.jsd_all": ("at_most", 0.05),
+    },
+    "07": {
+        "sae.l0": ("at_most", 12),
+        "sae.fvu": ("at_most", 0.06),
+        "sae.perplexity_ratio": ("at_most", 1.05),
+        "sae.interop_error": ("at_most", 1e-5),
+    },
+}
+
+
 def test_the_issues_bounds_stand_in_the_claims():
     "What the project set out to reach, beside what the chapters enforce: no claim may be looser."
-    want = {
-        "01": {
-            "fsm.state_accuracy": ("at_least", 0.97),
-            "fsm.legal_mass": ("at_least", 0.97),
-            "fsm.loss": ("at_most", 1.19),
-        },
-        "03": {
-            "states.state_accuracy": ("at_least", 0.97),
-            "states.code_precision": ("at_least", 0.98),
-            "states.codeset_f1": ("at_least", 0.99),
-            "states.dead_share": ("at_most", 0.05),
-            "states.jsd_all": ("at_most", 0.05),
-        },
-        "07": {
-            "sae.l0": ("at_most", 12),
-            "sae.fvu": ("at_most", 0.06),
-            "sae.perplexity_ratio": ("at_most", 1.05),
-            "sae.interop_error": ("at_most", 1e-5),
-        },
-    }
-    for number, bounds in want.items():
+    for number, bounds in BOUNDS.items():
         for name, (kind, bound) in bounds.items():
             enforced = claims(number)[name][kind]
             assert enforced >= bound if kind == "at_least" else enforced <= bound, name
@@ -423,6 +423,9 @@ def test_the_issues_bounds_stand_in_the_claims():
         < language["stories.loss"]["value"]
         < language["stories.entropy_floor"]["value"] + 0.1
     )
+
+
+def test_the_shipped_model_is_the_first_of_three():
     rows, shipped = (
         json.loads((ROOT / "claims/04.full.json").read_text())["rows"],
         hashlib.sha256((ROOT / "data/stories/model.safetensors").read_bytes()).hexdigest(),
@@ -437,6 +440,9 @@ def test_the_issues_bounds_stand_in_the_claims():
         and hashlib.sha256((ROOT / "data/stories/grammar.toml").read_bytes()).hexdigest()
         in (ROOT / "data/README.md").read_text()
     )
+
+
+def test_the_states_chapter_was_run_with_three_seeds():
     three = claims("03")
     assert all(
         len(three[n]["values"]) == 3

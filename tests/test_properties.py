@@ -1,4 +1,6 @@
-"""Properties of what takes arrays and texts: of any shape and with any numbers the answer of a plain reference, or a ValueError; never another error, never NaN for an answer."""
+"""Properties of what takes arrays and texts:
+of any shape and with any numbers the answer of a plain reference, or a ValueError; never
+another error, never NaN for an answer."""
 
 import math
 import tempfile
@@ -85,7 +87,7 @@ def array(draw, *shape, of=ORDINARY, dtype=np.float32):
 
 
 @st.composite
-def labelled(draw, least, features, of=ORDINARY):
+def labelled(draw, least, features, *, of=ORDINARY):
     "Features [N, F] and what holds [N, C]."
     n = draw(st.integers(least, 14))
     return draw(array(n, features, of=of)), draw(array(n, size(0, 3), of=st.booleans(), dtype=bool))
@@ -334,7 +336,7 @@ def best_of(f, truth):
 
 
 @pytest.mark.filterwarnings("error")
-@given(labelled(2, size(1, 3), ORDINARY | HUGE), size(1, 3))
+@given(labelled(2, size(1, 3), of=ORDINARY | HUGE), size(1, 3))
 def test_concept_scores_choose_the_best_and_score_it_elsewhere(told, at_least):
     f, truth = (t.numpy() for t in told)
     half, found = len(f) // 2, concept_scores(f, truth.astype(int), at_least=at_least, points=500)
@@ -360,7 +362,9 @@ def test_concept_scores_choose_the_best_and_score_it_elsewhere(told, at_least):
     refuses(lambda: concept_scores(f[:, 0], truth), "of the same tokens")
 
 
-@given(labelled(4, size(1, 4), ORDINARY | HUGE), st.sampled_from([(1,), (1, 2), (2,), (0,), (5,)]))
+@given(
+    labelled(4, size(1, 4), of=ORDINARY | HUGE), st.sampled_from([(1,), (1, 2), (2,), (0,), (5,)])
+)
 def test_sparse_probes_take_what_explains_most(told, ks):
     f, truth = told
     if not 1 <= min(ks) <= max(ks) <= f.shape[1]:
@@ -571,7 +575,7 @@ def test_cases_explain_from_other_fragments_than_they_score_by(f, n_top, n_rando
     words, f = [[f"w{i}.{t}" for t in range(n)] for i, n in enumerate(lengths)], f.numpy()
     if not lengths or len(f) != sum(lengths) or not np.isfinite(f).all() or 0 in lengths:
         return refuses(lambda: make_cases(f, words, n_top=n_top, n_random=n_random), "make_cases: ")
-    check_cases(f, words, lengths, n_top, n_random)
+    check_cases(f, words, lengths, n_top=n_top, n_random=n_random)
 
 
 @given(
@@ -587,12 +591,12 @@ def test_cases_of_what_fits(lengths_and_seed, n_top, n_random):
         np.random.default_rng(seed).integers(-3, 4, (sum(lengths), 2)).astype(float),
         [[f"w{i}.{t}" for t in range(n)] for i, n in enumerate(lengths)],
         lengths,
-        n_top,
-        n_random,
+        n_top=n_top,
+        n_random=n_random,
     )
 
 
-def check_cases(f, words, lengths, n_top, n_random):
+def check_cases(f, words, lengths, *, n_top, n_random):
     most = np.array([part.max(0) for part in np.split(f, np.cumsum(lengths)[:-1])])
     for j, case in enumerate(make_cases(f, words, n_top=n_top, n_random=n_random)):
         assert (case is None) == ((most[:, j] > 0).sum() < n_top)
@@ -725,7 +729,10 @@ WORDS = st.lists(st.sampled_from("abcd") | TOKENS, max_size=8)
 @given(WORDS, WORDS)
 def test_marked_words_are_those_the_other_lacks(a, b):
     left, right = show.marked(a, b)
-    plain = lambda side: [w for w, new in side if not new]
+
+    def plain(side):
+        return [w for w, new in side if not new]
+
     assert (
         [w for w, _ in left] == a
         and [w for w, _ in right] == b

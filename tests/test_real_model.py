@@ -1,4 +1,5 @@
-"""A real pretrained language model on real text: codebooks that begin from data lose some loss, 100 steps of finetuning win most of it back."""
+"""A real pretrained language model on real text:
+codebooks that begin from data lose some loss, 100 steps of finetuning win most of it back."""
 
 import json
 import os
@@ -54,8 +55,10 @@ def loss_of(model, ids):
     )
 
 
-def finetune(cb, train, steps=100, batch=8):
-    "Language-model loss + reconstruction loss; every weight by AdamW, the codes by moving averages."
+def finetune(cb, train, steps=100, *, batch=8):
+    """Language-model loss + reconstruction loss.
+
+    Every weight by AdamW, the codes by moving averages."""
     opt = torch.optim.AdamW(cb.param_groups(lr=1e-3))
     cb.train()
     for _ in range(steps):
@@ -88,7 +91,8 @@ def test_codebooks_on_a_real_language_model(text, tmp_path):
     cb.reset_counts()
     trained = loss_of(finetune(cb, train), held_out)
     print(
-        f"\nheld-out loss: own {own:.3f}, random codes {random:.3f}, codes from data {untrained:.3f}, after 100 steps {trained:.3f}"
+        f"\nheld-out loss: own {own:.3f}, random codes {random:.3f}, codes from data "
+        f"{untrained:.3f}, after 100 steps {trained:.3f}"
     )
     assert own < trained < untrained < random
     assert trained - own < 0.75 * (untrained - own)  # wins back a good part, does not merely differ
@@ -134,12 +138,19 @@ def test_sites_on_the_real_model(text):
 
 
 def run_chapter(stem, tmp_path, timeout=900):
-    "A chapter unchanged, under COURSE_MODEL and COURSE_TEXT: (its claims, the executed notebook's text)."
+    """A chapter unchanged, under COURSE_MODEL and COURSE_TEXT:
+    (its claims, the executed notebook's text)."""
     root = Path(__file__).resolve().parents[1]
-    code = (
-        f"import sys, asyncio, pathlib; sys.path.insert(0, {str(root)!r}); from workshop import books; books.OUT = pathlib.Path({str(tmp_path)!r})\n"
-        f"nb, failure, *_ = asyncio.run(books.execute(pathlib.Path({str(root / 'nbs' / (stem + '.ipynb'))!r}))); books.write_book(books.OUT / 'done.ipynb', nb); sys.exit(failure or 0)"
-    )
+    code = f"""
+import asyncio, pathlib, sys
+sys.path.insert(0, {str(root)!r})
+from workshop import books
+books.OUT = pathlib.Path({str(tmp_path)!r})
+path = pathlib.Path({str(root / "nbs" / f"{stem}.ipynb")!r})
+nb, failure, *_ = asyncio.run(books.execute(path))
+books.write_book(books.OUT / "done.ipynb", nb)
+sys.exit(failure or 0)
+"""
     got = subprocess.run(
         [sys.executable, "-c", code],
         env={**os.environ, "COURSE_MODEL": str(MODEL), "COURSE_TEXT": str(TEXT), "COURSE_FULL": ""},
@@ -172,7 +183,9 @@ def test_the_finetuning_chapter_runs_on_the_real_model(tmp_path):
     )
     own = gap["context"]["control's loss"]
     print(
-        f"\nreal model: control {own:.3f} nats; residual codes cost {gap['value']:.3f} more, one code {single['value']:.1%}, the 8 best cosines {top8['value']:.1%}; dead codes {dead['value']:.3f}"
+        f"\nreal model: control {own:.3f} nats; residual codes cost {gap['value']:.3f} more, one "
+        f"code {single['value']:.1%}, the 8 best cosines {top8['value']:.1%}; dead codes "
+        f"{dead['value']:.3f}"
     )
     assert (
         0 < gap["value"] < top8["value"] * own
@@ -182,7 +195,9 @@ def test_the_finetuning_chapter_runs_on_the_real_model(tmp_path):
 
 
 def test_names_after_named_have_codes_on_the_real_model(tmp_path):
-    "Finetune, index, search, browse: the best code for what follows 'named', chosen on one half, is far more precise on the other than always firing."
+    """Finetune, index, search, browse:
+    the best code for what follows 'named', chosen on one half, is far more precise on the other
+    than always firing."""
     from codebook_tutorial.dictionary.finetune import finetune as train_codes
     from codebook_tutorial.feature.indexing import build_index
     from codebook_tutorial.feature.search import nearest_features
@@ -204,7 +219,9 @@ def test_names_after_named_have_codes_on_the_real_model(tmp_path):
     marked, line = index.mark(r"named (\w+)"), index.best(r"named (\w+)", min_recall=0.1)[0]
     always = marked.sum().item() / index.mask.sum()
     print(
-        f"\nreal model: loss {own:.3f}, with codes {begun:.3f}, finetuned {trained:.3f}; names after 'named': {line['site']} code {line['feature']}, precision {line['precision']:.2f}, recall {line['recall']:.2f} (always firing: {always:.4f})"
+        f"\nreal model: loss {own:.3f}, with codes {begun:.3f}, finetuned {trained:.3f}; names "
+        f"after 'named': {line['site']} code {line['feature']}, precision {line['precision']:.2f}, "
+        f"recall {line['recall']:.2f} (always firing: {always:.4f})"
     )
     assert own < trained < begun - 0.2 * (begun - own) and marked.sum() > 50
     assert line["precision"] > 20 * always and line["recall"] > 0.05
@@ -226,11 +243,14 @@ def test_the_codes_chapter_runs_on_the_real_model(tmp_path):
 
 @pytest.mark.nightly
 def test_the_autoencoder_chapter_runs_on_the_real_model(tmp_path):
-    "Harvest, sweep, controls, substitution, export: an autoencoder of real states explains more than random directions, and two seeds agree more than chance."
+    """Harvest, sweep, controls, substitution, export:
+    an autoencoder of real states explains more than random directions, and two seeds agree more
+    than chance."""
     found, printed = run_chapter("07_sae", tmp_path)
     overlap = found["sae.seed_overlap"]
     print(
-        f"\nreal model: two seeds' features agree by {overlap['value']:.3f} (random {overlap['control']:.3f})"
+        f"\nreal model: two seeds' features agree by {overlap['value']:.3f} (random "
+        f"{overlap['control']:.3f})"
     )
     assert (
         set(found) == {"sae.interop_error", "sae.seed_overlap"}
@@ -254,7 +274,9 @@ def test_the_baselines_chapter_runs_on_the_real_model(tmp_path):
 
 @pytest.mark.nightly
 def test_the_autointerpretation_chapter_runs_on_the_real_model(tmp_path):
-    "Every method explained by spelling and words; what needs the stories' facts is left out. The ruler is straight here, too."
+    """Every method explained by spelling and words; what needs the stories' facts is left out.
+
+    The ruler is straight here, too."""
     found, printed = run_chapter("09_autointerp", tmp_path)
     assert (
         set(found) == {"autointerp.perfect_simulator"}
@@ -265,11 +287,13 @@ def test_the_autointerpretation_chapter_runs_on_the_real_model(tmp_path):
 
 @pytest.mark.nightly
 def test_the_patching_chapter_runs_on_the_real_model(tmp_path):
-    "Who gets the gift is more than it can do: the chapter says so, and goes on with a task that it can."
+    """Who gets the gift is more than it can do:
+    the chapter says so, and goes on with a task that it can."""
     found, printed = run_chapter("10_ioi", tmp_path)
     passes = found["ioi.forward_passes"]
     print(
-        f"\nreal model: 8 features ordered in {passes['value']:.0f} passes; greedy leaves KL {passes['context']['16 tried, KL with 4 (fixed names)']:.2f} with 4"
+        f"\nreal model: 8 features ordered in {passes['value']:.0f} passes; greedy leaves KL "
+        f"{passes['context']['16 tried, KL with 4 (fixed names)']:.2f} with 4"
     )
     assert (
         set(found) == {"ioi.forward_passes"}
@@ -280,11 +304,14 @@ def test_the_patching_chapter_runs_on_the_real_model(tmp_path):
 
 @pytest.mark.nightly
 def test_the_circuits_chapter_runs_on_the_real_model(tmp_path):
-    "Two frequent tokens that it is surest of, the trees of their features, and the check; what needs the stories is left out."
+    """Two frequent tokens that it is surest of, the trees of their features, and the check.
+
+    What needs the stories is left out."""
     found, printed = run_chapter("11_circuits", tmp_path)
     tree = found["circuits.tree_effect"]
     print(
-        f"\nreal model: share of the right token's probability lost without what a feature rests on {tree['value']:.2f}, as many others {tree['control']:.2f}"
+        f"\nreal model: share of the right token's probability lost without what a feature rests "
+        f"on {tree['value']:.2f}, as many others {tree['control']:.2f}"
     )
     assert (
         set(found) == {"circuits.preactivation_after_ablation", "circuits.tree_effect"}
@@ -295,7 +322,9 @@ def test_the_circuits_chapter_runs_on_the_real_model(tmp_path):
 
 
 def test_the_steering_chapter_runs_on_the_real_model(tmp_path):
-    "Groups of frequent words stand in for topics: the functions run, the figures mean little; what needs the stories is left out."
+    """Groups of frequent words stand in for topics: the functions run, the figures mean little.
+
+    What needs the stories is left out."""
     found, printed = run_chapter("12_steering", tmp_path)
     assert (
         not found
@@ -306,7 +335,9 @@ def test_the_steering_chapter_runs_on_the_real_model(tmp_path):
 
 
 def test_the_scoreboard_chapter_runs_on_the_real_model(tmp_path):
-    "What can be asked of any model is asked: error, loss, explanations, patching; known concepts are the stories' alone."
+    """What can be asked of any model is asked: error, loss, explanations, patching.
+
+    Known concepts are the stories' alone."""
     found, printed = run_chapter("13_scoreboard", tmp_path)
     assert (
         not found
@@ -326,20 +357,26 @@ def test_the_scale_chapter_runs_on_the_real_model(tmp_path):
     )
 
 
+def explained(d, x, words, *, explainer):
+    from codebook_tutorial.feature.explain.protocol import make_cases, some_features
+    from codebook_tutorial.feature.explain.scores import interpret
+
+    f, ids = some_features(d, x, 60)
+    cases = make_cases(f, words, ids)
+    return cases, interpret(cases, explainer)
+
+
 def test_features_of_the_real_model_have_explanations_and_pages(tmp_path):
-    "Words of real text: an autoencoder's features are explained better than random directions. As an explainer the model itself is too short-sighted, and is told so."
+    """Words of real text: an autoencoder's features are explained better than random directions.
+
+    As an explainer the model itself is too short-sighted, and is told so."""
     from codebook_tutorial.dictionary.base import random_directions
     from codebook_tutorial.dictionary.harvest import harvest
     from codebook_tutorial.dictionary.train import train_sae
     from codebook_tutorial.feature.explain.local import LocalLMExplainer
-    from codebook_tutorial.feature.explain.protocol import (
-        fragments,
-        make_cases,
-        pieces,
-        some_features,
-    )
+    from codebook_tutorial.feature.explain.protocol import fragments, pieces
     from codebook_tutorial.feature.explain.rules import PredicateExplainer
-    from codebook_tutorial.feature.explain.scores import difference, interpret, summary
+    from codebook_tutorial.feature.explain.scores import difference, summary
     from codebook_tutorial.model.hub import load_lm
     from codebook_tutorial.model.text import load_text
     from codebook_tutorial.show.features import export_features
@@ -349,24 +386,22 @@ def test_features_of_the_real_model_have_explanations_and_pages(tmp_path):
     words, site = pieces(text, tok), f"resid.{model.config.num_hidden_layers // 2}"
     x = harvest(model, text, site, folder=tmp_path / "states", verbose=False).load(site)
     sae, explainer, scores = train_sae(x, 128, "topk", k=8, steps=400), PredicateExplainer(), {}
-    for name, d in (
-        ("sae", sae),
-        ("random", random_directions(128, x.shape[1], seed=100, relu=True)),
-    ):
-        f, ids = some_features(d, x, 60)
-        cases = make_cases(f, words, ids)
-        rows = interpret(cases, explainer)
+    random = random_directions(128, x.shape[1], seed=100, relu=True)
+    for name, d in (("sae", sae), ("random", random)):
+        cases, rows = explained(d, x, words, explainer=explainer)
         scores[name] = [r["r"] for r in rows if r]
         if name == "sae":
             page = export_features(cases, rows, tmp_path / "features.html")
             case = next(c for c in cases if c)
     print(
-        f"\nreal model: explained by predicates, r {summary(scores['sae'])['mean']:.2f} (random directions {summary(scores['random'])['mean']:.2f})"
+        f"\nreal model: explained by predicates, r {summary(scores['sae'])['mean']:.2f} (random "
+        f"directions {summary(scores['random'])['mean']:.2f})"
     )
     assert difference(scores["sae"], scores["random"])["low"] > 0 and page.stat().st_size > 10_000
     short = [type(case.explain[0])(case.explain[0].tokens[:12], case.explain[0].acts[:12])]
     with pytest.raises(
         ValueError,
-        match="the model reads 512; expected fewer or shorter fragments, or a model that reads more",
+        match="the model reads 512; expected fewer or shorter fragments, or a model that reads "
+        "more",
     ):
         LocalLMExplainer(load_lm(MODEL)[0], tok).explain([short * 3])

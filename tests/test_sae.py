@@ -1,4 +1,5 @@
-"Sparse autoencoders: what each kind computes, its loss, stacks, dead features, refitting, measures."
+"""Sparse autoencoders: what each kind computes, its loss, stacks, dead features, refitting,
+measures."""
 
 import os
 from pathlib import Path
@@ -51,7 +52,7 @@ def some(kind, seed=1, **kw):
     return sae.eval()
 
 
-def sparse_data(n=4000, n_true=20, seed=3, d=D):
+def sparse_data(n=4000, n_true=20, seed=3, *, d=D):
     "States that are sums of a few of more directions than dimensions."
     true = F.normalize(torch.randn(n_true, d, generator=seeded(seed)), dim=-1)
     f = (torch.rand(n, n_true, generator=seeded(seed + 1)) < 0.1) * (
@@ -99,7 +100,10 @@ def test_encode_and_decode_are_the_formula(kind):
 def test_the_loss_is_the_formula(kind):
     sae, alpha = some(kind).train(), 0.3
     pre = sae.pre(X)
-    squared = lambda f: (X - sae.decode(f)).pow(2).sum(-1).mean()
+
+    def squared(f):
+        return (X - sae.decode(f)).pow(2).sum(-1).mean()
+
     if kind in ("tied", "untied"):
         want = squared(f := sae.encode(X)) + alpha * f.sum(-1).mean()
     if kind == "topk":
@@ -232,7 +236,10 @@ def test_training_finds_the_directions_that_made_the_data(kind):
     x, true = sparse_data(20_000, n_true=18)
     sae = train_sae(x, 24, kind, steps=800, batch=512, **SPARSE[kind])
     found = measure(sae, x)
-    like = lambda d: (F.normalize(d.directions, dim=-1).detach() @ true.T).amax(0).mean().item()
+
+    def like(d):
+        return (F.normalize(d.directions, dim=-1).detach() @ true.T).amax(0).mean().item()
+
     assert found["fvu"] < 0.25 and found["l0"] < 4, found
     assert like(sae) > 0.85 and like(random_directions(24, D)) < 0.6
     assert torch.allclose(sae.W_dec.norm(dim=-1), torch.ones(24), atol=1e-4)
@@ -278,7 +285,10 @@ def test_refitting_is_least_squares_and_undoes_shrinkage():
         and used.any()
     )
     assert measure(new, x)["fvu"] < 0.8 * measure(sae, x)["fvu"]
-    size = lambda s: (s.decode(s.encode(x)) - s.b_dec).norm(dim=-1).mean().item()
+
+    def size(s):
+        return (s.decode(s.encode(x)) - s.b_dec).norm(dim=-1).mean().item()
+
     assert size(new) > size(sae)
 
 
@@ -379,10 +389,12 @@ def test_replacing_a_tuned_decoder_tells_the_model_more():
     sae = refit(train_sae(states, 128, steps=150, batch=512, alpha=1.0), states)
     weights = {name: p.clone() for name, p in model.named_parameters()}
     tuned = tune_decoder(sae, model, text, site="resid.1", steps=40)
-    cost = lambda s: (
-        replaced_loss(model, test, "resid.1", fn=lambda x: s.decode(s.encode(x)).detach())
-        - lm_loss(model, test)
-    )
+
+    def cost(s):
+        return replaced_loss(
+            model, test, "resid.1", fn=lambda x: s.decode(s.encode(x)).detach()
+        ) - lm_loss(model, test)
+
     assert (
         0 < cost(tuned) < 0.6 * cost(sae)
         and torch.equal(tuned.encode(states), sae.encode(states))
@@ -416,27 +428,31 @@ def harvested(model, text, site):
     return acts[site][text.mask].float()
 
 
+def pythia_shaped():
+    from transformers import GPTNeoXConfig, GPTNeoXForCausalLM
+
+    torch.manual_seed(0)
+    model = GPTNeoXForCausalLM(
+        GPTNeoXConfig(
+            vocab_size=300,
+            hidden_size=64,
+            num_hidden_layers=3,
+            num_attention_heads=4,
+            intermediate_size=256,
+            max_position_embeddings=128,
+        )
+    ).eval()
+    ids = torch.randint(2, 300, (30, 64), generator=seeded(0))
+    ids[:, 0] = 1
+    return model, Text(ids, bos=1, pad=0)
+
+
 @pytest.mark.parametrize("name", ["stories260K", "pythia"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_any_model_in_any_precision(name, dtype, tmp_path):
     "The whole path, store to loss, on a Llama and on a Pythia-shaped random model."
     if name == "pythia":
-        from transformers import GPTNeoXConfig, GPTNeoXForCausalLM
-
-        torch.manual_seed(0)
-        model = GPTNeoXForCausalLM(
-            GPTNeoXConfig(
-                vocab_size=300,
-                hidden_size=64,
-                num_hidden_layers=3,
-                num_attention_heads=4,
-                intermediate_size=256,
-                max_position_embeddings=128,
-            )
-        ).eval()
-        ids = torch.randint(2, 300, (30, 64), generator=seeded(0))
-        ids[:, 0] = 1
-        text = Text(ids, bos=1, pad=0)
+        model, text = pythia_shaped()
     else:
         if not (REAL / "models" / name).exists():
             pytest.skip(f"no {name}")
@@ -537,7 +553,8 @@ def test_a_penalty_that_kills_every_feature_warns():
     ],
 )
 def test_a_training_that_was_stopped_goes_on_to_the_same_weights(tmp_path, monkeypatch, kind, kw):
-    "Stopped between two saves: bit-equal to one that was not, through dead features that begin anew; called once more, nothing is trained."
+    """Stopped between two saves: bit-equal to one that was not,
+    through dead features that begin anew; called once more, nothing is trained."""
     x, kw = (
         torch.randn(600, 12, generator=seeded(0)),
         dict(n_feats=30, kind=kind, steps=60, batch=50, save_every=20, lr=0.02) | kw,

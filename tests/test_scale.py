@@ -1,4 +1,6 @@
-"""Costs counted without computing, the cost model, memory; text that is changed, features that are trusted, the attack by one word."""
+"""Costs counted without computing, the cost model, memory.
+
+Text that is changed, features that are trusted, the attack by one word."""
 
 import os
 
@@ -201,7 +203,10 @@ def test_changes_change_what_they_say_and_no_more(plain):
 def test_what_is_still_known_of_changed_stories(plain):
     changes = story_changes(6000)
     family = np.array([n.split("=")[0] for n in ATOMS])
-    word = lambda c: c.text.ids[c.text.mask]
+
+    def word(c):
+        return c.text.ids[c.text.mask]
+
     table = torch.tensor([w in MARKS for w in ID])
     for name, c in changes.items():
         assert (
@@ -213,11 +218,14 @@ def test_what_is_still_known_of_changed_stories(plain):
         assert torch.equal(mark, table[word(c)][c.there[c.text.mask]]), (
             name
         )  # what the word itself decides goes with the word
-    topic = lambda c: {
-        ATOMS[i]
-        for i in np.flatnonzero(c.truth[c.text.mask].any(0).numpy())
-        if ATOMS[i].startswith("story_topic")
-    }
+
+    def topic(c):
+        return {
+            ATOMS[i]
+            for i in np.flatnonzero(c.truth[c.text.mask].any(0).numpy())
+            if ATOMS[i].startswith("story_topic")
+        }
+
     assert len(topic(changes["as it is"])) == len(
         topic(changes["other topics"])
     ) == 5 and not topic(changes["as it is"]) & topic(changes["other topics"])
@@ -227,7 +235,8 @@ def test_what_is_still_known_of_changed_stories(plain):
 
 
 def test_trusted_features_are_judged_where_nothing_was_chosen():
-    "Against plain loops, on features of which one follows a concept, one does so in the first half alone, and the rest are noise."
+    """Against plain loops, on features of which one follows a concept,
+    one does so in the first half alone, and the rest are noise."""
     g = np.random.default_rng(0)
     truth = g.random((800, 3)) < 0.2
     f = g.random((800, 5)) * 0.4
@@ -251,10 +260,11 @@ def test_trusted_features_are_judged_where_nothing_was_chosen():
 
 
 def test_one_word_silences_what_reads_the_word_before_and_nothing_else(plain, monkeypatch):
-    "Two dictionaries of made-up states: one reads the word alone, one is silent behind words with an odd number."
+    """Two dictionaries of made-up states:
+    one reads the word alone, one is silent behind words with an odd number."""
     c = ATOMS.index("mark=.")
 
-    def states(model, text, site, batch=0):
+    def states(model, text, site, *, batch=0):
         own = (text.ids == ID["."]).float()
         return torch.stack([own, own * (text.ids.roll(1, 1) % 2 == 0)], -1)[text.mask]
 

@@ -1,4 +1,5 @@
-"""The scoreboard: probes and families with planted answers, what is asked of a dictionary, rows for every method, stability, sums."""
+"""The scoreboard: probes and families with planted answers, what is asked of a dictionary,
+rows for every method, stability, sums."""
 
 import numpy as np
 import pytest
@@ -25,7 +26,8 @@ from codebook_tutorial.world.fsm import TokFSM
 
 
 def planted(n=4000, seed=0):
-    "Three features; concepts: feature 0, feature 0 or 1, feature 2 negative, and one that nothing knows."
+    """Three features; concepts: feature 0, feature 0 or 1, feature 2 negative,
+    and one that nothing knows."""
     g = seeded(seed)
     on = torch.rand(n, 3, generator=g) < 0.15
     f = on * (0.5 + torch.rand(n, 3, generator=g))
@@ -207,7 +209,10 @@ def test_moving_averages_make_codes_better_than_their_seeding():
         + 0.1 * torch.randn(6000, 8, generator=g)
     )
     seeded_only = Codebook(8, 21, 2, select="residual").init_from(x, generator=seeded(0)).eval()
-    err = lambda d: (d.decode(d.encode(x)) - x).pow(2).mean().item()
+
+    def err(d):
+        return (d.decode(d.encode(x)) - x).pow(2).mean().item()
+
     assert err(make_dictionary("codebook", x, 21, k=2)) < err(seeded_only)
 
 

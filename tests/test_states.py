@@ -58,7 +58,10 @@ def test_code_scores_by_brute_force():
         (codes[:300].tolist(), labels[:300].tolist()),
         (codes[300:].tolist(), labels[300:].tolist()),
     )
-    count = lambda part, c, s: sum(1 for x, y in zip(*part) if x == c and y == s)
+
+    def count(part, c, s):
+        return sum(1 for x, y in zip(*part) if x == c and y == s)
+
     owner = {c: max([*range(5), -1], key=lambda s: count(A, c, s)) for c in range(20) if c in A[0]}
     for s in range(5):
         mine = [c for c in owner if owner[c] == s]

@@ -1,4 +1,5 @@
-"""Steering: word lists, choices, precision and coverage, switches of features and codes, generation with the cache, effect and price, panel and page."""
+"""Steering: word lists, choices, precision and coverage, switches of features and codes,
+generation with the cache, effect and price, panel and page."""
 
 import json
 
@@ -186,7 +187,7 @@ def feature_switch(n=20):
     )
 
 
-def plain_switch(s, x, t, strength, start=True, swap=True):
+def plain_switch(s, x, t, *, strength, start=True, swap=True):
     out = x.clone()
     for b in range(len(x)):
         for i in range(x.shape[1]):
@@ -215,13 +216,16 @@ def test_a_switch_of_features_is_what_a_loop_does_row_by_row(kw):
     s, x = feature_switch(), torch.randn(6, 5, D, generator=seeded(3))
     target = torch.tensor([0, 1, 2, 0, 1, 2])
     want = torch.cat(
-        [plain_switch(s, x[i : i + 1], t, 1.5, **kw) for i, t in enumerate(target.tolist())]
+        [
+            plain_switch(s, x[i : i + 1], t, strength=1.5, **kw)
+            for i, t in enumerate(target.tolist())
+        ]
     )
     assert torch.allclose(
         s.fn(target, strength=1.5, **kw)(x), want, atol=1e-4
     ) and not torch.allclose(want, x)
     assert torch.allclose(
-        s.fn(1, strength=1.5, **kw)(x), plain_switch(s, x, 1, 1.5, **kw), atol=1e-4
+        s.fn(1, strength=1.5, **kw)(x), plain_switch(s, x, 1, strength=1.5, **kw), atol=1e-4
     )
     still = ~s.fires(x, target, **kw)
     assert still.any() and torch.equal(s.fn(target, strength=1.5, **kw)(x)[still], x[still])
@@ -417,6 +421,18 @@ def test_switches_are_found_on_every_family_and_point_where_they_should(tiny):
     )
     for t in range(2):
         assert torch.allclose(s.write[t], f[marks[:, t]].mean(0) * (owner == t), atol=1e-5)
+
+
+def test_a_switch_leaves_no_hooks_and_its_mistakes_are_named(tiny):
+    text = some_text(60)
+    choices = find_choices(text, GROUPS, HELD)
+    d = random_directions(30, D, relu=True)
+    with capture(tiny, "resid.0") as acts, torch.no_grad():
+        tiny(input_ids=text.ids)
+    x = acts["resid.0"]
+    s = find_switches(tiny, {"resid.0": d}, text, choices=choices, precision=0.05, at_least=2)[
+        "resid.0"
+    ]
     before = hooks(tiny)
     with (
         steer(tiny, {"resid.0": s}, 0, strength=5.0),
@@ -445,17 +461,16 @@ def test_switches_are_found_on_every_family_and_point_where_they_should(tiny):
         pass
 
 
-def test_codes_are_found_by_what_stands_there(neox):
+def coded_text(neox):
     text = some_text(60)
-    cb = (
-        add_codebooks(neox, ["mlp.0", "heads.0"], 16, select="euclidean")
-        .init_from_data(text.ids, generator=seeded(0))
-        .eval()
-    )
-    found = find_switches(
-        cb, cb.codebooks, text, choices=find_choices(text, GROUPS, HELD), precision=0.05, at_least=2
-    )
-    choices = find_choices(text, GROUPS, HELD)
+    cb = add_codebooks(neox, ["mlp.0", "heads.0"], 16, select="euclidean")
+    cb = cb.init_from_data(text.ids, generator=seeded(0)).eval()
+    return text, find_choices(text, GROUPS, HELD), cb
+
+
+def test_codes_are_found_by_what_stands_there(neox):
+    text, choices, cb = coded_text(neox)
+    found = find_switches(cb, cb.codebooks, text, choices=choices, precision=0.05, at_least=2)
     cb(input_ids=text.ids)
     ids, nxt = cb.ids["mlp.0"][..., 0, 0][choices.look], choices.next[choices.look]
     s = found["mlp.0"]
@@ -488,6 +503,10 @@ def test_codes_are_found_by_what_stands_there(neox):
         max(gates, key=lambda c: ((ids == c) & choices.open[choices.look]).sum()) if gates else -1
     )
     assert len(s.owner) == 16 and found["heads.0"].lens.parts == neox.config.num_attention_heads
+
+
+def test_codes_of_a_topic_are_ranked_by_precision_and_coverage(neox):
+    text, choices, cb = coded_text(neox)
     ranked = topic_features(cb, cb.codebooks, text, choices=choices, n=5)
     best = ranked["a"][0]
     assert [r["precision"] * r["coverage"] for r in ranked["a"]] == sorted(
@@ -563,7 +582,10 @@ def test_mean_differences_are_means(neox):
 def test_generation_is_the_same_one_by_one_and_with_the_cache(tiny):
     prompts = [[BOS, 4, 9], [BOS, 5], [BOS, 7, 8, 3, 2]]
     v = 3 * torch.randn(3, D, generator=seeded(9))
-    way = lambda rows: intervene(tiny, {"resid.0": add_vector(v[rows])})
+
+    def way(rows):
+        return intervene(tiny, {"resid.0": add_vector(v[rows])})
+
     got = generate(tiny, Tok, prompts, n_tokens=6, temperature=1e-4, steer=way, progress=False)
     for i, (prompt, new) in enumerate(zip(prompts, got)):
         assert (
@@ -646,7 +668,7 @@ def test_words_are_counted_and_ties_are_nobodys():
 
 
 def test_the_strength_is_chosen_on_one_half_and_measured_on_the_other():
-    def effect(even, odd, loss_even, loss_odd, n=20):
+    def effect(even, odd, loss_even, *, loss_odd, n=20):
         right, nats = torch.zeros(n, dtype=torch.bool), torch.empty(n)
         right[::2], right[1::2] = (
             torch.arange(n // 2) < even * n // 2,
@@ -656,9 +678,9 @@ def test_the_strength_is_chosen_on_one_half_and_measured_on_the_other():
         return Effect([[1, 2]] * n, right, right, nats, torch.full((n,), 10.0))
 
     some = {
-        1.0: effect(0.2, 0.9, 1.0, 1.0),
-        2.0: effect(0.8, 0.3, 1.4, 9.0),
-        3.0: effect(1.0, 1.0, 5.0, 1.0),
+        1.0: effect(0.2, 0.9, 1.0, loss_odd=1.0),
+        2.0: effect(0.8, 0.3, 1.4, loss_odd=9.0),
+        3.0: effect(1.0, 1.0, 5.0, loss_odd=1.0),
     }
     s, best = best_within(some, 1.5)
     assert (
@@ -690,6 +712,16 @@ def setting():
     return model, tok, text, find_choices(text, choose, count), count
 
 
+def drawn_codes(codes):
+    "A random code for each target, in every switch."
+    return {
+        site: s.lens.one_each(
+            torch.randint(0, 2048, (s.lens.parts, len(s.names)), generator=seeded(100))
+        )
+        for site, s in codes.items()
+    }
+
+
 def test_shipped_features_and_codes_steer_and_random_ones_do_not(setting):
     model, tok, text, choices, count = setting
     prompt = tok(
@@ -697,33 +729,27 @@ def test_shipped_features_and_codes_steer_and_random_ones_do_not(setting):
         add_special_tokens=False,
     )["input_ids"]
     target = torch.arange(10).repeat_interleave(5)
-    rate = lambda way=None, of=model: effect_and_price(
-        of,
-        tok,
-        [[tok.bos_token_id, *prompt]] * 50,
-        target=target,
-        words=count,
-        judge=model,
-        steer=way,
-        n_tokens=70,
-        progress=False,
-    )
+
+    def rate(way=None, of=model):
+        return effect_and_price(
+            of,
+            tok,
+            [[tok.bos_token_id, *prompt]] * 50,
+            target=target,
+            words=count,
+            judge=model,
+            steer=way,
+            n_tokens=70,
+            progress=False,
+        )
+
     sw = find_switches(model, {"resid.2": load_sae(data_path("sae/last"))}, text, choices=choices)
     on, none = rate(lambda r: steer(model, sw, target[r], strength=3.0)), rate()
     assert on.rate > none.rate + 0.4 and on.loss < 1.5 * none.loss
     cb = CodebookModel.from_pretrained(data_path("codes/single"))
-    codes = find_switches(
-        cb,
-        {"mlp.2": cb.codebooks["mlp.2"], "heads.2": cb.codebooks["heads.2"]},
-        text,
-        choices=choices,
-    )
-    shuffled = {
-        site: s.lens.one_each(
-            torch.randint(0, 2048, (s.lens.parts, len(s.names)), generator=seeded(100))
-        )
-        for site, s in codes.items()
-    }
+    books = {site: cb.codebooks[site] for site in ("mlp.2", "heads.2")}
+    codes = find_switches(cb, books, text, choices=choices)
+    shuffled = drawn_codes(codes)
     written = rate(lambda r: steer(cb, codes, target[r]), cb)
     control = rate(
         lambda r: cb.edit_codes(
@@ -731,11 +757,8 @@ def test_shipped_features_and_codes_steer_and_random_ones_do_not(setting):
         ),
         cb,
     )
-    assert (
-        written.rate > control.rate + 0.4
-        and written.rate > none.rate + 0.4
-        and written.loss < 1.5 * none.loss
-    )
+    assert written.rate > max(control.rate, none.rate) + 0.4
+    assert written.loss < 1.5 * none.loss
 
 
 # ---------------------------------------------------------------- panel and page
@@ -789,18 +812,21 @@ from codebook_tutorial.show.steering import steering_panel
 model, tok = load_lm("stories")
 sae = load_sae(data_path("sae/last"))
 prompt = [tok.bos_token_id, *tok("Once upon a time", add_special_tokens=False)["input_ids"]]
-one = lambda f, s: intervene(model, {"resid.2": add_vector(20 * s * sae.directions[f])})"""
+def one(f, s):
+    return intervene(model, {"resid.2": add_vector(20 * s * sae.directions[f])})"""
 
 
 def test_the_panel_in_jupyterlab_writes_what_python_writes(tmp_path, browser):  # noqa: F811
-    "Run All, choose a feature, move the slider with the keyboard, write: the text is the one that generate gives, its new words are marked."
+    """Run All, choose a feature, move the slider with the keyboard, write:
+    the text is the one that generate gives, its new words are marked."""
     here = {}
     exec(PANEL, here)
     with jupyter(
         tmp_path,
         [
             PANEL,
-            "steering_panel(tok, {'one': prompt}, {'one feature': (model, len(sae.directions), one)}, generate=generate, n_tokens=30)",
+            "steering_panel(tok, {'one': prompt}, {'one feature': (model, len(sae.directions), "
+            "one)}, generate=generate, n_tokens=30)",
         ],
     ) as address:
         context = browser.new_context(viewport=dict(width=1300, height=1400))
@@ -816,7 +842,8 @@ def test_the_panel_in_jupyterlab_writes_what_python_writes(tmp_path, browser):  
         page.get_by_role("button", name="write").click()
         shown = page.locator(".widget-html").last
         page.wait_for_function(
-            "s => [...document.querySelectorAll('.widget-html')].some(e => e.textContent.includes(s))",
+            "s => [...document.querySelectorAll('.widget-html')].some(e => "
+            "e.textContent.includes(s))",
             arg=f"one feature, 50 x {strength:g}",
             timeout=30_000,
         )
@@ -824,11 +851,8 @@ def test_the_panel_in_jupyterlab_writes_what_python_writes(tmp_path, browser):  
             tok_text(here, steer) for steer in (None, lambda rows: here["one"](50, strength))
         )
         words = " ".join(shown.inner_text().split())
-        assert (
-            strength > 2
-            and plain != steered
-            and all(" ".join(t.split()) in words for t in (plain, steered))
-        )
+        assert strength > 2 and plain != steered
+        assert all(" ".join(t.split()) in words for t in (plain, steered))
         assert shown.locator("mark").count() >= 1
         context.close()
 

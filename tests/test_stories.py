@@ -1,4 +1,5 @@
-"""The language: its choices are what the words show, its record is true at every word, and nobody is told what is still to come."""
+"""The language: its choices are what the words show, its record is true at every word,
+and nobody is told what is still to come."""
 
 import dataclasses
 import hashlib
@@ -8,9 +9,9 @@ from itertools import combinations, islice, product
 
 import numpy as np
 import pytest
-import stories_parser
 import torch
-from stories_truth import truth
+from helpers import stories_parser
+from helpers.stories_truth import truth
 
 from codebook_tutorial.core import data_path
 from codebook_tutorial.model.run import next_probs
@@ -155,13 +156,15 @@ def words_of(slot):
 
 def alternatives(line):
     "A line with its phrases filled in: lists of sets of words."
-    fixed = lambda w: words_of(w[1:-1]) if w[0] == "{" else {w, w + "n"} if w in ("a", "A") else {w}
-    parts = [
-        [[fixed(x) for x in phrase] for phrase in GRAMMAR["phrases"][w[1:-1]]]
-        if w[1:-1] in GRAMMAR["phrases"]
-        else [[fixed(w)]]
-        for w in line
-    ]
+
+    def fixed(w):
+        return words_of(w[1:-1]) if w[0] == "{" else {w, w + "n"} if w in ("a", "A") else {w}
+
+    def ways(w):
+        phrases = GRAMMAR["phrases"].get(w[1:-1], [[w]])
+        return [[fixed(x) for x in phrase] for phrase in phrases]
+
+    parts = [ways(w) for w in line]
     return [sum(some, []) for some in product(*parts)]
 
 
@@ -193,7 +196,8 @@ def test_the_longest_document_has_room_in_a_row():
 
 @pytest.mark.parametrize("pairs,n", [("train", 150), ("held_out", 40)])
 def test_surprise_is_that_of_the_text(pairs, n):
-    "-log P(text), summed over all ways to make the text: no choice is hidden, so the entropy of the choices is that of the language."
+    """-log P(text), summed over all ways to make the text:
+    no choice is hidden, so the entropy of the choices is that of the language."""
     some = list(islice(stories(77, "test", pairs), n))
     assert {s.document for s in some} == set(GRAMMAR["documents"])
     for s in some:
@@ -204,7 +208,9 @@ def test_surprise_is_that_of_the_text(pairs, n):
 
 # ---------------------------------------------------------------- documents
 def test_streams_are_told_by_seed_split_and_pairs():
-    first = lambda *a: [s.text for s in islice(stories(*a), 20)]
+    def first(*a):
+        return [s.text for s in islice(stories(*a), 20)]
+
     assert (
         first(3) == first(3)
         and len(
@@ -225,7 +231,8 @@ def test_the_language_is_the_one_the_model_was_trained_on():
         np.concatenate([s.ids for s in islice(stories(0), 2000)]).astype("<i4").tobytes()
     ).hexdigest()
     assert digest[:16] == DIGEST, (
-        "the grammar or the teller changed: train the shipped model anew (data/make_stories.py), then change this"
+        "the grammar or the teller changed: train the shipped model anew (data/make_stories.py), "
+        "then change this"
     )
 
 
@@ -371,9 +378,10 @@ def test_families_are_what_the_words_say():
 
 def test_families_that_repeat_the_record():
     for s in SOME[:200]:
-        values = lambda name: [
-            CONCEPTS[name].values[v] if v >= 0 else None for v in CONCEPTS[name].codes(s)
-        ]
+
+        def values(name):
+            return [CONCEPTS[name].values[v] if v >= 0 else None for v in CONCEPTS[name].codes(s)]
+
         assert values("document") == [s.document] * len(s) and values("sentence_kind") == [
             SENTENCE_KINDS[k] for k in s.kinds
         ]

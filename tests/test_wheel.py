@@ -1,4 +1,6 @@
-"""The package alone: a wheel in a fresh environment, without the repository; chapters copied into an empty folder run there, on every Python at hand."""
+"""The package alone: a wheel in a fresh environment, without the repository.
+
+Chapters copied into an empty folder run there, on every Python at hand."""
 
 import json
 import os
@@ -16,7 +18,8 @@ from workshop import env as course_env  # noqa: E402
 
 
 def pythons():
-    "This Python, and the newest other one at hand that answers (a pyenv shim without its version does not)."
+    """This Python, and the newest other one at hand that answers (a pyenv shim without its version
+    does not)."""
     found = [
         p
         for v in range(12, 20)
@@ -34,9 +37,13 @@ import re, sys, nbformat
 from nbclient import NotebookClient
 nb, colab = nbformat.read(sys.argv[1], 4), sys.argv[2:]
 for cell in nb.cells:
-    if cell.cell_type == "code" and cell.source.startswith("#| colab"):                   # the set-up cell, twice; as on Colab, with the wheel for the released version
+    if cell.cell_type == "code" and cell.source.startswith("#| colab"):
+        # the set-up cell, twice; as on Colab, with the wheel for the released version
         cell.source = 2 * (re.sub(r"git\\+\\S+", colab[0] if colab else "", cell.source) + "\\n")
-        if colab: cell.source = "import sys, types; sys.modules['google.colab'] = types.ModuleType('google.colab')\\n" + cell.source + "del sys.modules['google.colab']"
+        if colab:
+            module = "sys.modules['google.colab']"
+            before = f"import sys, types; {module} = types.ModuleType('google.colab')\\n"
+            cell.source = before + cell.source + f"del {module}"
 NotebookClient(nb, timeout=600, kernel_name="python3").execute()
 """
 
@@ -89,6 +96,9 @@ def test_the_wheel_holds_library_data_and_claims_and_no_more(wheel):
     assert wheel.stat().st_size < 40e6
 
 
+INSTALL = [sys.executable, *"-m uv pip install -q --python".split()]
+
+
 def fresh(folder, python, env, *what):
     "An environment with these packages; gives its Python."
     inside = folder / "bin" / "python"
@@ -97,13 +107,7 @@ def fresh(folder, python, env, *what):
     )
     assert got.returncode == 0, got.stderr
     got = run(
-        sys.executable,
-        "-m",
-        "uv",
-        "pip",
-        "install",
-        "-q",
-        "--python",
+        *INSTALL,
         inside,
         *course_env.pip_find_links(),
         "-c",
@@ -124,15 +128,9 @@ def fresh(folder, python, env, *what):
 @pytest.mark.parametrize(
     "python, way",
     [
-        pytest.param(pythons()[0], "installed", id="installed"),
-        pytest.param(
-            (pythons() * 2)[1], "colab", marks=pytest.mark.nightly, id="colab, newest Python"
-        ),
-    ],
-)
-def test_chapters_run_from_the_wheel_alone(wheel, tmp_path, python, way):
-    "Installed beforehand; or by the set-up cell, as on Colab, where torch and numpy are there already and stay what they are."
-    env = {
+        pytest.param(pythons()[0], "installed", id=def clean(pins):
+    "An environment without this checkout's variables."
+    return {
         k: v
         for k, v in os.environ.items()
         if not k.startswith(("PYTHON", "COURSE_", "VIRTUAL_ENV"))
@@ -140,8 +138,30 @@ def test_chapters_run_from_the_wheel_alone(wheel, tmp_path, python, way):
         "HF_HUB_OFFLINE": "1",
         "OMP_NUM_THREADS": "1",
         "TQDM_DISABLE": "1",
-        "PIP_CONSTRAINT": str(tmp_path / "pins.txt"),
+        "PIP_CONSTRAINT": str(pins),
     }
+
+
+def packages(folder):
+    "Of an environment: who installed what, and in which version."
+    return {
+        d.name.split("-")[0].lower(): ((d / "INSTALLER").read_text().strip(), d.name)
+        for d in next((folder / "lib").glob("python3*")).glob(
+            "site-packages/*.dist-info"
+        )
+    }
+
+
+"installed"),
+        pytest.param(
+            (pythons() * 2)[1], "colab", marks=pytest.mark.nightly, id="colab, newest Python"
+        ),
+    ],
+)
+def test_chapters_run_from_the_wheel_alone(wheel, tmp_path, python, way):
+    """Installed beforehand; or by the set-up cell, as on Colab,
+    where torch and numpy are there already and stay what they are."""
+    env = clean(tmp_path / "pins.txt")
     pins = (ROOT / "constraints.txt").read_text()
     (tmp_path / "pins.txt").write_text(
         re.sub(r"^numpy==.*$", "", pins, flags=re.M)
@@ -152,50 +172,23 @@ def test_chapters_run_from_the_wheel_alone(wheel, tmp_path, python, way):
         else fresh(tmp_path / "env", python, env, "torch")
     )
     if way == "colab":
-        got = run(
-            sys.executable,
-            "-m",
-            "uv",
-            "pip",
-            "install",
-            "-q",
-            "--python",
-            inside,
-            "numpy<2.4",
-            env=env,
-        )
+        got = run(*INSTALL, inside, "numpy<2.4", env=env)
         assert got.returncode == 0, got.stderr
-    packages = lambda: {
-        d.name.split("-")[0].lower(): ((d / "INSTALLER").read_text().strip(), d.name)
-        for d in next((tmp_path / "env" / "lib").glob("python3*")).glob("site-packages/*.dist-info")
-    }
-    before = packages()
+
+    before = packages(tmp_path / "env")
     empty = tmp_path / "empty"
     empty.mkdir()
     stem = "06_codes" if way == "colab" else "00_sites"  # both read shipped models
     shutil.copy(ROOT / "nbs" / f"{stem}.ipynb", empty)
-    got = run(
-        inside,
-        "-c",
-        RUN,
-        f"{stem}.ipynb",
-        *([wheel] if way == "colab" else []),
-        cwd=empty,
-        env=env,
-        timeout=900,
-    )
+    released = [wheel] if way == "colab" else []
+    got = run(inside, "-c", RUN, f"{stem}.ipynb", *released, cwd=empty, env=env, timeout=900)
     assert got.returncode == 0, got.stderr[-3000:]
-    after = packages()
+    after = packages(tmp_path / "env")
     assert after["codebook_tutorial"][0] == ("pip" if way == "colab" else "uv") and [
         after[name] for name in ("torch", "numpy")
     ] == [before[name] for name in ("torch", "numpy")]
-    where = run(
-        inside,
-        "-c",
-        "import codebook_tutorial; print(codebook_tutorial.__file__)",
-        cwd=empty,
-        env=env,
-    ).stdout
+    code = "import codebook_tutorial; print(codebook_tutorial.__file__)"
+    where = run(inside, "-c", code, cwd=empty, env=env).stdout
     assert str(tmp_path / "env") in where  # the installed one, not the checkout
 
 

@@ -1,4 +1,6 @@
-"""A Hub on this machine for tests: serves models and data sets to the real transformers, datasets and huggingface_hub through HF_ENDPOINT."""
+"""A Hub on this machine for tests:
+serves models and data sets to the real transformers, datasets and huggingface_hub through
+HF_ENDPOINT."""
 
 import base64
 import hashlib
@@ -11,7 +13,9 @@ from urllib.parse import parse_qs, unquote, urlsplit
 
 
 class Hub:
-    "`with Hub() as hub: hub.add('model', 'org/name', folder)`; clients are processes started with hub.env(home)."
+    """`with Hub() as hub: hub.add('model', 'org/name', folder)`.
+
+    Clients are processes started with hub.env(home)."""
 
     def __init__(self):
         self.repos, self.faults, self.log = (
@@ -32,8 +36,10 @@ class Hub:
         self.server.shutdown()
         self.server.server_close()
 
-    def add(self, kind, id, files, revision="main", sha=None, gated=False):
-        "Commit a folder, or {path: bytes}, to a branch or tag of a 'model' or 'dataset'; returns the commit."
+    def add(self, kind, id, files, *, revision="main", sha=None, gated=False):
+        """Commit a folder, or {path: bytes}, to a branch or tag of a 'model' or 'dataset'.
+
+        Returns the commit."""
         if not isinstance(files, dict):
             files = {
                 p.relative_to(files).as_posix(): p.read_bytes()
@@ -82,7 +88,8 @@ class _Handler(BaseHTTPRequestHandler):
         self.answer(self.rfile.read(int(self.headers.get("Content-Length") or 0)).decode())
 
     def send(self, status, body=b"", sent=None, **headers):
-        "One response; `sent` bytes of the body, where that is less than was promised, and then the line is cut."
+        """One response; `sent` bytes of the body, where that is less than was promised,
+        and then the line is cut."""
         self.send_response(status)
         for name, value in {"Content-Length": len(body), **headers}.items():
             self.send_header(name.replace("_", "-"), str(value))
@@ -133,13 +140,15 @@ class _Handler(BaseHTTPRequestHandler):
                 }
             )
         if verb == "commit":
-            return self.commit(kind, id, repo, [json.loads(line) for line in body.splitlines()])
+            return self.commit(
+                kind, id, repo, lines=[json.loads(line) for line in body.splitlines()]
+            )
         sha, path = repo["refs"].get(revision or "main", revision), "/".join(path)
         if sha not in repo["commits"]:
             return self.refuse(404, "RevisionNotFound")
         files = repo["commits"][sha]
         if not api:
-            return self.resolve(repo, id, sha, files, path)
+            return self.resolve(repo, id, sha, files=files, path=path)
         entries = [
             {"type": "file", "path": p, "size": len(b), "oid": hashlib.sha1(b).hexdigest()}
             for p, b in files.items()
@@ -194,7 +203,7 @@ class _Handler(BaseHTTPRequestHandler):
         self.hub.add("model", id, {})
         self.json({"url": f"{self.hub.url}/{id}", "id": id})
 
-    def commit(self, kind, id, repo, lines):
+    def commit(self, kind, id, repo, *, lines):
         "Files sent in base64 become a commit."
         files = dict(repo["commits"][repo["refs"]["main"]]) | {
             line["value"]["path"]: base64.b64decode(line["value"]["content"])
@@ -210,7 +219,7 @@ class _Handler(BaseHTTPRequestHandler):
             }
         )
 
-    def resolve(self, repo, id, sha, files, path):
+    def resolve(self, repo, id, sha, *, files, path):
         "A file's bytes, or some of them, or what its fault makes of them."
         if repo["gated"]:
             return self.refuse(403, "GatedRepo")

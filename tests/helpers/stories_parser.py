@@ -1,4 +1,5 @@
-"The probability of a document, found from its words and the grammar file alone: the sum over all ways to make it. Nothing of the generator is used."
+"""The probability of a document, found from its words and the grammar file alone:
+the sum over all ways to make it. Nothing of the generator is used."""
 
 import math
 import tomllib
@@ -58,7 +59,10 @@ def p_fact(name, i):
 @lru_cache(None)
 def p_partner(a, b, pairs):
     "Probability of a second name beside the first."
-    meet = lambda i: i != a and ((a + i) % 10 == 0) == (pairs == "held_out")
+
+    def meet(i):
+        return i != a and ((a + i) % 10 == 0) == (pairs == "held_out")
+
     return WEIGHT[b] / sum(w for i, w in enumerate(WEIGHT) if meet(i)) if meet(b) else 0
 
 
@@ -69,7 +73,7 @@ def with_fact(known, name, values):
     return [({**known, name: i}, p_fact(name, i)) for i in values if p_fact(name, i)]
 
 
-def person(known, who, word, pairs):
+def person(known, who, word, *, pairs):
     "Ways in which a word names the hero or the friend."
     if word not in NAMES:
         return []
@@ -127,13 +131,13 @@ def other_mood(word, known):
                 )
 
 
-def slot_ways(slot, word, known, pairs, swap, form):
+def slot_ways(slot, word, known, *, pairs, swap, form):
     "All ways in which a slot gives a word: [(known, probability)]."
     slot = SHORT.get(slot, slot)
     if slot in list("ABPQXYSI"):
         hero = dict(A=True, B=False, P=not swap, Q=swap, S=not swap, I=swap)
         hero |= {"X": hero["S" if form else "I"], "Y": hero["I" if form else "S"]}
-        return person(known, "hero" if hero[slot] else "friend", word, pairs)
+        return person(known, "hero" if hero[slot] else "friend", word, pairs=pairs)
     if slot.rstrip("2") in PRONOUNS:
         who = "friend" if slot.endswith("2") else "hero"
         return (
@@ -182,7 +186,7 @@ def lines(kind):
     return out
 
 
-def sentence_ways(kind, words, known, pairs):
+def sentence_ways(kind, words, known, *, pairs):
     "All ways to tell one sentence."
     for line, p_line in lines(kind):
         if len(line) != len(words) or not all(
@@ -206,7 +210,7 @@ def sentence_ways(kind, words, known, pairs):
                         ways = [
                             (k2, p * q)
                             for k, p in ways
-                            for k2, q in slot_ways(x[1:-1], w, k, pairs, swap, form)
+                            for k2, q in slot_ways(x[1:-1], w, k, pairs=pairs, swap=swap, form=form)
                         ]
                 yield from ways
 
@@ -252,7 +256,7 @@ def surprise(words, pairs="train"):
                     (k2, p * p_kind * q)
                     for known, p in ways
                     for kind, p_kind in kinds
-                    for k2, q in sentence_ways(kind, sentence, known, pairs)
+                    for k2, q in sentence_ways(kind, sentence, known, pairs=pairs)
                 ]
             )
         total += sum(p for _, p in ways)

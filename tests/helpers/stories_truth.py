@@ -1,4 +1,5 @@
-"What holds at every word of a story, found again from the words alone (the generator's records are not looked at)."
+"""What holds at every word of a story,
+found again from the words alone (the generator's records are not looked at)."""
 
 from codebook_tutorial.world.grammar import GIRLS, MARKS, NAMES, SENTENCE_KINDS
 from codebook_tutorial.world.words import CLASSES
@@ -20,7 +21,7 @@ def sentences(words):
     return out
 
 
-def parts(words, k, last, document, hero):
+def parts(words, k, last, *, document, hero):
     "Word number -> the part its name plays, and the form (ABBA, BABA, None), of sentence k."
     named = [(j, w) for j, w in enumerate(words) if w in NAMES]
     if len(named) == 4 and words[0] != "“" and "(" not in words:
@@ -85,7 +86,7 @@ def truth(s):
     )
     for k, positions in enumerate(split):
         ws = [words[i] for i in positions]
-        role, form = parts(ws, k, len(split) - 1, s.document, hero)
+        role, form = parts(ws, k, len(split) - 1, document=s.document, hero=hero)
         told = sorted(j for j in role)
         for j, i in enumerate(positions):
             w, before = words[i], words[i - 1] if i else None
