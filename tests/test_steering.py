@@ -762,6 +762,7 @@ def test_the_panel_writes_with_every_way_and_says_what_went_wrong(setting):
             ),
             "broken": (model, ["x"], bad),
         },
+        generate=generate,
         n_tokens=30,
     )
     prompt, way, name, number, row, out = panel.children
@@ -780,6 +781,7 @@ def test_the_panel_writes_with_every_way_and_says_what_went_wrong(setting):
 PANEL = """from codebook_tutorial.core import data_path
 from codebook_tutorial.dictionary.base import Lens, random_directions
 from codebook_tutorial.dictionary.formats import load_sae
+from codebook_tutorial.model.generate import generate
 from codebook_tutorial.model.hub import load_lm
 from codebook_tutorial.model.sites import intervene
 from codebook_tutorial.feature.steer import add_vector
@@ -798,7 +800,7 @@ def test_the_panel_in_jupyterlab_writes_what_python_writes(tmp_path, browser):  
         tmp_path,
         [
             PANEL,
-            "steering_panel(tok, {'one': prompt}, {'one feature': (model, len(sae.directions), one)}, n_tokens=30)",
+            "steering_panel(tok, {'one': prompt}, {'one feature': (model, len(sae.directions), one)}, generate=generate, n_tokens=30)",
         ],
     ) as address:
         context = browser.new_context(viewport=dict(width=1300, height=1400))
