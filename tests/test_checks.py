@@ -1393,7 +1393,7 @@ class TestExercise:
         name = re.search(r"^def (\w+)", source, re.M)[1]
         _, space, call = run_cell(path, source, check_source)
 
-        def broken(*a):
+        def broken(*a, **kw):
             raise ZeroDivisionError("oh")
 
         verdict = eval(call, {**space, name: broken})
