@@ -1154,20 +1154,24 @@ CASES = {
         "no gradient and no moments",
     ),
     "precision_change": (
-        lambda a, s, b, t: torch.stack(
+        lambda a, s, on_now, truth_now: torch.stack(
             [
                 b_[t_].sum() / b_.sum() - a_[s_].sum() / a_.sum()
-                for a_, s_, b_, t_ in zip(a.T.float(), s.T, b.T.float(), t.T)
+                for a_, s_, b_, t_ in zip(a.T.float(), s.T, on_now.T.float(), truth_now.T)
                 if a_.any() and b_.any()
             ]
         ).mean(),
         [
-            lambda a, s, b, t: (
-                ((b & t).sum(0) / b.sum(0)).nanmean() - ((a & s).sum(0) / a.sum(0)).nanmean()
+            lambda a, s, on_now, truth_now: (
+                ((on_now & truth_now).sum(0) / on_now.sum(0)).nanmean()
+                - ((a & s).sum(0) / a.sum(0)).nanmean()
             ),
-            lambda a, s, b, t: (b & t).sum() / b.sum() - (a & s).sum() / a.sum(),
-            lambda a, s, b, t: (
-                (b & t).sum(0) / b.sum(0).clamp(min=1) - (a & s).sum(0) / a.sum(0).clamp(min=1)
+            lambda a, s, on_now, truth_now: (
+                (on_now & truth_now).sum() / on_now.sum() - (a & s).sum() / a.sum()
+            ),
+            lambda a, s, on_now, truth_now: (
+                (on_now & truth_now).sum(0) / on_now.sum(0).clamp(min=1)
+                - (a & s).sum(0) / a.sum(0).clamp(min=1)
             ).mean(),
         ],
         "ask the same ones in both",
@@ -1397,7 +1401,7 @@ class TestExercise:
         name = re.search(r"^def (\w+)", source, re.M)[1]
         _, space, call = run_cell(path, source, check_source)
 
-        def broken(*a):
+        def broken(*a, **kw):
             raise ZeroDivisionError("oh")
 
         verdict = eval(call, {**space, name: broken})

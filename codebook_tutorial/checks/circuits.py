@@ -33,7 +33,7 @@ def check_ablate_feature(ablate_feature):
         return torch.cat([x if guard and e @ d <= 0 else taken(d, pre, slope(d)) for d in ways])
 
     return check(
-        lambda: torch.cat([ablate_feature(x.clone(), e.clone(), b, d.clone()) for d in ways]),
+        lambda: torch.cat([ablate_feature(x.clone(), e.clone(), b, d=d.clone()) for d in ways]),
         right(),
         {
             "a step of c along d moves what is read by c (e.d): divide by it": right(

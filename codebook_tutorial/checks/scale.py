@@ -104,14 +104,19 @@ def _firing_and_truth():  # of five concepts, then and now
 
 def check_precision_change(precision_change):
     "14.4"
-    on_was, truth_was, on_now, truth_now = data = _firing_and_truth()
+    on_was, truth_was, on_now, truth_now = _firing_and_truth()
     hits_was, hits_now = (on_was & truth_was).sum(0), (on_now & truth_now).sum(0)
     was, now = hits_was / on_was.sum(0), hits_now / on_now.sum(0)
     both = on_was.any(0) & on_now.any(0)
     recalls = hits_now / truth_now.sum(0) - hits_was / truth_was.sum(0)
     as_zero = now.nan_to_num() - was.nan_to_num()
+
+    def change():
+        now = dict(on_now=on_now.clone(), truth_now=truth_now.clone())
+        return torch.as_tensor(float(precision_change(on_was.clone(), truth_was.clone(), **now)))
+
     return check(
-        lambda: torch.as_tensor(float(precision_change(*(t.clone() for t in data)))),
+        change,
         (now - was)[both].mean(),
         {
             "the two means are over different concepts: ask the same ones in both": (
@@ -144,7 +149,7 @@ def check_renamed(renamed):
     boys = torch.tensor([5, 6, 15])
     ids = torch.randint(0, 20, (6, 30), generator=seeded(0))
     try:
-        new = renamed(ids.clone(), girls.clone(), boys.clone(), 3)
+        new = renamed(ids.clone(), girls.clone(), boys.clone(), seed=3)
     except Exception as e:
         return Verdict(False, f"your code stopped with {type(e).__name__}: {e}")
     if not torch.is_tensor(new) or new.shape != ids.shape:
