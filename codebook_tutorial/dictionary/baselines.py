@@ -17,7 +17,7 @@ from .kmeans import finite
 
 # %% ../../nbs/08_baselines.ipynb #c08-31
 class Affine(Dictionary):
-    "Features read from centred activations: f = (x - mean) reads^T, x^ = f directions + mean."
+    "Features of centred activations: f = (x - mean) reads^T, x^ = f directions + mean."
 
     def __init__(
         self,

@@ -80,7 +80,8 @@ def parts(self: Codebook, x):
     groups, _, width = self.weight.shape
     if x.shape[-1] != groups * width:
         raise ValueError(
-            f"Codebook: expected activations [.., {groups * width}], got {list(x.shape)}"
+            f"Codebook: expected activations [.., {groups * width}], "
+            f"got {list(x.shape)}"
         )
     return x.reshape(-1, groups, width).transpose(0, 1)
 
@@ -131,7 +132,7 @@ def forward(
 ):
     """Replace x by its codes: out [.., d], ids [.., groups, k], reconstruction loss.
 
-    The loss is |out - stop(x)|^2 + commitment |stop(out) - x|^2, mean over positions."""
+    The loss is |out - stop(x)|^2 + commitment |stop(out) - x|^2, mean over tokens."""
     ids = self.choose(x)
     if edit is not None:
         ids = checked_edit(edit(ids.clone()), ids, self.weight.shape[1])
@@ -192,7 +193,7 @@ def init_from(
 ):
     """Start from data: k-means with k-means|| seeds in every group.
 
-    With select="residual", half of the codes are fitted to the other half's residuals."""
+    With select="residual", half of the codes fit the other half's residuals."""
     finite(x, "init_from")
     kw = dict(cosine=self.select == "cosine", generator=generator)
     for part, codes in zip(self.parts(x), self.weight):

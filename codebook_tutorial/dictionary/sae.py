@@ -101,7 +101,7 @@ class SAE(Dictionary):
         return super().decode_sparse(ids, values) + self.b_dec
 
     def count_silence(self, active):
-        "Count for how many rows each feature has not fired; `active` [.., N, F] is bool."
+        "Count for how many rows each feature has not fired; `active` [.., N, F] bool."
         self.silent.add_(active.shape[-2]).masked_fill_(active.any(-2), 0.0)
 
     @torch.no_grad()
@@ -118,7 +118,7 @@ class SAE(Dictionary):
 
 # %% ../../nbs/07_sae.ipynb #c07-32
 class Tied(SAE):
-    "The paper's: f = ReLU(M x + b), x^ = M^T f, unit rows in M; x is centred (section 2)."
+    "The paper's: f = ReLU(M x + b), x^ = M^T f, unit rows in M, centred x (section 2)."
 
     kind = "tied"
     tied = True

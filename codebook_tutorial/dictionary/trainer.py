@@ -23,7 +23,7 @@ def token_nats(
     logits,  # [batch, seq, vocabulary]
     labels,  # [batch, seq], -100 where there is nothing to predict
 ):
-    "Loss of the token after each position [batch, seq], in nats; 0 where there is none."
+    "Loss of the token after each position [batch, seq], in nats; 0: there is none."
     target = F.pad(labels[:, 1:], (0, 1), value=-100)
     logits = logits if logits.dtype == torch.float64 else logits.float()
     nats = F.cross_entropy(logits.flatten(0, 1), target.flatten(), reduction="none")
@@ -38,7 +38,7 @@ def batch_size(inputs):
 
 # %% ../../nbs/05_finetune.ipynb #c05-5
 def code_usage(cb_model) -> dict:
-    "Since reset_counts: dead_share, usage_entropy in nats, and code_norm, the mean length."
+    "Since reset_counts: dead_share, usage_entropy (nats), code_norm (mean length)."
     books = cb_model.codebooks.values()
     counts = [b.counts.double() for b in books]
     shares = torch.cat([c / c.sum(-1, keepdim=True).clamp(min=1) for c in counts])
@@ -88,7 +88,7 @@ class CodebookTrainer(CheckpointTrainer):
     # 1: each site's error in units of its own mean square
     @torch.no_grad()
     def measure_power(self):
-        "Mean square of each site's inputs in the first rows of the text, without codes."
+        "Mean square of each site's inputs in the text's first rows, without codes."
         if self.power or not self.books:
             return
         rows = self.data_collator(list(islice(iter(self.train_dataset), 8)))
@@ -163,7 +163,7 @@ class CodebookTrainer(CheckpointTrainer):
         self.model.reset_counts()
 
     def resample(self):
-        "Move unused codes onto this batch's badly coded inputs, the same in all processes."
+        "Move unused codes onto badly coded inputs, the same in all processes."
 
         def gathered(parts):
             return self.accelerator.gather(torch.cat(parts)).flatten(0, 1)

@@ -119,7 +119,8 @@ def _call(fn, site, x):
     if getattr(y, "shape", None) != x.shape:
         got = list(y.shape) if hasattr(y, "shape") else type(y).__name__
         raise ValueError(
-            f"intervention at {site}: expected a tensor of shape {list(x.shape)}, got {got}"
+            f"intervention at {site}: expected a tensor of shape "
+            f"{list(x.shape)}, got {got}"
         )
     return y.to(x.dtype)
 
