@@ -425,20 +425,23 @@ def test_what_a_notebook_exports(tmp_path, marks, own, named):
 
 
 @pytest.mark.parametrize("scattered", [False, True])
-def test_export_is_plain_nbdev_once_no_cell_names_a_module(monkeypatch, tmp_path, scattered):
-    from nbdev import doclinks, export
+def test_export_is_plain_nbdev_with_one_module_per_notebook(monkeypatch, tmp_path, scattered):
+    from nbdev import doclinks
 
     done = []
     monkeypatch.setattr(doclinks, "nbdev_export", lambda: done.append("plain"))
-    monkeypatch.setattr(doclinks, "_build_modidx", lambda: None)
-    monkeypatch.setattr(export, "nb_export", lambda path, mod_maker: done.append("whole"))
     path = tmp_path / "01_a.ipynb"
     books.write_book(path, book("#| default_exp a", "#| export b" if scattered else "#| export"))
     monkeypatch.setattr(author, "chapters", lambda: [path])
     monkeypatch.setattr(author, "library_books", lambda: [])
-    monkeypatch.chdir(ROOT)
-    author.export()
-    assert done == ["whole" if scattered else "plain"]
+    monkeypatch.setattr(author, "ROOT", tmp_path)
+    monkeypatch.chdir(tmp_path)
+    if scattered:
+        with pytest.raises(SystemExit, match="cells export to b; expected one module per notebook"):
+            author.export()
+    else:
+        author.export()
+    assert done == [] if scattered else ["plain"]
 
 
 def test_a_venv_in_use_is_left_whole(bare, monkeypatch):

@@ -2,7 +2,9 @@
 
 import hashlib
 import json
+import os
 import re
+import shutil
 import subprocess
 import sys
 import tomllib
@@ -489,6 +491,20 @@ def test_the_library_is_exported_not_written():
             )
         else:
             assert "pickle" not in text and not re.search(r"torch\.(save|load)\(", text)
+
+
+def test_plain_nbdev_gives_the_committed_library_and_clean_notebooks(tmp_path):
+    for name in ("nbs", "codebook_tutorial"):
+        shutil.copytree(ROOT / name, tmp_path / name, ignore=shutil.ignore_patterns("__pycache__"))
+    for name in ("pyproject.toml", "settings.ini", "README.md"):
+        shutil.copy(ROOT / name, tmp_path / name)
+    env = os.environ | dict(PATH=f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}")
+    for command in ("nbdev-export", "nbdev-clean"):
+        subprocess.run([command], cwd=tmp_path, env=env, check=True, capture_output=True)
+    for name, kind in (("codebook_tutorial", "*.py"), ("nbs", "*.ipynb")):
+        for path in (ROOT / name).rglob(kind):
+            made = tmp_path / path.relative_to(ROOT)
+            assert made.read_bytes() == path.read_bytes(), path.relative_to(ROOT)
 
 
 def test_a_room_imports_only_rooms_above_it():

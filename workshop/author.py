@@ -83,24 +83,17 @@ def exported(book):
 
 
 def export():
-    "Export the library: plain nbdev where every notebook fills one module, else each made whole."
-    from nbdev import config, doclinks
-    from nbdev.export import nb_export
-    from nbdev.maker import ModuleMaker
-
-    class WholeModule(ModuleMaker):  # nbdev alone appends to modules that are no default_exp
-        def __init__(self, *args, is_new=True, **kw):
-            super().__init__(*args, is_new=True, **kw)
+    "Export the library with plain nbdev: one notebook, one module."
+    from nbdev import doclinks
 
     os.chdir(ROOT)
-    books = [*chapters(), *library_books()]
-    if not any(named for _, named in map(exported, books)):
-        doclinks.nbdev_export()
-        return
-    for book in books:
-        nb_export(book, mod_maker=WholeModule)
-    config.add_init(config.get_config().lib_path)
-    doclinks._build_modidx()
+    for book in [*chapters(), *library_books()]:
+        if named := exported(book)[1]:
+            sys.exit(
+                f"{book.relative_to(ROOT)}: cells export to {', '.join(sorted(named))}; "
+                "expected one module per notebook, named by `#| default_exp`"
+            )
+    doclinks.nbdev_export()
 
 
 def clean():
