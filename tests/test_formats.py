@@ -818,7 +818,7 @@ def test_from_the_hub_only_what_is_needed(tmp_path):
     ]
     with Hub() as hub:
         hub.add("model", "tests/saes", repo)
-        hub.add("model", "tests/saes", v2, "v2")
+        hub.add("model", "tests/saes", v2, revision="v2")
         hub.add("model", "tests/gated", v2, gated=True)
         env = hub.env(tmp_path / "home", PYTHONPATH=os.pathsep.join(sys.path))
         hub.add("model", "tests/noise", repo / "sparsify")

@@ -729,7 +729,7 @@ def add_models(hub, root, want):
     want["sharded"] = save(root / "sharded", seed=11, max_shard_size="10KB")
     hub.add("model", "tests/sharded", root / "sharded")
     want["v2"] = save(root / "v2", seed=12)
-    want["sha"] = hub.add("model", "tests/versions", root / "v2", "v2")
+    want["sha"] = hub.add("model", "tests/versions", root / "v2", revision="v2")
     want["main"] = save(root / "v3", seed=13)
     hub.add("model", "tests/versions", root / "v3")
     for folder in ("elsewhere", "onnx"):
@@ -751,7 +751,7 @@ def add_pinned(hub, root, want):
             **{p.name: p.read_bytes() for p in (root / "main").iterdir()},
         },
     )
-    hub.add("model", pinned["id"], root / "pr", "refs/pr/1", sha=pinned["revision"])
+    hub.add("model", pinned["id"], root / "pr", revision="refs/pr/1", sha=pinned["revision"])
 
 
 def add_faulty(hub, root, want):
@@ -775,7 +775,7 @@ def add_texts(hub, root):
         "dataset",
         "tests/lines",
         {"train.jsonl": "\n".join(map(json.dumps, lines[::-1])).encode()},
-        "backwards",
+        revision="backwards",
     )
     hub.add("dataset", "tests/gated", {"train.jsonl": b'{"text": "a"}'}, gated=True)
     hub.add("dataset", "tests/none", {"README.md": b"nothing"})

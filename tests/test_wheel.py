@@ -125,10 +125,7 @@ def fresh(folder, python, env, *what):
     return inside
 
 
-@pytest.mark.parametrize(
-    "python, way",
-    [
-        pytest.param(pythons()[0], "installed", id=def clean(pins):
+def clean(pins):
     "An environment without this checkout's variables."
     return {
         k: v
@@ -146,13 +143,14 @@ def packages(folder):
     "Of an environment: who installed what, and in which version."
     return {
         d.name.split("-")[0].lower(): ((d / "INSTALLER").read_text().strip(), d.name)
-        for d in next((folder / "lib").glob("python3*")).glob(
-            "site-packages/*.dist-info"
-        )
+        for d in next((folder / "lib").glob("python3*")).glob("site-packages/*.dist-info")
     }
 
 
-"installed"),
+@pytest.mark.parametrize(
+    "python, way",
+    [
+        pytest.param(pythons()[0], "installed", id="installed"),
         pytest.param(
             (pythons() * 2)[1], "colab", marks=pytest.mark.nightly, id="colab, newest Python"
         ),

@@ -18,11 +18,8 @@ class Hub:
     Clients are processes started with hub.env(home)."""
 
     def __init__(self):
-        self.repos, self.faults, self.log = (
-            {},
-            {},
-            [],
-        )  # faults: (id, path) -> "truncated" or "corrupt"
+        self.repos, self.log = {}, []
+        self.faults = {}  # (id, path) -> "truncated" or "corrupt"
 
     def __enter__(self):
         self.server = ThreadingHTTPServer(
@@ -46,12 +43,8 @@ class Hub:
                 for p in Path(files).rglob("*")
                 if p.is_file()
             }
-        sha = (
-            sha
-            or hashlib.sha1(
-                repr(sorted((p, hashlib.sha1(b).hexdigest()) for p, b in files.items())).encode()
-            ).hexdigest()
-        )
+        marks = sorted((p, hashlib.sha1(b).hexdigest()) for p, b in files.items())
+        sha = sha or hashlib.sha1(repr(marks).encode()).hexdigest()
         repo = self.repos.setdefault((kind, id), {"commits": {}, "refs": {}, "gated": gated})
         repo["commits"][sha], repo["refs"][revision] = files, sha
         return sha
@@ -70,6 +63,20 @@ class Hub:
             "OMP_NUM_THREADS": "1",
             **more,
         }
+
+
+def entries(files, path="", asked=None):
+    "Folders and files of a commit: those below a path, or those that are asked for."
+    found = {
+        str(f): {"type": "directory", "path": str(f), "size": 0, "oid": "0" * 40}
+        for p in files
+        for f in list(Path(p).parents)[:-1]
+    }
+    for p, b in files.items():
+        found[p] = {"type": "file", "path": p, "size": len(b), "oid": hashlib.sha1(b).hexdigest()}
+    if asked is not None:
+        return [e for p, e in found.items() if p in asked]
+    return [e for p, e in found.items() if not path or p.startswith(path + "/")]
 
 
 class _Handler(BaseHTTPRequestHandler):
@@ -114,70 +121,46 @@ class _Handler(BaseHTTPRequestHandler):
             hub.faults.clear()
             return self.json("mended")
         parts = [unquote(p) for p in url.path.strip("/").split("/")]
-        api = parts[0] == "api"
-        kind = {"models": "model", "datasets": "dataset"}.get(parts[api], None if api else "model")
-        rest = parts[api + (api or kind == "dataset") :]
         if url.path == "/api/validate-yaml":
             return self.json({"errors": [], "warnings": []})
         if parts[:3] == ["api", "repos", "create"]:
             return self.create(json.loads(body))
-        id = next(
-            ("/".join(rest[:n]) for n in (2, 1) if (kind, "/".join(rest[:n])) in hub.repos), None
-        )
+        api = parts[0] == "api"
+        kind = {"models": "model", "datasets": "dataset"}.get(parts[api], None if api else "model")
+        rest = parts[api + (api or kind == "dataset") :]
+        ids = ("/".join(rest[:n]) for n in (2, 1))
+        id = next((id for id in ids if (kind, id) in hub.repos), None)
         if id is None:
             return self.refuse(404, "RepoNotFound")
-        repo, (verb, revision, *path) = (
-            hub.repos[kind, id],
-            [*rest[id.count("/") + 1 :], "", ""][:2] + rest[id.count("/") + 3 :],
-        )
+        repo, rest = hub.repos[kind, id], rest[id.count("/") + 1 :]
+        verb, revision = [*rest, "", ""][:2]
         if verb == "preupload":
-            return self.json(
-                {
-                    "files": [
-                        {"path": f["path"], "uploadMode": "regular", "shouldIgnore": False}
-                        for f in json.loads(body)["files"]
-                    ]
-                }
-            )
+            return self.preupload(json.loads(body)["files"])
         if verb == "commit":
-            return self.commit(
-                kind, id, repo, lines=[json.loads(line) for line in body.splitlines()]
-            )
-        sha, path = repo["refs"].get(revision or "main", revision), "/".join(path)
+            lines = [json.loads(line) for line in body.splitlines()]
+            return self.commit(kind, id, repo, lines=lines)
+        sha, path = repo["refs"].get(revision or "main", revision), "/".join(rest[2:])
         if sha not in repo["commits"]:
             return self.refuse(404, "RevisionNotFound")
         files = repo["commits"][sha]
         if not api:
             return self.resolve(repo, id, sha, files=files, path=path)
-        entries = [
-            {"type": "file", "path": p, "size": len(b), "oid": hashlib.sha1(b).hexdigest()}
-            for p, b in files.items()
-        ]
-        folders = {
-            str(f): {"type": "directory", "path": str(f), "size": 0, "oid": "0" * 40}
-            for p in files
-            for f in list(Path(p).parents)[:-1]
-        }
-        if verb == "tree":
-            return self.json(
-                [
-                    e
-                    for e in [*folders.values(), *entries]
-                    if not path or e["path"].startswith(path + "/")
-                ]
-            )
-        if verb == "paths-info":
-            return self.json(
-                [
-                    e
-                    for e in [*folders.values(), *entries]
-                    if e["path"] in parse_qs(body).get("paths", [])
-                ]
-            )
+        if verb in ("tree", "paths-info"):
+            asked = parse_qs(body).get("paths", []) if verb == "paths-info" else None
+            return self.json(entries(files, path, asked))
         if verb == "auth-check":
             return self.refuse(403, "GatedRepo") if repo["gated"] else self.json({})
         if verb not in ("", "revision"):
             return self.refuse(404, "EntryNotFound")
+        self.about(repo, id, sha)
+
+    def preupload(self, files):
+        "Every file is to come in the commit itself."
+        how = {"uploadMode": "regular", "shouldIgnore": False}
+        self.json({"files": [{"path": f["path"], **how} for f in files]})
+
+    def about(self, repo, id, sha):
+        "A repository at one of its commits."
         self.json(
             {
                 "id": id,
@@ -187,7 +170,7 @@ class _Handler(BaseHTTPRequestHandler):
                 "tags": [],
                 "downloads": 0,
                 "likes": 0,
-                "siblings": [{"rfilename": p} for p in files],
+                "siblings": [{"rfilename": p} for p in repo["commits"][sha]],
             }
         )
 

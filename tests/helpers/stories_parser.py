@@ -232,17 +232,9 @@ def surprise(words, pairs="train"):
         middle = len(told) - len(first) - len(last)
         if not d["length"][0] <= middle <= d["length"][1]:
             continue
-        ways, weights = (
-            [
-                (
-                    {},
-                    d["share"]
-                    / sum(x["share"] for x in G["documents"].values())
-                    / (d["length"][1] - d["length"][0] + 1),
-                )
-            ],
-            sum(d["middle"].values()),
-        )
+        share = d["share"] / sum(x["share"] for x in G["documents"].values())
+        ways = [({}, share / (d["length"][1] - d["length"][0] + 1))]
+        weights = sum(d["middle"].values())
         plan = (
             [[(k, 1.0)] for k in first]
             + [[(k, w / weights) for k, w in d["middle"].items()]] * middle
