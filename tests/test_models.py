@@ -13,7 +13,8 @@ import torch
 from helpers.hub import Hub
 
 from codebook_tutorial.core import seeded
-from codebook_tutorial.model.hub import PRESETS, load_lm
+from codebook_tutorial.model.presets import PRESETS
+from codebook_tutorial.model.hub import load_lm
 from codebook_tutorial.model.run import lm_loss, next_probs, token_losses
 from codebook_tutorial.model.text import TEXTS, Text, load_text, pack
 

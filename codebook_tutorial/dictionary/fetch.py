@@ -11,7 +11,7 @@ __all__ = ['fetch_sae']
 from pathlib import Path
 
 from .layouts import FILES
-from ..model.remote import Ask, explain_error, reach
+from ..model.hub import Ask, explain_error, reach
 
 # %% ../../nbs/lib/dictionary_fetch.ipynb #dictionary-fetch-4
 def fetch_sae(

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
-from .remote import Ask, explain_error, reach
+from .hub import Ask, explain_error, reach
 from tqdm.auto import tqdm
 
 # %% ../../nbs/lib/model_text.ipynb #model-text-4

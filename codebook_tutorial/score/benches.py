@@ -14,9 +14,9 @@ import numpy as np
 import torch
 from ..dictionary.base import Dictionary, Lens
 from ..feature.choices import Choices
-from ..feature.explain.scores import interpret
 from ..feature.explain.protocol import make_cases, some_features
 from ..feature.explain.rules import PredicateExplainer
+from ..feature.explain.scores import interpret
 from ..feature.patch import patch_curve
 from ..feature.steer import NoSwitch, find_switches, steer
 from ..model.text import Text

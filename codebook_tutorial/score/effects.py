@@ -13,8 +13,8 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 from ..model.generate import generate, text_nats
-from ..world.words import WORD_TABLES
 from ..world.grammar import ID, LISTS, TOPICS, plural
+from ..world.words import WORD_TABLES
 
 # %% ../../nbs/lib/score_effects.ipynb #score-effects-5
 def _forms(word, part):

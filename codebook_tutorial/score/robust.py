@@ -15,8 +15,8 @@ import numpy as np
 import torch
 from ..core import seeded
 from ..feature.detect import concept_scores, fires, scores_of
-from ..model.text import Text
 from ..model.run import states_of
+from ..model.text import Text
 from ..world.concepts import ATOMS, CONCEPTS, atoms, story_text
 from ..world.grammar import ID, MARKS, SPECIAL, TOPICS, VOCABULARY
 

@@ -19,8 +19,8 @@ from codebook_tutorial.feature.explain.protocol import (
     check_asks,
     check_features,
 )
-from ...world.words import CLASSES
 from ...world.grammar import LISTS, TOPICS
+from ...world.words import CLASSES
 from fastcore.basics import patch
 from tqdm.auto import tqdm
 
