@@ -106,9 +106,7 @@ class Switch:
     write: torch.Tensor  # [n, F] what is written for each alternative
     neutral: torch.Tensor  # [F] what is written where one is taken away
     coverage: torch.Tensor  # [parts, n] share of its words before which a feature of its own fires
-    precision: torch.Tensor | None = (
-        None  # [n] of the best feature of each, by precision x coverage
-    )
+    precision: torch.Tensor | None = None  # [n] of the best feature of each
 
     def fn(
         self,
