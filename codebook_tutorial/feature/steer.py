@@ -106,6 +106,9 @@ class Switch:
     write: torch.Tensor  # [n, F] what is written for each alternative
     neutral: torch.Tensor  # [F] what is written where one is taken away
     coverage: torch.Tensor  # [parts, n] share of its words before which a feature of its own fires
+    precision: torch.Tensor | None = (
+        None  # [n] of the best feature of each, by precision x coverage
+    )
 
     def fn(
         self,
@@ -177,6 +180,7 @@ def _switch(lens, names, s, *, sure, active, next):
         gate_threshold=s["threshold"][:, n],
         write=lens.written(owner, score[:, :n], total.view(n, -1) / asked),
         neutral=lens.neutral(gates, coverage),
+        precision=s["precision"][score[:, :n].argmax(0), torch.arange(n)],
         coverage=_covered(owner, active, next, n=n, parts=lens.parts) / asked.T,
     )
     device = lens.dictionary.directions.device
