@@ -825,7 +825,8 @@ def test_the_panel_in_jupyterlab_writes_what_python_writes(tmp_path, browser):  
         tmp_path,
         [
             PANEL,
-            "steering_panel(tok, {'one': prompt}, {'one feature': (model, len(sae.directions), one)}, generate=generate, n_tokens=30)",
+            "steering_panel(tok, {'one': prompt}, {'one feature': (model, len(sae.directions), "
+            "one)}, generate=generate, n_tokens=30)",
         ],
     ) as address:
         context = browser.new_context(viewport=dict(width=1300, height=1400))
