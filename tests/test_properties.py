@@ -661,11 +661,11 @@ def test_a_strip_shows_any_tokens_as_text(tokens, data, top, title):
     values = data.draw(
         array(size(0, 5) if data.draw(st.booleans()) else len(tokens), of=ORDINARY | HUGE)
     )
-    refuses(lambda: show.strip([], []), "one value a token")
+    refuses(lambda: show.strip([], []), "one value per token")
     refuses(lambda: show.table([]), "no rows")
     refuses(lambda: show.beside({}), "no texts")
     if len(values) != len(tokens):
-        return refuses(lambda: show.strip(tokens, values, title, top=top), "one value a token")
+        return refuses(lambda: show.strip(tokens, values, title, top=top), "one value per token")
     read = Read(show.strip(tokens, values, title, top=top).source)
     assert read.tags == [("div", ("style",)), ("b", ()), ("br", ())] + [
         ("span", ("title", "style"))

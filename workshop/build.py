@@ -9,6 +9,6 @@ class WithoutScripts(build_py):
     def find_package_modules(self, package, package_dir):
         "(package, module, file) of what is installed."
         found = super().find_package_modules(package, package_dir)
-        if package not in ("codebook_tutorial.data", "codebook_tutorial.claims"):
+        if package not in ("codebook_tutorial.data", "codebook_tutorial.recorded"):
             return found
         return [one for one in found if one[1] == "__init__"]
