@@ -77,10 +77,10 @@ def places():
 def variants():
     "name -> Case: one choice changed at a time."
     base, paper = dict(n_codes=1024, k=4, **RESIDUAL), dict(n_codes=1024, k=8, **COSINE)
-    still, random, as_is = dict(revive_every=0), dict(start="random"), dict(steps=0)
+    still, random, as_is = dict(resample_every=0), dict(start="random"), dict(steps=0)
     untrained = "from data, no training"
     return {
-        "residual k=4, no revival": Case(BOTH, base, still),
+        "residual k=4, no resampling": Case(BOTH, base, still),
         "residual k=4, random start": Case(BOTH, base, random),
         f"residual k=4, {untrained}": Case(BOTH, base, as_is),
         f"residual k=4 C=256, {untrained}": Case(BOTH, base | dict(n_codes=256), as_is),
@@ -91,9 +91,9 @@ def variants():
         "cosine k=8, mean": Case(BOTH, paper | dict(combine="mean")),
         "cosine k=8, LayerNorm": Case(BOTH, paper | dict(norm=True)),
         "cosine k=8, averages": Case(BOTH, paper | dict(learn="ema")),
-        "cosine k=8, no revival": Case(BOTH, paper, still),
+        "cosine k=8, no resampling": Case(BOTH, paper, still),
         "cosine k=8, random start": Case(BOTH, paper, random),
-        "cosine k=1, no revival": Case(BOTH, paper | dict(k=1), still),
+        "cosine k=1, no resampling": Case(BOTH, paper | dict(k=1), still),
     }
 
 

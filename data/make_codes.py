@@ -19,7 +19,8 @@ from transformers import logging
 
 from codebook_tutorial.dictionary.bottleneck import CodebookModel, add_codebooks
 from codebook_tutorial.core import seeded
-from codebook_tutorial.dictionary.finetune import finetune, model_card
+from codebook_tutorial.dictionary.card import model_card
+from codebook_tutorial.dictionary.finetune import finetune
 from codebook_tutorial.model.run import lm_loss, next_probs
 from codebook_tutorial.model.hub import load_lm
 from codebook_tutorial.model.text import load_text

@@ -43,7 +43,7 @@ CODES = {
     "recon": (1.0, "weight of the reconstruction errors"),
     "decay": (0.99, "of the moving averages"),
     "codes-lr": (0.01, "learning rate of codes learnt by gradient, in units of their size"),
-    "revive-every": (25, "steps between moves of unused codes; 0: never"),
+    "resample-every": (25, "steps between moves of unused codes; 0: never"),
 }
 STEPS = {
     "steps": (200, "optimiser steps"),
@@ -125,7 +125,7 @@ def train(cb, text, args):
         "recon",
         "decay",
         "codes_lr",
-        "revive_every",
+        "resample_every",
     )
     settings = {name: getattr(args, name) for name in names}
     settings |= dict(lr=args.lr, batch=args.batch, folder=args.folder)

@@ -93,7 +93,7 @@ def make_trainer(cb, rows, args):
         disable_tqdm=True,
         use_cpu=cb.device.type == "cpu",
     )
-    names = ("recon", "decay", "codes_lr", "revive_every")
+    names = ("recon", "decay", "codes_lr", "resample_every")
     codes = {name: getattr(args, name) for name in names}
     trainer = CodebookTrainer(cb, settings, train_dataset=rows, **codes)
     trainer.remove_callback(PrinterCallback)

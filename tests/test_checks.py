@@ -552,7 +552,7 @@ CASES = {
         ],
         "shorter part count for more",
     ),
-    "revival_odds": (
+    "resampling_odds": (
         lambda x, own, nats: F.normalize(
             (1 - (F.normalize(x, dim=-1) * F.normalize(own, dim=-1)).sum(-1)).clamp(min=0) * nats,
             p=1,

@@ -245,7 +245,7 @@ def test_init_from_data_lowers_the_error():
             )
 
 
-# ---- counting, moving averages, revival --------------------------------------------------------
+# ---- counting, moving averages, resampling ------------------------------------------------------
 def test_uses_are_counted_per_group_and_code():
     book = layer(k=2, groups=2)
     _, ids, _ = book(X)
@@ -297,7 +297,7 @@ def test_moving_averages_stand_still_in_eval():
 
 
 @pytest.mark.parametrize("by", ["distance", "random"])
-def test_revival_moves_dead_codes_onto_inputs_and_resets_their_moments(by):
+def test_resampling_moves_dead_codes_onto_inputs_and_resets_their_moments(by):
     book = layer(n_codes=50, k=1, groups=2)
     book.weight.data[:, 25:] = (
         torch.randn(2, 25, 8, generator=seeded(9)) * 0.1 - 50
@@ -323,7 +323,7 @@ def test_revival_moves_dead_codes_onto_inputs_and_resets_their_moments(by):
 
 
 @pytest.mark.parametrize("learn", ["gradient", "ema"])
-def test_revival_of_residual_codes_moves_some_onto_what_earlier_codes_leave_over(learn):
+def test_resampling_of_residual_codes_moves_some_onto_what_earlier_codes_leave_over(learn):
     book = layer(n_codes=50, k=3, groups=2, select="residual", learn=learn)
     book.weight.data[:, 20:] = -50.0  # dead
     ids, codes = book.choose(X).flatten(0, 1), book.weight.detach().clone()
@@ -352,7 +352,7 @@ def test_revival_of_residual_codes_moves_some_onto_what_earlier_codes_leave_over
         assert torch.equal(book.total[dead], book.weight[dead]) and (book.size[dead] == 1).all()
 
 
-def test_guided_revival_goes_where_the_error_is():
+def test_guided_resampling_goes_where_the_error_is():
     book = layer(n_codes=40, k=1)
     book.weight.data[0, 5:] = -50.0
     error = torch.zeros(3, 20)

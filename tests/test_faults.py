@@ -73,8 +73,8 @@ def tuned(folder):
         folder=folder,
         save_every=3,
         log_every=3,
-        revive_every=4,
-        revive_until=1.0,
+        resample_every=4,
+        resample_until=1.0,
     )
     cb.save_pretrained(folder / "end")
     (folder / "logs.json").write_text(json.dumps(logs, sort_keys=True))

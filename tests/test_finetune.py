@@ -73,6 +73,11 @@ CONFIGS = {
 }
 
 
+@pytest.fixture(autouse=True)
+def elsewhere(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)  # transformers makes every output_dir that it is told
+
+
 def tiny(family="neox"):
     torch.manual_seed(0)
     kind, config = CONFIGS[family]
@@ -130,7 +135,7 @@ def test_token_nats_is_the_models_own_loss():
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_accumulated_parts_give_the_update_of_one_big_batch(kind):
-    "Rows with unlike amounts of padding; codes move, averages step, unused codes are revived."
+    "Rows with unlike amounts of padding; codes move, averages step, unused codes are resampled."
     done = []
     for batch, parts in ((8, 1), (2, 4)):
         cb = with_codes(**KINDS[kind], n_codes=20)
@@ -140,8 +145,8 @@ def test_accumulated_parts_give_the_update_of_one_big_batch(kind):
             steps=6,
             batch=batch,
             gradient_accumulation_steps=parts,
-            revive_every=2,
-            revive_until=1.0,
+            resample_every=2,
+            resample_until=1.0,
             log_every=2,
         )
         done.append((state(cb), logs))
@@ -183,8 +188,8 @@ def test_gradient_checkpointing_changes_nothing(family, kind, monkeypatch):
             steps=4,
             batch=4,
             gradient_accumulation_steps=2,
-            revive_every=2,
-            revive_until=1.0,
+            resample_every=2,
+            resample_until=1.0,
             log_every=2,
             **more,
         )
@@ -262,7 +267,9 @@ def test_the_control_is_what_the_plain_trainer_does():
 def test_finetuning_learns_and_the_logs_say_what_happened():
     text, cb = some_text(64), with_codes(text=some_text(64))
     heads, mlp = ([f"error {kind}.{i}" for i in range(2)] for kind in ("heads", "mlp"))
-    logs = finetune(cb, text, steps=60, batch=16, lr=3e-3, recon=0.5, log_every=10, revive_every=10)
+    logs = finetune(
+        cb, text, steps=60, batch=16, lr=3e-3, recon=0.5, log_every=10, resample_every=10
+    )
     assert (
         not cb.training
         and set(heads + mlp) <= set(logs[0])
@@ -322,7 +329,15 @@ def test_relative_errors_and_usage_are_what_they_are_called():
     )
     power.measure_power()
     (row,) = finetune(
-        cb, text, steps=1, lr=0.0, batch=8, log_every=1, revive_every=1, revive_until=0.0, decay=1.0
+        cb,
+        text,
+        steps=1,
+        lr=0.0,
+        batch=8,
+        log_every=1,
+        resample_every=1,
+        resample_until=0.0,
+        decay=1.0,
     )
     for site in cb.codebooks:
         assert power.power[site] > 0
@@ -357,7 +372,7 @@ family, folder, kind, batch = sys.argv[1], sys.argv[2], sys.argv[3], int(sys.arg
 cb = with_codes(tiny(family), **KINDS[kind], n_codes=int(os.environ.get("CODES", 100)))
 logs = finetune(
     cb, some_text(), steps=11, batch=batch, folder=folder, save_every=3, log_every=2,
-    revive_every=4, revive_until=1.,
+    resample_every=4, resample_until=1.,
 )
 if int(os.environ.get("RANK", 0)) == 0:
     cb.save_pretrained(folder + "/end")
@@ -447,7 +462,7 @@ def test_two_processes_reach_what_one_does(tmp_path, kind, codes):
     one, two = logs
     assert apart(one.pop(), two.pop()) < 1e-6 and any(
         row.get("dead_share", 0) > 0 for row in one
-    )  # there was something to revive
+    )  # there was something to resample
     for a, b in zip(one, two, strict=True):
         for name in set(a) - {"epoch"}:
             assert a[name] == pytest.approx(b[name], rel=1e-7, abs=1e-9), name
@@ -520,7 +535,7 @@ def test_resuming_refuses_other_codebooks(tmp_path):
         (dict(lr=1e-4), "lr: 0.0005 then, 0.0001 now"),
         (dict(batch=2), "batch: 4 then, 2 now"),
         (dict(seed=1), "seed"),
-        (dict(revive_every=0), "revive_every"),
+        (dict(resample_every=0), "resample_every"),
         (dict(text=1), "text"),
     ],
 )
@@ -631,7 +646,7 @@ def test_every_family_trains_resumes_and_loads(tmp_path, family):
 def test_bf16_trains_and_averages_stay_exact():
     cb = with_codes()
     logs = finetune(
-        cb, some_text(), steps=20, batch=8, lr=3e-3, bf16=True, log_every=5, revive_every=4
+        cb, some_text(), steps=20, batch=8, lr=3e-3, bf16=True, log_every=5, resample_every=4
     )
     assert logs[-1]["lm_loss"] < logs[0]["lm_loss"] and all(
         b.total.dtype == torch.float32 for b in cb.codebooks.values()
@@ -660,7 +675,7 @@ def test_evaluation_gives_the_loss_and_leaves_the_counts_alone(batch):
     assert all(torch.equal(before[s], b.counts) for s, b in cb.codebooks.items())
 
 
-def test_revival_moves_codes_only_while_it_may_and_only_unused_ones():
+def test_resampling_moves_codes_only_while_it_may_and_only_unused_ones():
     def moved(**kw):
         cb = with_codes(n_codes=30, learn="gradient")
         for book in cb.codebooks.values():
@@ -670,8 +685,12 @@ def test_revival_moves_codes_only_while_it_may_and_only_unused_ones():
             int((book.weight[:, -5:] != 1e3).any(-1).sum()) for book in cb.codebooks.values()
         ], cb
 
-    assert moved(revive_every=0)[0] == moved(revive_every=2, revive_until=0.25)[0] == [0, 0, 0, 0]
-    found, cb = moved(revive_every=2)
+    assert (
+        moved(resample_every=0)[0]
+        == moved(resample_every=2, resample_until=0.25)[0]
+        == [0, 0, 0, 0]
+    )
+    found, cb = moved(resample_every=2)
     assert (
         found == [10, 10, 5, 5] and min(b.weight.abs().max() for b in cb.codebooks.values()) < 100
     )

@@ -36,7 +36,7 @@ BASE = {
     "steps": 6,
     "lr": 0.003,
     "batch": 4,
-    "revive-every": 3,
+    "resample-every": 3,
     "save-every": 2,
     "log-every": 1,
 }  # 8 rows of the stories, padded: two steps an epoch
@@ -296,7 +296,7 @@ def test_split_over_two_processes_it_trains_as_in_one(two, model, start, tmp_pat
         difference < 1e-5
         and rows[-1]["lm_loss"] < rows[0]["lm_loss"] - 0.1
         and rows[-1]["dead_share"] > 0
-    )  # there was something to revive
+    )  # there was something to resample
     same_logs(tmp_path / "one", two(learn))
 
 
@@ -317,7 +317,7 @@ def test_tied_embeddings_and_an_odd_number_of_codes(start, tmp_path):
 @pytest.mark.nightly
 @pytest.mark.parametrize("fsdp", [True, False])
 def test_bfloat16_keeps_parameters_and_codes_in_float32(two, model, start, tmp_path, fsdp):
-    "Codes are revived meanwhile."
+    "Codes are resampled meanwhile."
     assert not any(
         start(
             1 + fsdp,
@@ -337,8 +337,8 @@ def test_bfloat16_keeps_parameters_and_codes_in_float32(two, model, start, tmp_p
 def test_its_loop_is_the_librarys(model, start, tmp_path, learn):
     """As many rows as a step takes, so that their order, which differs, does not matter.
 
-    Nothing is revived, for that draws by order."""
-    same = dict(tokens=1024, revive_every=0, **MORE[learn])
+    Nothing is resampled, for that draws by order."""
+    same = dict(tokens=1024, resample_every=0, **MORE[learn])
     assert (
         start(1, command(model, tmp_path / "split", fsdp=True, **same))
         == start(1, command(model, tmp_path / "trainer", **same))

@@ -1,5 +1,6 @@
 """The project agrees with itself: metadata, notebooks, claims, sizes; no path of any machine."""
 
+import ast
 import hashlib
 import json
 import os
@@ -520,6 +521,20 @@ def test_a_room_imports_only_rooms_above_it():
             full = [*base, *module.split(".")]
             if full[0] == "codebook_tutorial" and len(full) > 1 and full[1] in order:
                 assert order.index(full[1]) <= order.index(room), f"{path.name}: {'.'.join(full)}"
+
+
+def test_every_method_is_there_wherever_its_class_is():
+    "None is patched in from another module, which somebody may not have loaded."
+    seen = 0
+    for path in sorted((ROOT / "codebook_tutorial").rglob("*.py")):
+        body = ast.parse(path.read_text()).body
+        own = {node.name for node in body if isinstance(node, ast.ClassDef)}
+        for node in body:
+            decorators = map(ast.unparse, getattr(node, "decorator_list", []))
+            if any(d.split("(")[0] == "patch" for d in decorators):
+                assert ast.unparse(node.args.args[0].annotation) in own, (path, node.name)
+                seen += 1
+    assert seen > 5
 
 
 def test_the_shipped_autoencoder_is_the_one_described():

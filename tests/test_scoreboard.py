@@ -13,6 +13,9 @@ from codebook_tutorial.dictionary.bottleneck import add_codebooks
 from codebook_tutorial.dictionary.codebook import Codebook
 from codebook_tutorial.dictionary.formats import load_sae
 from codebook_tutorial.dictionary.harvest import harvest
+from codebook_tutorial.feature.indexing import build_index
+from codebook_tutorial.feature.steer import find_switches, steer
+from codebook_tutorial.model.generate import generate
 from codebook_tutorial.model.hub import load_lm
 from codebook_tutorial.model.run import states_of
 from codebook_tutorial.model.text import load_text
@@ -348,6 +351,45 @@ def test_whoever_is_over_the_budget_has_not_steered(asked):
         and got["steered"] == bench.plain[1::2].rate
         and got["steered_loss"] == 1
     )
+
+
+class Short(Dictionary):
+    "A new kind in ten lines: the autoencoder's formula, from its numbers."
+
+    def __init__(self, sae):
+        super().__init__()
+        self.directions, self.reads = sae.W_dec.detach(), sae.W_enc.detach()
+        self.bias, self.mean = sae.b_enc.detach(), sae.b_dec.detach()
+
+    def encode(self, x):
+        return ((x - self.mean) @ self.reads.T + self.bias).relu()
+
+    def decode(self, f):
+        return f @ self.directions + self.mean
+
+
+def test_a_new_kind_is_asked_indexed_and_steers_as_the_one_that_it_copies(asked, tmp_path):
+    sae, ten_lines = load_sae(data_path("sae/tied")), Short(load_sae(data_path("sae/tied")))
+    parts = ("kept", "concepts", "explained", "patched")
+    mine, other = (scoreboard(one, asked, parts=parts) for one in (ten_lines, sae))
+    assert mine == pytest.approx(other, rel=1e-4) and mine["f1"] > 0.2
+
+    model, tok = asked.subject.model, asked.subject.tok
+    found = []
+    for name, one in (("new", ten_lines), ("old", sae)):
+        kw = dict(folder=tmp_path / name, dictionaries={"resid.1": one})
+        places = build_index(model, tok, asked.text[:8], **kw).search(r"\bgave\b")
+        found.append([(h["feature"], h["precision"]) for h in places])
+    assert found[0] == found[1] and len(found[0]) > 3
+
+    ask, texts = asked.benches["steered"], []
+    for one in (ten_lines, sae):
+        at = {"resid.1": one}
+        switches = find_switches(model, at, ask.text, choices=ask.choices, precision=0.1)
+        with steer(model, switches, ask.target, strength=2.0):
+            texts.append(generate(model, tok, ask.prompts, n_tokens=12, progress=False))
+    plain = generate(model, tok, ask.prompts, n_tokens=12, progress=False)
+    assert texts[0] == texts[1] != plain
 
 
 def test_a_finetuned_codebook_is_asked_with_its_codes_in_place(asked):

@@ -110,16 +110,22 @@ def test_every_public_name_has_its_entry_and_a_way_back(site):
         s = soup(site / "api" / f"{module}.html")
         for name, kind, *_ in names:
             assert s.find(id=api.label(module, name, kind)) is not None, (module, name)
-            back = [a["href"] for a in s.select("p.taught a") if a["href"].endswith(f"#lib-{name}")]
-            assert back and home in back[0]
+            made = [
+                p for p in s.select("p.taught") if p.find_previous("h2").get_text()[:-1] == name
+            ]
+            back = f"nbs/{home}.ipynb" if "/" in home else f"../{home}.html#lib-{name}"
+            assert len(made) == 1 and back in str(made[0]), (module, name)
             seen += 1
-    text = soup(site / "api" / "sites.html").get_text()
+    text = soup(site / "api" / "model.sites.html").get_text()
     assert seen > 300 and "[batch, seq" in text and "@contextmanager" in text
-    taught = soup(site / "api" / "sites.html").select("p.taught")
-    used = [p for p in taught if p.find("a", href=re.compile("#lib-capture$"))][0]
-    assert used.find("a", href="../07_sae.html")
-    assert "Index.search" in soup(site / "api" / "index.html").get_text()
-    assert "CodebookModel.from_pretrained" in soup(site / "api" / "codebook.html").get_text()
+    used = soup(site / "api" / "model.sites.html").select_one("#api-model-sites-capture-function")
+    assert used.find("a", href=re.compile("#lib-capture$")) and used.find(
+        "a", href="../07_sae.html"
+    )
+    index = soup(site / "api" / "feature.index.html").get_text()
+    assert "open_index" in index and "Index.active" in index
+    text = soup(site / "api" / "dictionary.bottleneck.html").get_text()
+    assert "CodebookModel.from_pretrained" in text
 
 
 def test_a_broken_link_is_found(tmp_path):

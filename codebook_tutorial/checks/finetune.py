@@ -2,7 +2,7 @@ __all__ = [
     "check_most_bits",
     "check_likeness",
     "check_whole_loss",
-    "check_revival_odds",
+    "check_resampling_odds",
     "check_answer_05_5",
     "check_cheapest",
     "check_write_at",
@@ -85,7 +85,7 @@ def check_whole_loss(whole_loss):
     )
 
 
-def check_revival_odds(revival_odds):
+def check_resampling_odds(resampling_odds):
     "Exercise 05.4."
     x = torch.randn(8, 5, generator=seeded(0))
     own = torch.randn(8, 5, generator=seeded(1))
@@ -98,7 +98,7 @@ def check_revival_odds(revival_odds):
         return w / w.sum()
 
     return check(
-        lambda: revival_odds(x, own, nats),
+        lambda: resampling_odds(x, own, nats),
         odds(far * nats),
         {
             "those are weights; probabilities add up to 1": far * nats,

@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from functools import partial
 
 import torch
+from .card import Carded
 from .codebook import Codebook
 from .codechecks import in_backward
 from codebook_tutorial.dictionary.codefiles import (
@@ -37,7 +38,7 @@ class Pass:
     mask: torch.Tensor | None = None  # [batch, seq]: 0 at padding
 
 
-class CodebookModel(nn.Module):
+class CodebookModel(Carded, nn.Module):
     """A model with codebooks at sites: `.model`, `.codebooks[site]`.
 
     After a forward pass: `.ids[site]`, `.recon[site]`; while training also `.inputs[site]`."""

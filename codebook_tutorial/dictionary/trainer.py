@@ -63,16 +63,16 @@ class CodebookTrainer(CheckpointTrainer):
         recon: float = 1.0,  # weight of the sites' relative errors
         decay: float = 0.99,  # of moving averages (learn="ema")
         codes_lr: float | None = 0.01,  # in units of the codes' size; None: as args
-        revive_every: int = 25,  # steps between resampling of unused codes; 0: never
-        revive_until: float = 0.75,  # share of the steps in which codes are resampled
+        resample_every: int = 25,  # steps between resampling of unused codes; 0: never
+        resample_until: float = 0.75,  # share of the steps in which codes are resampled
         **kw,  # of Trainer
     ):
         super().__init__(model, args, *rest, **kw)
         self.recon = recon
         self.decay = decay
         self.codes_lr = codes_lr
-        self.revive_every = revive_every
-        self.revive_until = revive_until
+        self.resample_every = resample_every
+        self.resample_until = resample_until
         self.whole = None  # tokens and positions of the whole batch
         self.seen = []  # losses and states that unused codes may move onto
         self.sums = defaultdict(float)  # for the logs
@@ -139,13 +139,13 @@ class CodebookTrainer(CheckpointTrainer):
     # 3: codes that are not used move
     def window_ends(self, step):
         "Uses of codes are counted in windows of so many steps."
-        every = self.revive_every or self.args.logging_steps
+        every = self.resample_every or self.args.logging_steps
         return bool(self.books) and step % every == 0
 
     def resamples(self, step):
         "Do unused codes move after this step?"
-        early = step <= self.revive_until * self.state.max_steps
-        return self.window_ends(step) and self.revive_every > 0 and early
+        early = step <= self.resample_until * self.state.max_steps
+        return self.window_ends(step) and self.resample_every > 0 and early
 
     def codes_step(self):
         "After the optimiser's step: moving averages, and at a window's end, usage."

@@ -13,6 +13,8 @@ from hashlib import sha256
 from pathlib import Path
 
 import numpy as np
+from .contexts import IndexContexts
+from .search import IndexSearch
 from .surface import Surface
 from ..files import read_json, reading, unseal
 
@@ -49,7 +51,7 @@ def tokenizer_mark(tok):  # sha256
     return sha256(json.dumps(marks).encode()).hexdigest()
 
 # %% ../../nbs/lib/feature_index.ipynb #feature-index-21
-class Index:
+class Index(IndexSearch, IndexContexts):
     "What every feature does on a text: `.ids`, `.mask` [rows, length], `.sites`; it is searchable."
 
     def __init__(self, folder, tok, info, *, arrays):

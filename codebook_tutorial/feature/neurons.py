@@ -25,7 +25,6 @@ from .index import Index
 from ..model.run import passes
 from ..model.sites import match_sites
 from ..model.text import Text
-from fastcore.basics import patch
 from tqdm.auto import tqdm
 
 # %% ../../nbs/lib/feature_neurons.ipynb #feature-neurons-5
@@ -102,13 +101,12 @@ def _held_out(acts, truth, target, *, units, half):  # target, units: [n_concept
     return out | dict(unit=units)
 
 # %% ../../nbs/lib/feature_neurons.ipynb #feature-neurons-8
-@patch
 def _best_codes(
-    self: Index,
+    index,
     truth,  # [tokens, n_concepts] bool
     half,
-    rows,
     *,
+    rows,
     min_recall,
     by,
     pool,
@@ -120,8 +118,8 @@ def _best_codes(
     truth, best = csr_array(truth, dtype=np.int32), Best()
     start = dict(value=-np.inf, feature=0, first_recall=0.0, precision=0.0, recall=0.0)
     best.offer(**{key: np.full(n, v) for key, v in start.items()}, site=np.full(n, "", object))
-    for site, allowed in self._allowed(pool).items():
-        codes, parts = self.matrix(site, rows), []
+    for site, allowed in index.allowed(pool).items():
+        codes, parts = index.matrix(site, rows), []
         active = [np.asarray(codes[part].sum(0)).ravel() for part in halves]
         for c in np.array_split(np.arange(n), n // 64 + 1):  # [64, n_feats] at a time
             hits = [(truth[:, c][part].T @ codes[part]).toarray() for part in halves]
@@ -164,7 +162,7 @@ def against_neurons(
     asked, several = truth[:, ~rare], isinstance(pool, list)
     how = dict(min_recall=min_recall, by=by)
     codes = [
-        index._best_codes(asked, half, len(mask), pool=p, **how)
+        _best_codes(index, asked, half, rows=len(mask), pool=p, **how)
         for p in (pool if several else [pool])
     ]
     units = unit_scores(acts, asked, np.stack([c["first_recall"] for c in codes]), half=half)
