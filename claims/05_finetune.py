@@ -242,14 +242,7 @@ def finish(grid):
     )
 
 
-GRID = Grid(
-    __file__,
-    Settings(),
-    jobs,
-    run_one=run_one,
-    finish=finish,
-    inputs=("stories/model.safetensors",),
-)
+GRID = Grid(__file__, Settings(), jobs, run_one=run_one, finish=finish)
 
 if __name__ == "__main__":
     logging.set_verbosity_error()

@@ -216,7 +216,7 @@ def run_one(job, s):
     else:
         x = states_at(site, s.tokens)
         dictionary = build(method, seed, x, s=s)
-        if not isinstance(dictionary, Codebook):
+        if method != "codebook":
             few = {key: measure(dictionary, x[:50_000])[key] for key in ("l0", "fvu")}
     control = seed if method == "sae_tied_0.75" else None
     asked = Asked(model, site, dictionary, s.prompts, control)

@@ -88,7 +88,7 @@ class Grid:
     _: KW_ONLY
     run_one: Callable  # job, settings -> a row, a list of rows, or (row, tensors to keep)
     finish: Callable  # grid -> what the file holds after its header
-    inputs: tuple = ()  # files of data/ that the rows rest on
+    inputs: tuple = ("stories/model.safetensors",)  # files of data/ that the rows rest on
     lines: tuple = ()  # lists that are written one entry per line
     take_up: bool = False  # start with the rows of the claims, where these have the same settings
     hardware: str = "one CPU core a process"

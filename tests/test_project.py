@@ -262,6 +262,22 @@ def claims(number):
     return json.loads((ROOT / "claims" / f"{number}.json").read_text())
 
 
+def test_the_readme_example_runs(tmp_path):
+    "On the stories' model, with files as it names them."
+    example = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.S)[0]
+    sizes = {'"gpt2"': '"stories"', "resid.2": "resid.0", "resid.5": "resid.1", "768": "96"}
+    sizes |= {"k=32": "k=8, steps=50", "n_codes=1000": "n_codes=50"}
+    for theirs, ours in sizes.items():
+        assert theirs in example, theirs
+        example = example.replace(theirs, ours)
+    docs = [{"text": "One day Anna gave Tom a ball in the garden . "} for _ in range(600)]
+    (tmp_path / "my_texts.jsonl").write_text("\n".join(map(json.dumps, docs)))
+    example += "\nprint(lens.read(text[:2]).shape)"
+    ran = subprocess.run([sys.executable, "-c", example], cwd=tmp_path, capture_output=True)
+    assert b"torch.Size([2, 256, 768])" in ran.stdout, ran.stderr.decode()[-3000:]
+    assert (tmp_path / "for_saelens" / "cfg.json").exists() and (tmp_path / "my_acts").exists()
+
+
 def test_settings_and_pyproject_agree():
     assert (
         PROJECT["name"] == SETTINGS["lib_name"]
