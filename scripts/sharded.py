@@ -33,7 +33,7 @@ from codebook_tutorial.dictionary.codefiles import to_model
 from codebook_tutorial.core import seeded
 from codebook_tutorial.dictionary.trainer import CodebookTrainer
 from codebook_tutorial.dictionary.finetune import same_run, as_dataset
-from codebook_tutorial.model.sites import structure
+from codebook_tutorial.model.structure import blocks_of
 
 
 def shard(cb, args):
@@ -50,7 +50,7 @@ def shard(cb, args):
 
     for book in cb.codebooks.values() if args.learn == "gradient" else ():
         fully_shard(book, mesh=mesh, shard_placement_fn=by_code)  # float32 also with --bf16
-    for block in structure(cb.model)[1]:
+    for block in blocks_of(cb.model):
         fully_shard(block, **precision)
     averaged = {b.weight for b in cb.codebooks.values() if b.learn == "ema"}
     fully_shard(cb, ignored_params=averaged, **precision)

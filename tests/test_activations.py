@@ -149,7 +149,7 @@ def contents(folder):
 
 
 def ordinary(text):
-    "(row, position, document) of every ordinary token, by a plain loop over all."
+    "(row, position, document) of every ordinary token but a row's first, by a plain loop."
     found, document = [], -1
     for r, ids in enumerate(text.ids.tolist()):
         end = len(ids)
@@ -157,7 +157,7 @@ def ordinary(text):
             end -= 1
         for p, token in enumerate(ids):
             document += token == text.bos
-            if token != text.bos and p < end:
+            if token != text.bos and 0 < p < end:
                 found.append((r, p, max(document, 0)))
     return found
 
@@ -676,7 +676,7 @@ def test_a_strangers_folder_stays_untouched(tmp_path, name, overwrite):
         (dict(sites=[]), "no site"),
         (dict(text=some_text().ids), "expected a Text, got Tensor"),
         (dict(shard=0), "shard=0"),
-        (dict(text=Text(torch.zeros(2, 8, dtype=torch.long), 0, 1)), "no ordinary token"),
+        (dict(text=Text(torch.zeros(2, 8, dtype=torch.long), 0, 1)), "no position that counts"),
         (dict(text=Text(torch.ones(2, 40, dtype=torch.long) * 3, 0, 1)), "reads 32 positions"),
     ],
 )

@@ -442,6 +442,19 @@ def test_the_first_line_of_an_answer():
         ("`x`", "x"),
         ("Okay, hm\n</think>\n\nmonths", "months"),
         ('"', '"'),
+        ("Here is the phrase:\nwords for weather", "words for weather"),
+        ("Sure!\n\nwords for weather", "words for weather"),
+        ("Sure, here you are:\n- words for weather", "words for weather"),
+        ("```\nwords for weather\n```", "words for weather"),
+        ("```text\nwords for weather\n```", "words for weather"),
+        ("Explanation: words for weather", "words for weather"),
+        ("**Explanation:** words for weather", "words for weather"),
+        ("**words for weather**", "words for weather"),
+        ("- words for weather", "words for weather"),
+        ('{"explanation": "words for \\"weather\\""}', 'words for "weather"'),
+        ("Here is the phrase:", ""),  # asked again
+        ("here, there and everywhere", "here, there and everywhere"),
+        ("sure signs of rain", "sure signs of rain"),
     ]:
         assert clean_phrase(text) == phrase
 

@@ -16,7 +16,8 @@ from codebook_tutorial.core import seeded
 from codebook_tutorial.model.presets import PRESETS
 from codebook_tutorial.model.hub import load_lm
 from codebook_tutorial.model.run import lm_loss, next_probs, token_losses
-from codebook_tutorial.model.text import TEXTS, Text, load_text, pack
+from codebook_tutorial.model.sources import TEXTS
+from codebook_tutorial.model.text import Text, load_text, pack
 
 SHARED = Path(os.environ.get("COURSE_SHARED") or Path(__file__).resolve().parents[2] / "shared")
 STORIES260K, TINYSTORIES = SHARED / "models" / "stories260K", SHARED / "text" / "tinystories.json"
@@ -223,14 +224,15 @@ def test_pack_whole_fills_a_row_while_documents_fit():
 def test_text_knows_tokens_from_bos_and_padding():
     text = Text(torch.tensor([[1, 5, 6, 1, 7, 1, 0, 0], [8, 9, 1, 1, 5, 1, 0, 0]]), bos=1, pad=0)
     assert (
-        text.mask.int().tolist() == [[0, 1, 1, 0, 1, 0, 0, 0], [1, 1, 0, 0, 1, 0, 0, 0]]
-        and text.n_tokens == 6
+        text.mask.int().tolist() == [[0, 1, 1, 0, 1, 0, 0, 0], [0, 1, 0, 0, 1, 0, 0, 0]]
+        and text.n_tokens == 5
+        and text.ordinary.sum() == 6
     )
     assert text.labels.tolist() == [
         [-100, 5, 6, 1, 7, 1, -100, -100],
         [-100, 9, 1, -100, 5, 1, -100, -100],
     ]  # no BOS after BOS, nothing behind padding
-    assert repr(text) == "Text: 2 rows of 8, 6 tokens, 10 BOS and padding"
+    assert repr(text) == "Text: 2 rows of 8, 5 tokens, 10 BOS and padding, 1 at a row's start"
     same = Text(
         torch.tensor([[1, 5, 6, 1, 7, 1, 1, 1]]), bos=1, pad=1
     )  # a tokenizer with one token for both

@@ -13,8 +13,10 @@ from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
+from ..core import wide
 from .switching import VectorSwitching
-from ..model.run import model_device, passes
+from ..model.modes import model_device
+from ..model.run import passes
 from ..model.sites import intervene
 from ..model.text import Text
 from torch import nn
@@ -111,8 +113,9 @@ def fvu(x, x_hat) -> float:  # both [.., d]
             "fvu: expected two arrays of one shape whose rows are not all the same, "
             f"got {list(x.shape)} and {list(x_hat.shape)}"
         )
-    mean = rows.mean(0)
-    return (((x - x_hat) ** 2).sum() / ((x - mean) ** 2).sum()).item()
+    rows = wide(rows)
+    error = (wide(x) - wide(x_hat)).pow(2).sum()
+    return (error / (rows - rows.mean(0)).pow(2).sum()).item()
 
 # %% ../../nbs/lib/dictionary_base.ipynb #dictionary-base-8
 class Difference:

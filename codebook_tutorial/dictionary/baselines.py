@@ -70,7 +70,9 @@ def pca(
     n: int | None = None,  # directions, largest variance first; None: d
     batch: int = 16_384,
 ) -> Affine:
-    "Principal components, estimated in one pass (scikit-learn's IncrementalPCA)."
+    """Principal components, estimated in one pass (scikit-learn's IncrementalPCA).
+
+    Fewer than n where the states have fewer directions."""
     from sklearn.decomposition import IncrementalPCA
 
     least = n or x.shape[1]
@@ -87,7 +89,15 @@ def pca(
     fitted = IncrementalPCA(n)
     for part in (*parts, last):
         fitted.partial_fit(part.cpu().numpy())
-    return Affine(tensor_like(fitted.components_, x), mean=tensor_like(fitted.mean_, x))
+    rank = _rank(fitted.singular_values_)
+    return Affine(
+        tensor_like(fitted.components_[:rank], x), mean=tensor_like(fitted.mean_, x)
+    )
+
+
+def _rank(sizes):  # singular values, largest first
+    "How many directions the states have, as far as float32 can tell."
+    return max(1, int((sizes > 10 * np.finfo(np.float32).eps * sizes[0]).sum()))
 
 
 def ica(
@@ -99,14 +109,19 @@ def ica(
 ) -> Affine:
     """Independent components (scikit-learn's FastICA), directions of length 1.
 
-    Each is turned so that its long tail is positive."""
+    Each is turned so that its long tail is positive.
+    Fewer than n where the states have fewer directions."""
     from sklearn.decomposition import FastICA
 
     check_directions(x, n or x.shape[1], "ica")
     some = x[torch.randperm(len(x), generator=seeded(seed))[:rows]]
     some = some.cpu().double().numpy()
+    rank = _rank(np.linalg.svd(some - some.mean(0), compute_uv=False))
+    n = min(n or x.shape[1], rank)
     fitted = FastICA(n, random_state=seed, whiten="unit-variance", max_iter=400)
-    fitted.fit(some)
+    # directions of size 0, which are left out
+    with np.errstate(invalid="ignore", divide="ignore"):
+        fitted.fit(some)
     reads, writes = fitted.components_, fitted.mixing_.T
     sign = np.sign((((some - fitted.mean_) @ reads.T) ** 3).mean(0))[:, None]
     size = np.linalg.norm(writes, axis=1)[:, None]

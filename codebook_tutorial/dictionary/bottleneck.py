@@ -15,7 +15,6 @@ from functools import partial
 import torch
 from .card import Carded
 from .codebook import Codebook
-from .codechecks import in_backward
 from codebook_tutorial.dictionary.codefiles import (
     codebook_folder,
     read_codebooks,
@@ -23,7 +22,10 @@ from codebook_tutorial.dictionary.codefiles import (
     write_codebooks,
 )
 from ..files import sweep
+from ..model.modes import evaluating, in_backward, model_device
 from ..model.sites import attach, capture, match_sites, site_dims
+from ..model.structure import head_count
+from ..model.text import Text
 from fastcore.basics import patch
 from torch import nn
 
@@ -63,7 +65,7 @@ class CodebookModel(Carded, nn.Module):
     inputs = property(lambda self: self.last.inputs)
     base_model = property(lambda self: self.model.base_model)
     config = property(lambda self: self.model.config)
-    device = property(lambda self: next(self.model.parameters()).device)
+    device = property(lambda self: model_device(self.model))
 
     @property
     def codebooks(self):
@@ -83,10 +85,7 @@ class CodebookModel(Carded, nn.Module):
         "The model's pass; where attention_mask [batch, seq] is 0, codes count nowhere."
         if attention_mask is not None:
             kw["attention_mask"] = attention_mask
-        plain = (
-            torch.is_tensor(attention_mask) and attention_mask.dim() == 2
-        )  # others: who sees whom
-        self.mask = self.last.mask = attention_mask if plain else None
+        self._see(attention_mask)
         try:
             return self.model(*args, **kw)
         finally:
@@ -100,7 +99,22 @@ class CodebookModel(Carded, nn.Module):
         self.model.gradient_checkpointing_enable(settings, **kw)
 
     def generate(self, *args, **kw):
-        return self.model.generate(*args, **kw)
+        "As transformers'; where its attention_mask is 0, codes count nowhere."
+
+        def note(module, args, kwargs):
+            self._see(kwargs.get("attention_mask"))
+
+        hook = self.model.register_forward_pre_hook(note, with_kwargs=True)
+        try:
+            return self.model.generate(*args, **kw)
+        finally:
+            hook.remove()
+            self.mask = None
+
+    def _see(self, attention_mask):
+        "Keep the mask of the pass to come, if it says who is padding (others: who sees whom)."
+        plain = torch.is_tensor(attention_mask) and attention_mask.dim() == 2
+        self.mask = self.last.mask = attention_mask if plain else None
 
     def __getstate__(self):
         return self.__dict__ | dict(mask=None, last=Pass())  # a copy starts without a pass
@@ -123,7 +137,7 @@ def add_codebooks(
     **kw,  # as in Codebook
 ) -> CodebookModel:
     "Put a trainable codebook at each site, in place of any codebooks there."
-    heads = getattr(model.config, "num_attention_heads", 1)
+    heads = head_count(model)
     books = {}
     with torch.device("meta" if next(model.parameters()).is_meta else "cpu"):
         for site, d in site_dims(model, sites).items():
@@ -171,15 +185,17 @@ def bypass(self: CodebookModel):
 @torch.no_grad()
 def init_from_data(
     self: CodebookModel,
-    batches,  # ids [batch, seq], or several such
+    batches,  # a Text, which knows its padding; ids [batch, seq], or several such
     iters: int = 10,  # of k-means
     generator=None,
     *,
-    pad: int | None = None,  # id of the padding after a row's end, which is left out
+    pad: int | None = None,  # of ids: the padding after a row's end, which is left out
 ):
     "Start all codebooks from the model's own activations; 20,000 tokens are plenty for 1000 codes."
     kept = {site: [] for site in self.codebooks}
-    with self.bypass():
+    if isinstance(batches, Text):
+        batches, pad = batches.ids.split(16), batches.pad
+    with self.bypass(), evaluating(self.model):
         for ids in [batches] if torch.is_tensor(batches) else batches:
             with capture(self, list(kept)) as acts:
                 self.model(input_ids=ids.to(self.device))
@@ -265,10 +281,13 @@ def from_pretrained(
     **kw,  # of transformers' from_pretrained
 ) -> CodebookModel:
     "Load a codebook model from a folder or the Hub."
-    from codebook_tutorial.model.hub import check_weights
+    from codebook_tutorial.model.weights import check_loaded, check_weights
     from transformers import AutoModelForCausalLM
 
     folder = codebook_folder(name, revision)
     check_weights("from_pretrained", name, folder)
     kw = dict(dtype=torch.float32, use_safetensors=True) | kw
-    return load_codebooks(AutoModelForCausalLM.from_pretrained(folder, **kw).eval(), folder)
+    kw |= dict(output_loading_info=True)
+    model, found = AutoModelForCausalLM.from_pretrained(folder, **kw)
+    check_loaded("from_pretrained", name, model=model, found=found)
+    return load_codebooks(model.eval(), folder)

@@ -10,13 +10,11 @@ __all__ = ['Codebook', 'feature_ids']
 # %% ../../nbs/02_codebook.ipynb #c02-8
 import torch
 import torch.nn.functional as F
+from ..core import draw_rows, wide
 from .base import Dictionary
-from codebook_tutorial.dictionary.codechecks import (
-    check_config,
-    checked_edit,
-    in_backward,
-)
+from .codechecks import check_config, checked_edit
 from .kmeans import finite, kmeans, nearest
+from ..model.modes import in_backward
 from fastcore.basics import patch
 from torch import nn
 
@@ -137,9 +135,9 @@ def forward(
     if edit is not None:
         ids = checked_edit(edit(ids.clone()), ids, self.weight.shape[1])
     out = self.decode_ids(ids)
-    recon = F.mse_loss(out, x.detach(), reduction="none").sum(-1)
+    recon = F.mse_loss(wide(out), wide(x.detach()), reduction="none").sum(-1)
     if self.commitment:
-        pull = F.mse_loss(out.detach(), x, reduction="none").sum(-1)
+        pull = F.mse_loss(wide(out.detach()), wide(x), reduction="none").sum(-1)
         recon = recon + self.commitment * pull
     counted = slice(None) if mask is None else mask
     self.count_uses(x.detach()[counted], ids[counted])
@@ -260,7 +258,7 @@ def resample(
         if not len(dead):
             continue
         odds = weight.float().cpu()
-        rows = torch.multinomial(odds, len(dead), generator=generator).to(x.device)
+        rows = draw_rows(odds, len(dead), generator).to(x.device)
         target = part[rows] * self.scale
         if self.select == "residual":  # some as first codes, some as second, ...
             last = torch.randint(self.k, (len(rows), 1), generator=generator)

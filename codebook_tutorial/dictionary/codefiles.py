@@ -8,12 +8,14 @@ Docs: https://codebook-tutorial.github.io/codebook_tutorial/lib/dictionary_codef
 __all__ = ['WEIGHTS', 'CONFIG', 'write_codebooks', 'read_codebooks', 'shapes', 'to_model', 'codebook_folder']
 
 # %% ../../nbs/lib/dictionary_codefiles.ipynb #dictionary-codefiles-3
+import json
 from pathlib import Path
 
 import torch
 from .codebook import Codebook
 from ..files import read_json, reading, seal, unseal, write, write_json
 from ..model.sites import site_dims
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 # %% ../../nbs/lib/dictionary_codefiles.ipynb #dictionary-codefiles-4
@@ -28,9 +30,10 @@ def write_codebooks(books: dict, folder):  # {site: Codebook}
         for site, book in books.items()
         for name, t in book.state_dict().items()
     }
-    write(folder / WEIGHTS, lambda part: save_file(tensors, part))
-    weights = sorted(folder.glob("model*.safetensors")) + [folder / WEIGHTS]
     sites = {site: book.config for site, book in books.items()}
+    told = dict(sites=json.dumps(sites))  # under the weights' checksum
+    write(folder / WEIGHTS, lambda part: save_file(tensors, part, metadata=told))
+    weights = sorted(folder.glob("model*.safetensors")) + [folder / WEIGHTS]
     marks = seal(folder, [file.name for file in weights])
     write_json(folder / CONFIG, dict(format=1, sites=sites, sha256=marks))
 
@@ -51,6 +54,8 @@ def read_codebooks(folder, model) -> dict:  # {site: Codebook}
     unseal(folder, {name: marks[name] for name in marks if (folder / name).exists()}, call)
     with reading(folder / WEIGHTS, call):
         tensors = load_file(folder / WEIGHTS)
+        with safe_open(folder / WEIGHTS, "pt") as file:
+            told = (file.metadata() or {}).get("sites")
     with reading(folder / CONFIG, call):
         books = {site: Codebook(**config) for site, config in info["sites"].items()}
     dims = site_dims(model, list(books))
@@ -67,6 +72,11 @@ def read_codebooks(folder, model) -> dict:  # {site: Codebook}
         if got != want:
             raise ValueError(f"{call}: {site} in {folder}: expected {want}, got {got}")
         book.load_state_dict(own)
+    if told and json.loads(told) != info["sites"]:
+        raise ValueError(
+            f"{call}: {CONFIG} in {folder} does not say what the codebooks were saved with; "
+            "expected the settings that save_pretrained wrote, copy the folder again"
+        )
     return books
 
 

@@ -18,7 +18,8 @@ from ..core import device
 from .checkpoints import last_checkpoint, undamaged
 from .trainer import CodebookTrainer
 from ..files import read_json, same_settings, sweep, write_json
-from ..model.run import check_length, evaluating
+from ..model.modes import evaluating, keeping_mode
+from ..model.run import check_length
 from transformers import PrinterCallback, TrainerState, TrainingArguments
 
 # %% ../../nbs/lib/dictionary_finetune.ipynb #dictionary-finetune-4
@@ -44,7 +45,7 @@ def finetune(
     resample_until: float = 0.75,
     **kw,  # of TrainingArguments: bf16, gradient_accumulation_steps, ...
 ) -> list[dict]:
-    "Train weights and codes on a text with transformers' Trainer; returns its logs."
+    "Train weights and codes on a text with transformers' Trainer; logs; the mode is kept."
     if len(text) < 1:
         raise ValueError("finetune: the text has no rows")
     check_length(model, text.ids.shape[1], "finetune")
@@ -56,8 +57,8 @@ def finetune(
         args = _arguments(folder, nowhere, **(settings | kw))
         trainer = CodebookTrainer(model, args, train_dataset=as_dataset(text), **codes)
         trainer.remove_callback(PrinterCallback)
-        _train(trainer, text, folder, resume=resume)
-    model.eval()
+        with keeping_mode(model):
+            _train(trainer, text, folder, resume=resume)
     return [row for row in trainer.state.log_history if "lm_loss" in row]
 
 

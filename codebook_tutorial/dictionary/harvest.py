@@ -26,8 +26,9 @@ from codebook_tutorial.dictionary.store import (
     shard_path,
     store_info,
 )
-from ..files import checksum, same_settings, sweep, write, write_json
-from ..model.run import check_length, passes
+from ..files import checksum, read_json, same_settings, sweep, write, write_json
+from ..model.modes import model_device
+from ..model.run import check_length, far_out, passes
 from ..model.sites import site_dims
 from ..model.text import Text
 from safetensors import SafetensorError
@@ -43,7 +44,7 @@ def _check(model, text, sites, *, dtype, batch, shard):
     if batch < 1 or shard < 1:
         raise ValueError(f"harvest: batch={batch}, shard={shard}; expected 1 or more of each")
     if not text.n_tokens:
-        raise ValueError("harvest: the text has no ordinary token, only BOS and padding")
+        raise ValueError("harvest: the text has no position that counts, only BOS and padding")
     if not sites:
         raise ValueError("harvest: no site; expected names or patterns, e.g. ['resid.1', 'mlp.*']")
     check_length(model, text.ids.shape[1], "harvest")
@@ -165,7 +166,7 @@ def _harvest_rows(
     batch,
     bar,
 ):  # -> {name: [n, ..]}
-    "The activations at the rows' ordinary tokens, and which tokens these are."
+    "The activations at the positions that count, and which these are."
     keep = text.mask
     row, position = keep.nonzero(as_tuple=True)
     out = {site: torch.empty(len(row), width, dtype=dtype) for site, width in sites.items()}
@@ -192,7 +193,8 @@ def _save(folder, i, tensors, *, info):
     try:
         write(path := shard_path(folder, i), partial(save_file, tensors))
         rows = min(k, info["rows"] - i * k)
-        note = dict(n=len(tensors["ids"]), rows=rows, sha256=checksum(path))
+        far = {site: int(far_out(tensors[site]).sum()) for site in info["sites"]}
+        note = dict(n=len(tensors["ids"]), rows=rows, far_out=far, sha256=checksum(path))
         write_json(shard_path(folder, i, "json"), note)
     except (OSError, SafetensorError) as e:  # save_file's errors are no OSErrors
         done = sum(shard_done(folder, j) for j in range(info["shards"]))
@@ -222,6 +224,19 @@ def _harvest_shards(model, text, folder, *, info, mine, batch, verbose):
             del part  # no more than one shard is held
 
 
+def _say_far_out(folder, info):
+    "One line on states that are longer than 10 x the median, if there are any."
+    notes = [read_json(shard_path(folder, i, "json"), "harvest") for i in range(info["shards"])]
+    count = {
+        site: sum(note.get("far_out", {}).get(site, 0) for note in notes) for site in info["sites"]
+    }
+    if some := ", ".join(f"{site} {n}" for site, n in count.items() if n):
+        print(
+            f"harvest: states longer than 10 x the median: {some}; they are kept, and "
+            "outliers='drop' in load, batches and train_sae leaves them out"
+        )
+
+
 def _processes(device):  # the model's
     "accelerate's state where torchrun started several processes, else None."
     if int(os.environ.get("WORLD_SIZE", 1)) == 1:
@@ -245,10 +260,10 @@ def harvest(
     overwrite: bool = False,  # replace the activations that are there?
     verbose: bool = True,  # say what it takes, show a bar
 ) -> Activations:
-    "Write the activations at every ordinary token (not BOS or padding) to disk; resumes."
+    "Write the activations at every position that counts (`Text.mask`) to disk; resumes."
     _check(model, text, sites, dtype=dtype, batch=batch, shard=shard)
     folder, k = Path(folder), max(1, shard // text.ids.shape[1])
-    state = _processes(next(model.parameters()).device)
+    state = _processes(model_device(model))
     info = _settings(model, text, sites, dtype=dtype, k=k)
     if state is None or state.is_main_process:
         _check_folder(folder, info, overwrite)
@@ -264,4 +279,6 @@ def harvest(
     _harvest_shards(model, text, folder, info=info, mine=mine, batch=batch, verbose=verbose)
     if state:
         state.wait_for_everyone()
+    if verbose and rank == 0:
+        _say_far_out(folder, info)
     return open_activations(folder)

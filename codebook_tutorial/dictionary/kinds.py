@@ -30,7 +30,8 @@ class BatchTopK(KeepK):
     def keep(self, pre):
         "The k N largest features of a batch [N, F]; the threshold follows the smallest of them."
         f = pre.relu()
-        least = f.detach().flatten().kthvalue(f.numel() - self.k * len(f)).values
+        rest = f.numel() - self.k * len(f)  # nothing, where k is all
+        least = f.detach().flatten().kthvalue(rest).values if rest else f.new_tensor(0.0)
         rate = 0.01 if self.threshold > 0 else 1.0
         self.threshold.lerp_(least.clamp(min=0).to(self.threshold), rate)
         self.count_silence(f > least)
@@ -49,6 +50,11 @@ class Matryoshka(BatchTopK):
     def __init__(self, *args, shares: tuple = (1 / 16, 1 / 8, 1 / 4, 1 / 2, 1), **kw):
         super().__init__(*args, shares=list(shares), **kw)
         self.sizes = [max(1, round(s * self.config["n_feats"])) for s in shares]
+        if list(shares) != sorted(shares) or not shares or min(shares) <= 0 or shares[-1] != 1:
+            raise ValueError(
+                f"Matryoshka: expected shares that grow from above 0 to 1, got {list(shares)}: "
+                "features behind the last share would be in no loss"
+            )
 
     def loss(self, x, alpha):
         "Mean over the nested dictionaries of |x - x^|^2, + alpha * the auxiliary loss."

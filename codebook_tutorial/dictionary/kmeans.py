@@ -10,6 +10,7 @@ __all__ = ['finite', 'nearest', 'kmeans_parallel', 'kmeans']
 # %% ../../nbs/lib/dictionary_kmeans.ipynb #dictionary-kmeans-3
 import torch
 import torch.nn.functional as F
+from ..core import draw_rows
 
 # %% ../../nbs/lib/dictionary_kmeans.ipynb #dictionary-kmeans-4
 def finite(x, call: str):
@@ -79,7 +80,7 @@ def kmeans_parallel(
         size = n_codes // rounds + (r < n_codes % rounds)
         if not size:
             continue
-        rows = torch.multinomial(weight.clamp(min=1e-9), size, generator=generator)
+        rows = draw_rows(weight.clamp(min=1e-9), size, generator)
         new = x[rows.to(x.device)]
         far = _distance(x, new, cosine).cpu()
         weight = torch.minimum(weight, far) if len(seeds) else far

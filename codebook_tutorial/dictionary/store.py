@@ -14,6 +14,7 @@ from pathlib import Path
 import torch
 from ..core import seeded
 from ..files import read_json, reading, unseal
+from ..model.run import without
 from safetensors import safe_open
 
 # %% ../../nbs/lib/dictionary_store.ipynb #dictionary-store-4
@@ -107,15 +108,20 @@ class Activations:
             for a in range(0, n, length)
         ]
 
-    def load(self, site: str, n: int | None = None):  # -> float32 [n, d]
-        "The first n tokens' activations, all if n is None."
+    def load(
+        self,
+        site: str,
+        n: int | None = None,  # the first so many tokens; None: all
+        outliers: str = "keep",  # "drop": fewer, without rows longer than 10 x the median
+    ):
+        "A site's activations, float32 [n, d]."
         runs = self._runs(site, max(self.n, 1), "load")
         n = self.n if n is None else n
         if not 0 <= n <= self.n:
             raise ValueError(f"load: n={n}, expected 0 to {self.n}")
         out = torch.empty(n, self.sites[site])
         _fill(out, torch.arange(n), runs[::-1], read=partial(self._read, site))
-        return out
+        return without(outliers, out, "load")
 
     def batches(
         self,
@@ -126,16 +132,20 @@ class Activations:
         hold: int = 65_536,  # rows in memory, among which a batch is drawn
         epochs: int = 1,  # each gives every row once
         dtype=torch.float32,
+        outliers: str = "keep",  # "drop": smaller batches, without what is far out in the buffer
     ):
         """Shuffled batches [size, d], more than memory holds.
 
         Short runs of rows are read in random order into a buffer; it is shuffled, half of it is
         given out, and the free half is filled again."""
+        without(outliers, torch.empty(0, 1), "batches")
         runs = self._runs(site, max(1, min(256, hold // 32)), "batches")
         if not 1 <= size <= hold:
             raise ValueError(f"batches: expected 1 <= size <= hold, got size={size}, hold={hold}")
         draw = seeded(seed)
-        return self._batches(site, runs, size, draw=draw, hold=hold, epochs=epochs, dtype=dtype)
+        kw = dict(draw=draw, hold=hold, epochs=epochs, dtype=dtype)
+        found = self._batches(site, runs, size, **kw)
+        return found if outliers == "keep" else (without("drop", x, "batches") for x in found)
 
     def _batches(self, site, runs, size, *, draw, hold, epochs, dtype):
         buffer = torch.empty(min(hold, self.n), self.sites[site], dtype=dtype)

@@ -13,12 +13,13 @@ from itertools import count, islice, product
 
 import torch
 import torch.nn.functional as F
-from ..core import seeded
+from ..core import seeded, wide
 from .kinds import KINDS
 from .kmeans import finite
 from .resumable import Run
 from .sae import SAE, KeepK
-from ..model.run import evaluating
+from ..model.modes import evaluating, model_device
+from ..model.run import without
 from ..model.sites import intervene
 from ..model.text import Text
 from tqdm.auto import tqdm
@@ -38,6 +39,7 @@ def train_sae(
     lr: float = 4e-3,
     seed: int = 0,
     site: str | None = None,
+    outliers: str = "keep",  # "drop": without states longer than 10 x the median (sinks)
     resample: tuple = (0.2, 0.4, 0.6),  # when dead features are resampled: shares of the steps
     folder=None,  # keeps the state, from which a stopped run resumes
     save_every: int = 500,
@@ -46,18 +48,18 @@ def train_sae(
     **settings,  # of the kind: k, patience, k_aux, shares, bandwidth
 ):
     "Train a sparse autoencoder on activations; several alphas give a list of autoencoders."
-    alpha = _check(kind, alpha, steps=steps, batch=batch, rows=len(acts))
+    alpha = _check(kind, alpha, steps=steps, save_every=save_every, batch=batch, rows=len(acts))
     sample = acts if torch.is_tensor(acts) else acts.load(site, min(50_000, len(acts)))
-    mean, scale = normalisation(sample)
+    mean, scale = normalisation(without(outliers, sample, "train_sae"))
     draw = seeded(seed)
     sae = KINDS[kind](len(mean), n_feats, stack=alpha.shape, generator=draw, **settings)
     began = dict(sae.config, alpha=alpha.tolist(), steps=steps, batch=batch, lr=lr, seed=seed)
     began |= dict(resample=list(resample), bf16=bf16, mean=mean.sum().item())
-    began |= dict(scale=scale.item(), rows=len(acts))
+    began |= dict(scale=scale.item(), rows=len(acts), outliers=outliers)
     run = Run(sae.to(mean.device), folder, began)
     batches = islice(_batches(acts, site, batch, seed=seed), run.done, steps)
     bar = tqdm(batches, f"train_sae {kind}", steps, initial=run.done, unit="step", delay=2)
-    normalised = ((x.to(mean) - mean) / scale for x in bar)
+    normalised = ((without(outliers, x.to(mean), "train_sae") - mean) / scale for x in bar)
     train_loop(run, normalised, save_every=save_every, compile=compile)
     sae.fold_normalisation(mean, scale)
     saes = [one.eval() for one in unstack(sae)]
@@ -90,8 +92,20 @@ def train_loop(
         if t + 1 in resample_at and not isinstance(sae, KeepK):
             draw = seeded(s.seed + t)
             resample_dead(sae, x, optimizer, patience=50 * s.batch, generator=draw)
-        if (t + 1) % save_every == 0 or t + 1 == s.steps:
+        last = (t + 1) % save_every == 0 or t + 1 == s.steps
+        if last or t % 50 == 0:
+            _check_loss(loss, t, s)
+        if last:
             run.save(t + 1)
+
+
+def _check_loss(loss, t, settings):
+    "ValueError if training has diverged; what was saved before is kept."
+    if not loss.isfinite().all():
+        raise ValueError(
+            f"train_sae: the loss is {loss.detach().tolist()} at step {t + 1} with "
+            f"alpha={settings.alpha}, lr={settings.lr}: training has diverged; take a smaller lr"
+        )
 
 
 def schedule(t: int, steps: int, decay: float = 0.3) -> float:
@@ -145,7 +159,7 @@ def _untrained(sae, cls=None):
     return (cls or type(sae))(**settings).to(sae.W_dec)
 
 # %% ../../nbs/lib/dictionary_train.ipynb #dictionary-train-8
-def _check(kind, alpha, *, steps, batch, rows):
+def _check(kind, alpha, *, steps, save_every, batch, rows):
     "alpha as a tensor, [] or [S]; ValueError for what cannot be trained."
     if kind not in KINDS:
         raise ValueError(f"train_sae: kind={kind!r}, expected one of {', '.join(KINDS)}")
@@ -155,12 +169,14 @@ def _check(kind, alpha, *, steps, batch, rows):
             f"train_sae: kind={kind!r} takes one alpha, the weight of its auxiliary loss; "
             f"got {alpha.tolist()} (sparsity is set by k)"
         )
-    if alpha.dim() > 1 or not alpha.numel() or not (alpha >= 0).all():
+    if alpha.dim() > 1 or not alpha.numel() or not ((alpha >= 0) & alpha.isfinite()).all():
         raise ValueError(
             f"train_sae: expected alpha of at least 0, one or a list, got {alpha.tolist()}"
         )
-    if steps < 1:
-        raise ValueError(f"train_sae: expected steps of at least 1, got {steps}")
+    if steps < 1 or save_every < 1:
+        raise ValueError(
+            f"train_sae: expected 1 or more of steps and save_every, got {steps} and {save_every}"
+        )
     if not 1 <= batch <= rows:
         raise ValueError(
             f"train_sae: expected a batch of at most the {rows} rows of data, got {batch}"
@@ -205,11 +221,12 @@ def refit(
 ):
     "The same features with the least-squares decoder for x: undoes what the penalty has shrunk."
     n, width = sae.W_dec.shape
-    ff, fx = x.new_zeros(n, n), x.new_zeros(n, width)
+    ff, fx = (wide(x.new_zeros(n, m)) for m in (n, width))
     for part in x.split(batch):
         f = sae.encode(part)
+        left, f = wide(part) - wide(sae.decode(f)), wide(f)
         ff += f.T @ f
-        fx += f.T @ (part - sae.decode(f))
+        fx += f.T @ left
     least = (ridge * ff.diagonal().mean()).clamp(min=1e-30) * torch.eye(n, device=x.device)
     new = _untied(sae)
     new.W_dec.add_(torch.linalg.solve(ff + least, fx))  # 0 for a feature that never fires
@@ -251,18 +268,19 @@ def tune_decoder(
 
 def _decoding_loss(sae, model, text, *, site):
     "KL(model, model with decoded states) + FVU of the decoded states."
-    device = next(model.parameters()).device
+    device = model_device(model)
     ids, mask = text.ids.to(device), text.mask.to(device)
     seen = {}
 
     def decoded(x):
         x_hat = sae.decode(sae.encode(x))
-        spread = (x[mask] - x[mask].mean(0)).pow(2).sum()
-        seen["fvu"] = (x - x_hat)[mask].pow(2).sum() / spread
+        own = wide(x[mask])
+        error = (own - wide(x_hat[mask])).pow(2).sum()
+        seen["fvu"] = error / (own - own.mean(0)).pow(2).sum()
         return torch.where(mask[..., None], x_hat, x)
 
     def log_probs():
-        return model(input_ids=ids, use_cache=False).logits[mask].log_softmax(-1)
+        return model(input_ids=ids, use_cache=False).logits[mask].float().log_softmax(-1)
 
     with torch.no_grad():
         want = log_probs()

@@ -14,7 +14,7 @@ from ..core import seeded
 from ..dictionary.base import Feature, Lens
 from .read import Contexts
 from .trace import FeatureTree
-from ..model.run import evaluating, model_device
+from ..model.modes import evaluating, model_device
 from ..model.sites import capture, intervene
 
 # %% ../../nbs/lib/feature_ablate.ipynb #feature-ablate-4

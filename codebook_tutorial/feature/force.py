@@ -11,7 +11,7 @@ __all__ = ['force_codes', 'token_codes', 'write_codes']
 import torch
 from ..dictionary.codebook import Codebook
 from ..dictionary.switching import check_rows, target_rows
-from ..model.run import evaluating
+from ..model.modes import evaluating
 
 # %% ../../nbs/lib/feature_force.ipynb #feature-force-4
 def _places(features, book, slots):

@@ -14,8 +14,9 @@ import torch
 import torch.nn.functional as F
 from ..dictionary.base import Dictionary, Lens
 from .orders import ORDERS, nested_sets
+from ..model.modes import evaluating, model_device
 from ..model.rerun import rerun
-from ..model.run import check_length, evaluating, model_device
+from ..model.run import check_length
 from ..model.sites import match_sites
 from ..world.tasks import Pairs, logit_difference, task_score
 

@@ -55,6 +55,11 @@ def _surface(tok):  # -> [vocabulary] bytes; ids after which a word has no space
         return [_sentencepiece(word) for word in words], []
     return _words(raw, words)
 
+
+def _shown(piece):  # bytes -> text
+    text = piece.decode(errors="surrogateescape")
+    return re.sub("[\udc80-\udcff]", lambda m: f"<0x{ord(m[0]) - 0xDC00:02X}>", text)
+
 # %% ../../nbs/lib/feature_surface.ipynb #feature-surface-5
 class Surface:
     """What tokens write: `pieces[id]` in bytes.
@@ -85,5 +90,5 @@ class Surface:
         return b"".join(pieces.ravel().tolist()), ends - sizes.ravel(), ends, np.flatnonzero(begins)
 
     def words(self, ids):
-        "Each token by itself, as text."
-        return [self.pieces[i].decode(errors="replace") for i in ids]
+        "Each token by itself, as text; bytes that are only a part of a character as <0xE6>."
+        return [_shown(self.pieces[i]) for i in ids]

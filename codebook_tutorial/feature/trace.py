@@ -16,9 +16,10 @@ import torch.nn.functional as F
 from .. import show
 from ..dictionary.base import Dictionary, Feature, Lens
 from .read import Contexts
+from ..model.modes import evaluating, model_device
 from ..model.rerun import rerun, site_order
-from ..model.run import evaluating, model_device
-from ..model.sites import match_sites, site_dims, structure
+from ..model.sites import match_sites, site_dims
+from ..model.structure import blocks_of
 
 # %% ../../nbs/lib/feature_trace.ipynb #feature-trace-5
 def _centred(logp):  # log-probabilities: of logits only the differences count
@@ -56,7 +57,7 @@ def direct_effects(
     It is added to the last block's output at the contexts' ends, where no block reads it; of a
     code, what it writes more than the mean of its book. Less the mean over the vocabulary."""
     contexts = contexts.to(model_device(model))
-    last = f"resid.{len(structure(model)[1]) - 1}"
+    last = f"resid.{len(blocks_of(model)) - 1}"
     rows = torch.arange(len(contexts), device=contexts.ids.device)
     step = scale * contexts.acts[:, None] * Lens(model, last, dictionary).moves[feature]
 

@@ -13,7 +13,8 @@ from functools import partial
 
 import torch
 import torch.nn.functional as F
-from .run import check_length, evaluating, model_device
+from .modes import evaluating, model_device
+from .run import check_length
 from tqdm.auto import tqdm
 
 # %% ../../nbs/lib/model_generate.ipynb #model-generate-4

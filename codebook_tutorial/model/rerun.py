@@ -11,7 +11,8 @@ __all__ = ['site_order', 'rerun']
 from contextlib import contextmanager
 
 import torch
-from .sites import capture, intervene, structure
+from .sites import capture, intervene
+from .structure import blocks_of
 
 # %% ../../nbs/lib/model_rerun.ipynb #model-rerun-4
 def site_order(site: str) -> tuple:
@@ -52,7 +53,7 @@ class rerun:
         last,  # [n] where each prompt ends
     ):
         kind, layer = site.split(".")
-        blocks = structure(model)[1]
+        blocks = blocks_of(model)
         first = int(layer) + (kind == "resid")  # the first block that runs again
         self.model = model
         self.site = site
@@ -108,7 +109,7 @@ class rerun:
         "States at a later site [m, length, d'] when those here are x; only blocks in between run."
         if site_order(site) <= site_order(self.site):
             raise ValueError(f"rerun: expected a site after {self.site}, got {site!r}")
-        later = list(structure(self.model)[1])[int(site.split(".")[1]) + 1 :]
+        later = list(blocks_of(self.model))[int(site.split(".")[1]) + 1 :]
         grad = torch.is_grad_enabled()
         model = getattr(self.model, "base_model", self.model)
         with self._given(x, rows, self.skipped + later) as ids:

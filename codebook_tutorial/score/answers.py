@@ -15,7 +15,8 @@ import torch
 from ..feature.choices import find_choices, split_words
 from ..feature.explain.protocol import fragments, pieces
 from ..feature.explain.rules import story_words
-from ..model.run import evaluating, states_of
+from ..model.modes import evaluating
+from ..model.run import states_of
 from ..model.text import Text, load_text
 from codebook_tutorial.score.benches import (
     Concepts,

@@ -16,7 +16,7 @@ from ..dictionary.base import Dictionary
 from ..dictionary.baselines import Affine, ica, pca
 from ..dictionary.codebook import Codebook
 from ..dictionary.train import refit, train_sae
-from ..model.run import evaluating, model_device
+from ..model.modes import evaluating, model_device
 from ..model.sites import capture
 from .metrics import measure
 from ..world.fsm import TokFSM, state_labels

@@ -9,11 +9,14 @@ __all__ = ['measure', 'replaced_loss', 'loss_recovered']
 
 # %% ../../nbs/lib/score_metrics.ipynb #score-metrics-3
 import math
+import warnings
 
 import torch
 import torch.nn.functional as F
+from ..core import wide
 from ..dictionary.kmeans import finite
-from ..model.run import mean_state, model_device, token_losses
+from ..model.modes import model_device
+from ..model.run import mean_state, token_losses
 from ..model.sites import intervene
 from ..model.text import Text
 
@@ -34,21 +37,36 @@ def measure(
         raise ValueError(
             f"measure: expected states [N, d] that are not all the same, got {list(x.shape)}"
         )
-    mean, active, left, like = x.mean(0), 0, 0.0, 0.0
+    mean = sum(wide(part).sum(0) for part in x.split(batch)) / len(x)
+    active, left, like, spread = 0, 0.0, 0.0, []
     for part in x.split(batch):
         f = dictionary.encode(part)
-        x_hat = dictionary.decode(f)
+        x_hat, part = wide(dictionary.decode(f)), wide(part)
         active = active + (f != 0).sum(0)
-        left = left + (part - x_hat).pow(2).sum()
-        like = like + F.cosine_similarity(part - mean, x_hat - mean, dim=-1).sum()
+        left += (part - x_hat).pow(2).sum().item()
+        like += F.cosine_similarity(part - mean, x_hat - mean, dim=-1).sum().item()
+        spread.append((part - mean).pow(2).sum(1))
+    _say_who_rules(torch.cat(spread))
     return dict(
         l0=active.sum().item() / len(x),
-        fvu=(left / (x - mean).pow(2).sum()).item(),
-        cosine=like.item() / len(x),
+        fvu=left / sum(part.sum().item() for part in spread),
+        cosine=like / len(x),
         dead_share=(active == 0).float().mean().item(),
         alive=int((active > 10).sum()),
         density=active / len(x),
     )
+
+
+def _say_who_rules(spread):  # [N] squared distances from the mean
+    "Warn where a thousandth of the states holds more than half of the variance."
+    few = max(1, len(spread) // 1000)
+    share = (spread.topk(few).values.sum() / spread.sum()).item()
+    if few > 1 and share > 0.5:
+        warnings.warn(
+            f"measure: {few} of {len(spread):,} states hold {share:.0%} of the variance: fvu and "
+            "cosine tell about these; leave them out (outliers='drop' in load, batches, states_of)",
+            stacklevel=3,
+        )
 
 
 @torch.no_grad()
@@ -66,8 +84,8 @@ def replaced_loss(
         part = text[i : i + batch]
         there = part.mask.to(model_device(model))[..., None]
         with intervene(model, {site: lambda x: torch.where(there, fn(x), x)}):
-            total += torch.nan_to_num(token_losses(model, part, batch)).sum().item()
-    return total / int((text.labels[:, 1:] != -100).sum())
+            total += token_losses(model, part, batch).double().nansum().item()
+    return total / int((text.labels != -100).sum())
 
 
 @torch.no_grad()

@@ -31,7 +31,7 @@ def with_typos(
     "A text with some ordinary tokens misspelt, and where they are not: [rows, length] bool."
     if not 0 <= rate <= 1:
         raise ValueError(f"with_typos: expected a rate between 0 and 1, got {rate}")
-    hit = (torch.rand(text.ids.shape, generator=seeded(seed)) < rate) & text.mask
+    hit = (torch.rand(text.ids.shape, generator=seeded(seed)) < rate) & text.ordinary
     return Text(text.ids.masked_fill(hit, unknown), text.bos, text.pad), ~hit
 
 
@@ -39,9 +39,9 @@ def with_words_shuffled(text: Text, seed: int = 0):
     """A text with the words of each document in random order, and where each came from.
 
     The latter is an index into ids.flatten(), [rows, length]."""
-    document = (~text.mask).flatten().cumsum(0)  # BOS and padding begin a new one, and stay
+    document = (~text.ordinary).flatten().cumsum(0)  # BOS and padding begin a new one, and stay
     place = torch.rand(text.ids.numel(), generator=seeded(seed))
-    order = place.masked_fill(~text.mask.flatten(), -1.0).argsort()
+    order = place.masked_fill(~text.ordinary.flatten(), -1.0).argsort()
     order = order[document[order].argsort(stable=True)].view_as(text.ids)
     return Text(text.ids.flatten()[order], text.bos, text.pad), order
 

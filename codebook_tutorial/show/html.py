@@ -30,7 +30,9 @@ class Html:
         self.words = words
 
     def _repr_html_(self):
-        return self.source
+        if "$" not in self.source:
+            return self.source
+        return f'<div class="mathjax_ignore tex2jax_ignore">{self.source}</div>'  # no formula
 
     def __repr__(self):
         return self.words

@@ -141,7 +141,7 @@ def story_text(
     text = Text(torch.tensor(list(rows)), ID["<bos>"], ID["<pad>"])
     codes = torch.full((*text.ids.shape, len(CONCEPTS)), -1, dtype=torch.int16)  # also at padding
     tables = np.concatenate([concept_table(s) for s in told])
-    codes[text.mask] = torch.from_numpy(tables)[: text.n_tokens]
+    codes[text.ordinary] = torch.from_numpy(tables)[: int(text.ordinary.sum())]
     return text, codes
 
 

@@ -13,7 +13,7 @@ import random
 from dataclasses import dataclass
 
 import numpy as np
-from ..model.text import SOURCES, Source
+from ..model.sources import SOURCES, Source
 from .grammar import ID, NAMES, SENTENCE_KINDS, VOCABULARY, VOWEL, detokenize
 from codebook_tutorial.world.slots import (
     COIN,

@@ -61,7 +61,8 @@ class Pairs:
 
 # %% ../../nbs/lib/world_tasks.ipynb #world-tasks-5
 def _ids(tok, text):
-    return [tok.bos_token_id, *tok(text, add_special_tokens=False, verbose=False)["input_ids"]]
+    as_text = dict(add_special_tokens=False, split_special_tokens=True, verbose=False)
+    return [tok.bos_token_id, *tok(text, **as_text)["input_ids"]]
 
 
 def _unknown(tok, ids):

@@ -67,6 +67,8 @@ def _alternatives(token):  # -> {number, yes or no: probability}
         return found
     alternatives = {t["token"]: t["logprob"] for t in [token, *token["top_logprobs"]]}
     for text, logprob in alternatives.items():
+        if math.isnan(logprob):
+            raise ValueError("a log-probability is NaN")
         if (word := text.strip().lower()) in _NUMBERS | _YES_NO:
             found[word] += math.exp(logprob)
     return found
@@ -135,6 +137,8 @@ def read_numbers(
         token = escape_token(token)
         if name and name != token.strip():
             raise ValueError(f"expected a line for {token!r}, got one for {shorten(name)!r}")
+    if all(not name and number == t.strip() for t, (_, number, name) in zip(wanted, found)):
+        raise ValueError(f"expected numbers beside the tokens, got the tokens: {shorten(text)!r}")
     written = [float(number) for _, number, _ in found]
     if not tokens:
         return written, None

@@ -21,7 +21,8 @@ from codebook_tutorial.feature.explain.prompts import (
 )
 from .protocol import Explainer, check_asks, check_features
 from ...model.hub import load_lm
-from ...model.run import evaluating, next_probs
+from ...model.modes import evaluating
+from ...model.run import next_probs
 from fastcore.basics import patch
 from tqdm.auto import tqdm
 

@@ -8,6 +8,7 @@ Docs: https://codebook-tutorial.github.io/codebook_tutorial/lib/feature_explain_
 __all__ = ['SHOTS', 'escape_token', 'token_lines', 'explain_messages', 'simulate_messages', 'judge_messages', 'clean_phrase']
 
 # %% ../../../nbs/lib/feature_explain_prompts.ipynb #feature-explain-prompts-3
+import json
 import re
 
 from .protocol import Fragment
@@ -144,10 +145,28 @@ def judge_messages(
     )
 
 # %% ../../../nbs/lib/feature_explain_prompts.ipynb #feature-explain-prompts-7
+_PREAMBLE = re.compile(r"(sure|certainly|of course|okay|ok|great)\W*|.*:\W*", re.I)
+_LABEL = re.compile(r"\**(the )?(explanation|answer|phrase)\**\s*:\**\s*(?=\S)", re.I)
+
+
+def _unwrapped(line):
+    "Without a list's dash, a label, and marks around the whole."
+    line = _LABEL.sub("", re.sub(r"^[-*•] +", "", line), count=1)
+    for mark in ("**", '"', "'", "`"):
+        inside = line.removeprefix(mark).removesuffix(mark)
+        if line == mark + inside + mark and inside and mark not in inside:
+            line = inside.strip()
+    return line
+
+
 def clean_phrase(text: str) -> str:
-    "The first line of a model's answer, without thoughts or quotes around the whole."
+    "The phrase in a model's answer: no thoughts, preamble, fence, label or quotes; may be empty."
     # some templates open thoughts unasked
-    answer = re.sub(r"<think>.*$", "", text.rpartition("</think>")[2], flags=re.S)
-    line = next((line.strip() for line in answer.split("\n") if line.strip()), "")
-    quoted = len(line) > 1 and line[0] == line[-1] and line[0] in "\"'`"
-    return line[1:-1].strip() if quoted and line.count(line[0]) == 2 else line
+    answer = re.sub(r"<think>.*$", "", text.rpartition("</think>")[2], flags=re.S).strip()
+    answer = re.sub(r"^```\w*\n|\n?```$", "", answer).strip()
+    if found := re.fullmatch(r'\{\s*"explanation"\s*:\s*("(?:[^"\\]|\\.)*")\s*\}', answer):
+        answer = json.loads(found[1])
+    lines = [line.strip() for line in answer.split("\n") if line.strip().strip("`")]
+    while lines and _PREAMBLE.fullmatch(lines[0]):
+        lines.pop(0)
+    return _unwrapped(lines[0]) if lines else ""

@@ -113,7 +113,7 @@ def fragments(
         raise ValueError(f"fragments: expected length of 1 or more, got {length}")
     draw = np.random.default_rng(seed)
     rows = {}  # a set that keeps its order
-    for row, there in zip(text.ids.cpu().numpy(), text.mask.cpu().numpy()):
+    for row, there in zip(text.ids.cpu().numpy(), text.ordinary.cpu().numpy()):
         for begin, end in _runs(there):
             if not begin:
                 continue  # the rest of a document that began in the row before
