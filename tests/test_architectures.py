@@ -131,6 +131,14 @@ def test_sites_are_true_on(name):
         assert "attn" in kinds_of(row)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("name", "gpt_neox_japanese doge bert llama granite falcon".split())
+def test_half_precision_sees_what_float32_sees(name, dtype):
+    "The Japanese NeoX leaves out one layer's bias, a twelfth of what that layer adds."
+    whole, half = structure(build(name)), structure(build(name).to(dtype))
+    assert whole.missing.keys() == half.missing.keys() and whole.family == half.family
+
+
 @pytest.mark.nightly
 def test_sites_are_true_on_every_architecture():
     check_table(table())

@@ -319,7 +319,7 @@ def test_a_quoted_special_token_is_text(tmp_path):
     file = tmp_path / "a.jsonl"
     file.write_text("\n".join(map(json.dumps, quoted)))
     ids = load_text(tok, str(file), n_tokens=2000, length=64).ids
-    assert (ids == tok.bos_token_id).sum() <= 30 and (tmp_path / "a.jsonl").exists()
+    assert (ids == tok.bos_token_id).sum() <= 30
     plain = tmp_path / "b.txt"
     plain.write_text("\ufeff" + "Anna gave Tom a ball . " * 100, encoding="utf-8")
     assert (

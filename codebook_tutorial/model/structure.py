@@ -81,7 +81,7 @@ def _formed(place, calls):
 
 def _near(a, b, scale, *, dtype):
     "Whether two [2, 4, d] agree at every position, as far as sums of this size in a dtype can."
-    room = 1e-3 * scale.abs().amax(-1) + 16 * torch.finfo(dtype).eps * b.abs().amax(-1)
+    room = 1e-3 * scale.abs().amax(-1) + 4 * torch.finfo(dtype).eps * b.abs().amax(-1)
     return a.shape == b.shape and bool(((a - b).abs().amax(-1) <= room).all())
 
 
