@@ -388,6 +388,18 @@ def test_every_kind_of_file_gives_the_same_text(tok, tmp_path):
     ) and whole.n_tokens == sum(len(d.split()) for d in docs)
 
 
+def test_documents_can_be_a_list(tok, tmp_path):
+    "As read from a file; a short name in errors, and an item that is no text is named."
+    docs = documents(30)
+    write_files(tmp_path, docs)
+    there = load_text(tok, tmp_path / "lines.jsonl", length=16)
+    assert torch.equal(load_text(tok, docs, length=16).ids, there.ids)
+    with pytest.raises(ValueError, match="^load_text: a list of 1 documents has 5 tokens"):
+        load_text(tok, ["the dog saw the cat"], length=16)
+    with pytest.raises(TypeError, match="^load_text: expected a list of texts, got int at 1"):
+        load_text(tok, ["the dog", 3], length=16)
+
+
 def test_the_default_text_can_be_set(tok, tmp_path, monkeypatch):
     write_files(tmp_path, documents(30))
     monkeypatch.setenv("COURSE_TEXT", str(tmp_path / "strings.json"))

@@ -17,6 +17,7 @@ from pathlib import Path
 
 import torch
 from ..core import data_path, device
+from .gguf import check_gguf, gguf_in, gguf_tokenizer, load_gguf
 from .presets import PRESETS
 from .weights import check_loaded, check_weights
 
@@ -157,6 +158,8 @@ def _check_files(id, files):
         return
     unsafe = [f for f in files if f.endswith((".bin", ".pt", ".pth", ".h5", ".msgpack"))]
     there = f"; there are {', '.join(sorted(files))}"
+    if packed := [f for f in files if f.endswith(".gguf")]:
+        there += f"; `hf download {id} {packed[0]} --local-dir FOLDER`, then load_lm('FOLDER')"
     if unsafe:
         there = (
             f", only {', '.join(unsafe)}: such files can run code, and the course opens none. "
@@ -190,8 +193,8 @@ def _has_tokenizer(folder):
     )
 
 
-def _tokenizer(id, folder, bos, *, hub):
-    "A model's tokenizer with BOS and pad; that of the main revision where the pinned one has none."
+def _tokenizer(id, folder, hub):
+    "A model's tokenizer; that of the main revision where the pinned one has none."
     from transformers import AutoTokenizer
 
     if not _has_tokenizer(folder) and not Path(id).is_dir():
@@ -202,7 +205,11 @@ def _tokenizer(id, folder, bos, *, hub):
             f"load_lm: no tokenizer in {id}; "
             "expected tokenizer.json, tokenizer.model or vocab.json beside the weights"
         )
-    tok = AutoTokenizer.from_pretrained(folder)
+    return AutoTokenizer.from_pretrained(folder)
+
+
+def _with_marks(tok, id, bos):
+    "A tokenizer with BOS and pad."
     bos = bos or tok.bos_token
     if bos not in tok.get_vocab():
         what = f"the tokenizer of {id} has no BOS token, and texts begin with one"
@@ -234,18 +241,21 @@ def _repository(name, revision):
     preset = PRESETS.get(name, {"id": os.path.expanduser(name)})
     id = str(data_path("stories")) if name == "stories" else preset["id"]
     revision = revision or preset.get("revision")
-    here = Path(id).is_dir()
+    here = Path(id).exists()
     if not here and (id.startswith((".", os.sep)) or id.count("/") > 1):
-        raise ValueError(f"load_lm: no folder {name!r}; expected one with config.json, or a Hub id")
+        raise ValueError(
+            f"load_lm: no folder {name!r}; expected one with config.json, a GGUF file, or a Hub id"
+        )
     if here and revision:
         raise ValueError(
-            f"load_lm: {name!r} is a folder and has no revision {revision!r}; expected a Hub id"
+            f"load_lm: {name!r} is on this machine and has no revision {revision!r}; "
+            "expected a Hub id"
         )
     return id, revision
 
 
 def load_lm(
-    name: str | None = None,  # "stories" (or $COURSE_MODEL), a preset, a folder, or any Hub id
+    name: str | None = None,  # "stories" (or $COURSE_MODEL), a preset, a folder, a GGUF, a Hub id
     bos: str | None = None,  # the token to begin texts with, where the tokenizer names none
     revision: str | None = None,  # a branch, tag or commit of the Hub
     *,
@@ -258,13 +268,20 @@ def load_lm(
     name = str(name or os.environ.get("COURSE_MODEL") or "stories")
     id, revision = _repository(name, revision)
     hub = {k: kwargs.pop(k) for k in ("force_download", "token", "cache_dir") if k in kwargs}
+    kwargs["dtype"] = dtype
     with explain_error(_ask(name, id, revision)):
-        folder = _model_folder(id, revision, hub)
-        check_weights("load_lm", id, folder)
-        tok = _tokenizer(id, folder, bos, hub=hub)
-        model, found = AutoModelForCausalLM.from_pretrained(
-            folder, dtype=dtype, use_safetensors=True, output_loading_info=True, **kwargs
-        )
+        if file := gguf_in("load_lm", id):
+            told = check_gguf("load_lm", file)
+            own = _has_tokenizer(id)
+            tok = _tokenizer(id, id, hub) if own else gguf_tokenizer(file, told)
+            tok = _with_marks(tok, id, bos)
+            model, found = load_gguf("load_lm", file, told, **kwargs)
+        else:
+            folder = _model_folder(id, revision, hub)
+            check_weights("load_lm", id, folder)
+            tok = _with_marks(_tokenizer(id, folder, hub), id, bos)
+            kwargs |= dict(use_safetensors=True, output_loading_info=True)
+            model, found = AutoModelForCausalLM.from_pretrained(folder, **kwargs)
         check_loaded("load_lm", id, model=model, found=found)
     if tok.pad_token_id >= model.get_input_embeddings().num_embeddings:
         tok.pad_token = tok.bos_token

@@ -146,6 +146,14 @@ def _tokenized(tok, docs, n_tokens):
     return kept
 
 
+def _checked(docs: list) -> list:
+    "Documents from a list; TypeError where one is no text."
+    for i, doc in enumerate(docs):
+        if not isinstance(doc, str):
+            raise TypeError(f"load_text: expected a list of texts, got {type(doc).__name__} at {i}")
+    return docs
+
+
 def _check_request(tok, n_tokens, length):
     if None in (getattr(tok, "bos_token_id", None), getattr(tok, "pad_token_id", None)):
         raise ValueError(
@@ -171,7 +179,7 @@ def _ask(source, revision):
 # %% ../../nbs/lib/model_text.ipynb #model-text-12
 def load_text(
     tok,  # load_lm's tokenizer
-    source: str | None = None,  # "stories" (or $COURSE_TEXT), a file, a preset of TEXTS, any Hub id
+    source: str | list | None = None,  # "stories" ($COURSE_TEXT), file, TEXTS, Hub id, or documents
     n_tokens: int = 100_000,  # positions, as whole rows; fewer where the source ends
     *,
     length: int = 256,  # positions per row
@@ -184,17 +192,20 @@ def load_text(
 ) -> Text:
     "Documents, streamed and tokenized, as rows of token ids."
     _check_request(tok, n_tokens, length)
-    source = str(source or os.environ.get("COURSE_TEXT") or "stories")
+    source = source or os.environ.get("COURSE_TEXT") or "stories"
+    docs = _checked(source) if isinstance(source, list | tuple) else None
+    source = str(source) if docs is None else f"a list of {len(docs)} documents"
     with explain_error(_ask(source, revision)):
         told = dict(config=config, revision=revision, seed=seed)
-        docs = _tokenized(tok, documents_of(source, split, column, **told), n_tokens)
+        docs = documents_of(source, split, column, **told) if docs is None else docs
+        docs = _tokenized(tok, docs, n_tokens)
     if whole is None:
         own = find_source(source)
         whole = own is not None and own.whole(tok)
     n = sum(map(len, docs))
     if not docs or not whole and n + len(docs) + 1 < length:
         raise ValueError(
-            f"load_text: {source!r} has {n} tokens in {len(docs)} documents, "
+            f"load_text: {source} has {n} tokens in {len(docs)} documents, "
             f"too few for a row of {length}; give more text or a smaller length"
         )
     ids = pack(docs, length, tok.bos_token_id, pad=tok.pad_token_id, whole=whole)
