@@ -2,25 +2,28 @@
 precision, modes, compiled models, gradient checkpointing, damaged configurations."""
 
 import json
+import warnings
 
 import pytest
 import torch
 from test_sites import CONFIGS, IDS
-from transformers import AutoModelForCausalLM, GPT2Config
+from transformers import AutoModelForCausalLM, GPT2Config, TrainingArguments
 
 from codebook_tutorial.core import draw_rows, seeded
 from codebook_tutorial.dictionary.base import basis, fvu, random_directions
 from codebook_tutorial.dictionary.baselines import ica, pca
 from codebook_tutorial.dictionary.bottleneck import CodebookModel, add_codebooks
 from codebook_tutorial.dictionary.codebook import Codebook
-from codebook_tutorial.dictionary.finetune import finetune
+from codebook_tutorial.dictionary.finetune import as_dataset, finetune
 from codebook_tutorial.dictionary.harvest import harvest
 from codebook_tutorial.dictionary.train import train_sae
+from codebook_tutorial.dictionary.trainer import CodebookTrainer, batch_size
 from codebook_tutorial.model.hub import load_lm
 from codebook_tutorial.model.modes import keeping_mode
 from codebook_tutorial.model.run import far_out, lm_loss, mean_state, states_of, token_losses
 from codebook_tutorial.model.sites import capture, intervene
-from codebook_tutorial.model.text import Text
+from codebook_tutorial.model.structure import blocks_of
+from codebook_tutorial.model.text import Text, load_text
 from codebook_tutorial.score.metrics import loss_recovered, measure, replaced_loss
 
 BOS, PAD = 1, 0
@@ -318,12 +321,13 @@ def test_a_quoted_special_token_is_text(tmp_path):
     quoted = [dict(text=f"Anna said {tok.bos_token} to Tom . " * 30) for _ in range(30)]
     file = tmp_path / "a.jsonl"
     file.write_text("\n".join(map(json.dumps, quoted)))
-    ids = load_text(tok, str(file), n_tokens=2000, length=64).ids
+    ids = load_text(tok, str(file), n_tokens=2000, length=64, whole=False).ids
     assert (ids == tok.bos_token_id).sum() <= 30
     plain = tmp_path / "b.txt"
     plain.write_text("\ufeff" + "Anna gave Tom a ball . " * 100, encoding="utf-8")
     assert (
-        load_text(tok, str(plain), n_tokens=256, length=64).ids[0, 1] == tok("Anna").input_ids[-1]
+        load_text(tok, str(plain), n_tokens=256, length=64, whole=False).ids[0, 1]
+        == tok("Anna").input_ids[-1]
     )
 
 
@@ -348,3 +352,113 @@ def test_dollars_in_a_table_are_no_formula():
     shown = table([{"explanation": "prices from $5 to $10"}])._repr_html_()
     assert shown.startswith('<div class="mathjax_ignore') and "$5 to $10" in shown
     assert "mathjax" not in table([{"explanation": "prices"}])._repr_html_()
+
+
+# codes, and a first position that is a sink
+
+
+@pytest.fixture
+def story_sink():
+    "A model whose first positions are a hundred times as long as the others at resid.0; text."
+    model, tok = load_lm("stories")
+    text = load_text(tok, "stories", n_tokens=4096, length=64, whole=False)
+    block = blocks_of(model)[0]
+
+    def grow(module, args, out):
+        x = (out[0] if isinstance(out, tuple) else out).clone()
+        x[:, 0] *= 100
+        return (x, *out[1:]) if isinstance(out, tuple) else x
+
+    hook = block.register_forward_hook(grow)
+    yield model, tok, text
+    hook.remove()
+
+
+def with_codes(model, text, keep_first, **kw):
+    torch.manual_seed(0)
+    cb = add_codebooks(model, ["resid.1"], n_codes=32, keep_first=keep_first, **kw)
+    return cb.init_from_data(text, generator=seeded(0))
+
+
+def test_a_sink_that_codes_would_stand_for_is_told(story_sink):
+    model, _, text = story_sink
+    with pytest.warns(UserWarning, match=r"first positions hold 9\d% .* resid.1.*keep_first=True"):
+        with_codes(model, text[:16], False)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        with_codes(model, text[:16], True)
+
+
+def test_first_positions_are_kept_where_asked(story_sink):
+    "States, codes' start, counts, loss and units leave them out, alone, padded, and in generation."
+    model, tok, text = story_sink
+    text = text[:8]
+    cb = with_codes(model, text, True).train()
+    with torch.no_grad(), cb.bypass(), capture(cb, "resid.1") as before:
+        model(input_ids=text.ids)
+    with torch.no_grad(), capture(cb, "resid.1") as after:
+        cb(input_ids=text.ids, attention_mask=text.attention_mask)
+    x, y, real = before["resid.1"], after["resid.1"], text.attention_mask
+    assert torch.equal(x[:, 0], y[:, 0]) and not torch.equal(x[:, 1], y[:, 1])
+    others = real.clone()
+    others[:, 0] = False
+    assert cb.codebooks["resid.1"].counts.sum() == others.sum()
+    error = (x - y).pow(2).sum(-1)[others].mean()
+    assert torch.isclose(cb.recon["resid.1"], error, rtol=1e-5)
+    assert cb.codebooks["resid.1"].weight.norm(dim=-1).max() < x[others].norm(dim=-1).max() * 1.01
+    left = dict(  # padding on the left: the first token counts, wherever it is
+        input_ids=torch.cat([torch.zeros(8, 3, dtype=torch.long), text.ids], 1),
+        attention_mask=torch.cat([torch.zeros(8, 3, dtype=torch.bool), real], 1).long(),
+    )
+    cb.codebooks["resid.1"].reset_counts()
+    with torch.no_grad(), capture(cb, "resid.1") as padded:
+        cb(**left)
+    assert cb.codebooks["resid.1"].counts.sum() == others.sum()
+    with torch.no_grad(), cb.bypass(), capture(cb, "resid.1") as plain:
+        model(**left)
+    x, y = plain["resid.1"], padded["resid.1"]
+    assert torch.equal(x[:, 3], y[:, 3]) and not torch.isclose(x[:, 4:], y[:, 4:]).any(-1).all()
+    cb.codebooks["resid.1"].reset_counts()
+    prompt = text.ids[:2, :5]
+    ones = torch.ones_like(prompt)
+    cb.generate(prompt, attention_mask=ones, max_new_tokens=4, min_new_tokens=4, do_sample=False)
+    assert cb.codebooks["resid.1"].counts.sum() == 2 * (5 - 1 + 3)  # later tokens all have codes
+
+
+def test_keep_first_is_saved_sealed_and_trained(story_sink, tmp_path):
+    "A folder keeps it; a changed one is refused; the error's unit is that of the other positions."
+    model, tok, text = story_sink
+    cb = with_codes(model, text[:16], True, learn="ema")
+    args = TrainingArguments(str(tmp_path / "run"), report_to="none", use_cpu=True)
+    trainer = CodebookTrainer(cb, args, train_dataset=as_dataset(text))
+    trainer.measure_power()
+    rows = text[:8]
+    with torch.no_grad(), cb.bypass(), capture(cb, "resid.1") as acts:
+        model(input_ids=rows.ids)
+    others = rows.attention_mask.clone()
+    others[:, 0] = False
+    squares = acts["resid.1"].pow(2).sum(-1)[others].mean()
+    assert torch.isclose(trainer.power["resid.1"], squares, rtol=1e-5)
+    whole = batch_size(dict(labels=rows.labels), trainer.coded(dict(input_ids=rows.ids)))
+    assert whole.tolist()[1] == rows.ids.numel() - len(rows.ids)
+    logs = finetune(cb, text, 3, batch=4, log_every=1)
+    assert all(0 < row["error resid.1"] < 2 for row in logs)
+    cb.eval().save_pretrained(tmp_path / "codes")
+    back = CodebookModel.from_pretrained(tmp_path / "codes")
+    assert back.keep_first
+    config = tmp_path / "codes" / "codebooks.json"
+    config.write_text(config.read_text().replace('"keep_first": true', '"keep_first": false'))
+    with pytest.raises(ValueError, match="does not say what the codebooks were saved with"):
+        CodebookModel.from_pretrained(tmp_path / "codes")
+
+
+def test_without_keep_first_nothing_changes(tmp_path):
+    "The paper's way: every position has codes, and the folder is as it was."
+    model, tok = load_lm("stories")
+    text = load_text(tok, "stories", n_tokens=2048, length=64, whole=False)
+    cb = with_codes(model, text, False)
+    cb(input_ids=text.ids, attention_mask=text.attention_mask)
+    assert cb.codebooks["resid.1"].counts.sum() == text.attention_mask.sum()
+    cb.save_pretrained(tmp_path)
+    assert "keep_first" not in (tmp_path / "codebooks.json").read_text()
+    assert not CodebookModel.from_pretrained(tmp_path).keep_first

@@ -21,6 +21,7 @@ from codebook_tutorial.dictionary.codefiles import (
     to_model,
     write_codebooks,
 )
+from .positions import coded_positions, real_positions, warn_of_sink
 from ..files import sweep
 from ..model.modes import evaluating, in_backward, model_device
 from ..model.sites import attach, capture, match_sites, site_dims
@@ -38,16 +39,19 @@ class Pass:
     recon: dict = field(default_factory=dict)  # reconstruction losses
     inputs: dict = field(default_factory=dict)  # while training: [batch, seq, d]
     mask: torch.Tensor | None = None  # [batch, seq]: 0 at padding
+    begins: bool = True  # with the rows' first positions, which are in no cache yet
 
 
 class CodebookModel(Carded, nn.Module):
-    """A model with codebooks at sites: `.model`, `.codebooks[site]`.
+    """A model with codebooks {site: Codebook}: `.model`, `.codebooks[site]`.
 
+    With keep_first, each row's first position, in many models a sink, passes as it is.
     After a forward pass: `.ids[site]`, `.recon[site]`; while training also `.inputs[site]`."""
 
-    def __init__(self, model, codebooks: dict):  # {site: Codebook}
+    def __init__(self, model, codebooks: dict, keep_first: bool = False):
         super().__init__()
         self.model = model
+        self.keep_first = keep_first
         self.active = True
         self.edits = {}  # {site: fn(ids) -> ids}
         self.last = Pass()
@@ -77,19 +81,20 @@ class CodebookModel(Carded, nn.Module):
         if self.training:
             self.inputs[site] = x.detach()
         mask = self.last.mask if in_backward() else self.mask
-        mask = None if mask is None else mask[:, -x.shape[1] :].bool()
-        out, self.ids[site], self.recon[site] = self.codebooks[site](x, self.edits.get(site), mask)
-        return out
+        keep = self.keep_first and self.last.begins
+        coded = coded_positions(x, mask, keep)
+        out, self.ids[site], self.recon[site] = self.codebooks[site](x, self.edits.get(site), coded)
+        return torch.where(coded[..., None], out, x) if keep else out
 
     def forward(self, *args, attention_mask=None, **kw):
         "The model's pass; where attention_mask [batch, seq] is 0, codes count nowhere."
         if attention_mask is not None:
             kw["attention_mask"] = attention_mask
-        self._see(attention_mask)
+        self._see(attention_mask, kw.get("past_key_values"))
         try:
             return self.model(*args, **kw)
         finally:
-            self.mask = None
+            self.mask, self.last.begins = None, True
 
     def gradient_checkpointing_enable(self, gradient_checkpointing_kwargs=None, **kw):
         """As transformers'; never reentrant, for then recon would have no gradient.
@@ -102,18 +107,19 @@ class CodebookModel(Carded, nn.Module):
         "As transformers'; where its attention_mask is 0, codes count nowhere."
 
         def note(module, args, kwargs):
-            self._see(kwargs.get("attention_mask"))
+            self._see(kwargs.get("attention_mask"), kwargs.get("past_key_values"))
 
         hook = self.model.register_forward_pre_hook(note, with_kwargs=True)
         try:
             return self.model.generate(*args, **kw)
         finally:
             hook.remove()
-            self.mask = None
+            self.mask, self.last.begins = None, True
 
-    def _see(self, attention_mask):
+    def _see(self, attention_mask, cache):
         "Keep the mask of the pass to come, if it says who is padding (others: who sees whom)."
         plain = torch.is_tensor(attention_mask) and attention_mask.dim() == 2
+        self.last.begins = cache is None or cache.get_seq_length() == 0
         self.mask = self.last.mask = attention_mask if plain else None
 
     def __getstate__(self):
@@ -134,6 +140,7 @@ def add_codebooks(
     *,
     k: int = 1,
     groups: int | None = None,  # None: a group per head at `heads.*`, one elsewhere
+    keep_first: bool = False,  # rows' first positions pass as they are, without codes
     **kw,  # as in Codebook
 ) -> CodebookModel:
     "Put a trainable codebook at each site, in place of any codebooks there."
@@ -143,8 +150,8 @@ def add_codebooks(
         for site, d in site_dims(model, sites).items():
             own = heads if site.startswith("heads") else 1
             own = own if groups is None else groups
-            books[site] = Codebook(d, n_codes, k, groups=own, **kw)
-    return CodebookModel(model, {site: to_model(book, model) for site, book in books.items()})
+            books[site] = to_model(Codebook(d, n_codes, k, groups=own, **kw), model)
+    return CodebookModel(model, books, keep_first)
 
 # %% ../../nbs/lib/dictionary_bottleneck.ipynb #dictionary-bottleneck-6
 @patch
@@ -199,11 +206,11 @@ def init_from_data(
         for ids in [batches] if torch.is_tensor(batches) else batches:
             with capture(self, list(kept)) as acts:
                 self.model(input_ids=ids.to(self.device))
-            real = torch.ones_like(ids, dtype=torch.bool)
-            if pad is not None:
-                real = ids.eq(pad).flip(1).cumprod(1).flip(1) == 0
+            real = real_positions(ids, pad).to(self.device)
+            coded = coded_positions(ids, real, self.keep_first)
+            warn_of_sink(acts, real, coded)
             for site in kept:
-                kept[site].append(acts[site][real.to(self.device)])
+                kept[site].append(acts[site][coded])
     for site, book in self.codebooks.items():
         book.init_from(torch.cat(kept[site]).to(book.weight.dtype), iters, generator)
     return self
@@ -264,13 +271,12 @@ def save_pretrained(self: CodebookModel, folder):
     "Write the base model's folder plus `codebooks.safetensors` and `codebooks.json`."
     sweep(folder)
     self.model.save_pretrained(folder)
-    write_codebooks(self.codebooks, folder)
+    write_codebooks(self.codebooks, folder, self.keep_first)
 
 
 def load_codebooks(model, folder) -> CodebookModel:
     "Put a folder's codebooks into a model that is already there; ValueError where they do not fit."
-    books = read_codebooks(folder, model)
-    return CodebookModel(model, {site: to_model(book, model) for site, book in books.items()})
+    return CodebookModel(model, *read_codebooks(folder, model))
 
 
 @patch(cls_method=True)

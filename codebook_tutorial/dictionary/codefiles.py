@@ -22,7 +22,11 @@ from safetensors.torch import load_file, save_file
 WEIGHTS, CONFIG = "codebooks.safetensors", "codebooks.json"
 
 
-def write_codebooks(books: dict, folder):  # {site: Codebook}
+def write_codebooks(
+    books: dict,  # {site: Codebook}
+    folder,
+    keep_first: bool,
+):
     "Write codebooks beside a model's weights, with the checksums of both."
     folder = Path(folder)
     tensors = {
@@ -31,15 +35,16 @@ def write_codebooks(books: dict, folder):  # {site: Codebook}
         for name, t in book.state_dict().items()
     }
     sites = {site: book.config for site, book in books.items()}
-    told = dict(sites=json.dumps(sites))  # under the weights' checksum
+    how = dict(sites=sites) | (dict(keep_first=True) if keep_first else {})
+    told = {name: json.dumps(value) for name, value in how.items()}  # under the weights' checksum
     write(folder / WEIGHTS, lambda part: save_file(tensors, part, metadata=told))
     weights = sorted(folder.glob("model*.safetensors")) + [folder / WEIGHTS]
     marks = seal(folder, [file.name for file in weights])
-    write_json(folder / CONFIG, dict(format=1, sites=sites, sha256=marks))
+    write_json(folder / CONFIG, dict(format=1, **how, sha256=marks))
 
 # %% ../../nbs/lib/dictionary_codefiles.ipynb #dictionary-codefiles-5
-def read_codebooks(folder, model) -> dict:  # {site: Codebook}
-    "The codebooks in a folder; ValueError where a file is damaged or the model has no such sites."
+def read_codebooks(folder, model) -> tuple[dict, bool]:
+    "{site: Codebook} in a folder, and keep_first; ValueError where a file is damaged or the model has no such sites."
     folder, call = Path(folder), "load_codebooks"
     if not (folder / CONFIG).exists():
         raise ValueError(
@@ -55,7 +60,7 @@ def read_codebooks(folder, model) -> dict:  # {site: Codebook}
     with reading(folder / WEIGHTS, call):
         tensors = load_file(folder / WEIGHTS)
         with safe_open(folder / WEIGHTS, "pt") as file:
-            told = (file.metadata() or {}).get("sites")
+            told = file.metadata() or {}
     with reading(folder / CONFIG, call):
         books = {site: Codebook(**config) for site, config in info["sites"].items()}
     dims = site_dims(model, list(books))
@@ -72,12 +77,14 @@ def read_codebooks(folder, model) -> dict:  # {site: Codebook}
         if got != want:
             raise ValueError(f"{call}: {site} in {folder}: expected {want}, got {got}")
         book.load_state_dict(own)
-    if told and json.loads(told) != info["sites"]:
+        books[site] = to_model(book, model)
+    names = ("sites", "keep_first") if "sites" in told else ()  # older folders have none
+    if any(json.loads(told.get(name, "null")) != info.get(name) for name in names):
         raise ValueError(
             f"{call}: {CONFIG} in {folder} does not say what the codebooks were saved with; "
             "expected the settings that save_pretrained wrote, copy the folder again"
         )
-    return books
+    return books, bool(info.get("keep_first"))
 
 
 def shapes(tensors: dict) -> dict:

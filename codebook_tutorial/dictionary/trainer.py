@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from ..core import seeded
 from .checkpoints import CheckpointTrainer
+from .positions import coded_positions
 from ..model.sites import capture
 from transformers import TrainingArguments
 
@@ -30,11 +31,12 @@ def token_nats(
     return nats.view_as(labels)
 
 
-def batch_size(inputs):
-    "Tokens to be predicted, and positions that are no padding: [2]."
+def batch_size(inputs, coded=None):  # bool [batch, seq]: where codes are; None: all
+    "Tokens to be predicted, and positions with codes, no padding: [2]."
     labels, mask = inputs["labels"], inputs.get("attention_mask")
-    positions = torch.ones_like(labels) if mask is None else mask
-    return torch.stack([(labels[:, 1:] != -100).sum(), positions.sum()])
+    if coded is None:
+        coded = torch.ones_like(labels) if mask is None else mask
+    return torch.stack([(labels[:, 1:] != -100).sum(), coded.sum()])
 
 # %% ../../nbs/05_finetune.ipynb #c05-5
 def code_usage(cb_model) -> dict:
@@ -85,6 +87,12 @@ class CodebookTrainer(CheckpointTrainer):
             self.optimizer = make(self.model.param_groups(*rates), **kw)
         return self.optimizer or super().create_optimizer(model)
 
+    def coded(self, inputs):
+        "Where codes stand for states: bool [batch, seq]."
+        ids, mask = inputs["input_ids"], inputs.get("attention_mask")
+        mask = torch.ones_like(ids) if mask is None else mask
+        return coded_positions(ids, mask, getattr(self.model, "keep_first", False))
+
     # 1: each site's error in units of its own mean square
     @torch.no_grad()
     def measure_power(self):
@@ -93,11 +101,11 @@ class CodebookTrainer(CheckpointTrainer):
             return
         rows = self.data_collator(list(islice(iter(self.train_dataset), 8)))
         ids = rows["input_ids"].to(self.args.device)
-        real = rows.get("attention_mask", torch.ones_like(ids)).bool().to(ids.device)
+        coded = self.coded(rows).to(ids.device)
         with self.model.bypass(), capture(self.model, list(self.books)) as acts:
             self.model(input_ids=ids)
         for site, x in acts.items():
-            power = x[real].float().pow(2).sum(-1).mean()
+            power = x[coded].float().pow(2).sum(-1).mean()
             self.power[site] = power.clamp(min=1e-9)
 
     # 2: parts of a batch add up to the whole
@@ -105,13 +113,14 @@ class CodebookTrainer(CheckpointTrainer):
         "The parts of a batch; counts what the whole holds, in all processes."
         parts, n = super().get_batch_samples(*args)
         if parts:
-            size = sum(batch_size(part) for part in parts)
+            size = sum(batch_size(part, self.coded(part)) for part in parts)
             self.whole = self.total(size.to(self.args.device))
         return parts, n
 
     def compute_loss(self, model, inputs, return_outputs=False, **kw):
         "This part's share of the whole batch's loss, reconstruction errors included."
-        mask, size = inputs.get("attention_mask"), batch_size(inputs)
+        mask, coded = inputs.get("attention_mask"), self.coded(inputs)
+        size = batch_size(inputs, coded)
         ids = inputs["input_ids"]
         out = model(input_ids=ids, attention_mask=mask, use_cache=False)
         nats = token_nats(out.logits, inputs["labels"])
@@ -121,7 +130,7 @@ class CodebookTrainer(CheckpointTrainer):
             for error in self.errors(size[1] / self.whole[1]):
                 loss = loss + self.recon * error
             if self.resamples(self.state.global_step + 1):
-                self.seen.append((nats.detach(), dict(self.model.inputs)))
+                self.seen.append((nats.detach() * coded, dict(self.model.inputs)))
             loss = loss * self.args.world_size  # gradients are averaged over processes
         else:
             loss = nats.sum() / size[0]
