@@ -31,7 +31,9 @@ NAMES = {
 def tok():
     "Byte-level pairs; digits are cut one by one first, as SmolLM's are."
     tok = Tokenizer(models.BPE())
-    tok.pre_tokenizer = Sequence([Digits(individual_digits=True), ByteLevel(add_prefix_space=False)])
+    tok.pre_tokenizer = Sequence(
+        [Digits(individual_digits=True), ByteLevel(add_prefix_space=False)]
+    )
     marks = ["<|endoftext|>", "<|im_start|>"]
     kinds = dict(special_tokens=marks, initial_alphabet=ByteLevel.alphabet(), show_progress=False)
     tok.train_from_iterator(TEXT, trainers.BpeTrainer(vocab_size=320, **kinds))
@@ -125,7 +127,7 @@ def logits(model, tok):
 
 
 def test_read_as_the_model_that_it_was_made_from(tmp_path, model, tok):
-    "Logits equal in F32, and those of the rounded weights in 8 bits; tokens equal; a file and its folder are the same."
+    "Logits of the weights, in 8 bits of the rounded ones; tokens; a file and its folder alike."
     file = write(tmp_path / "x.gguf", model, tok)
     read, own = load_lm(file)
     assert (logits(read, tok) - logits(model, tok)).abs().max() < 1e-4
@@ -209,7 +211,7 @@ def test_which_file_is_meant(tmp_path, model, tok):
     assert gguf_in("load_lm", tmp_path / "none.gguf") is None
     with pytest.raises(ValueError, match="load_lm: no folder .*none.gguf.*GGUF file"):
         load_lm(tmp_path / "none.gguf")
-    with pytest.raises(ValueError, match="on this machine and has no revision 'main'"):
+    with pytest.raises(ValueError, match="is a file and has no revision 'main'"):
         load_lm(file, revision="main")
     (tmp_path / "y.gguf").write_bytes(file.read_bytes()[:2000])
     with pytest.raises(ValueError, match="several models in .*x.gguf, y.gguf"):

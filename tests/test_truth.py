@@ -15,12 +15,19 @@ from codebook_tutorial.dictionary.baselines import ica, pca
 from codebook_tutorial.dictionary.bottleneck import CodebookModel, add_codebooks
 from codebook_tutorial.dictionary.codebook import Codebook
 from codebook_tutorial.dictionary.finetune import as_dataset, finetune
-from codebook_tutorial.dictionary.harvest import harvest
+from codebook_tutorial.dictionary.harvest import _weights_mark, harvest
 from codebook_tutorial.dictionary.train import train_sae
 from codebook_tutorial.dictionary.trainer import CodebookTrainer, batch_size
 from codebook_tutorial.model.hub import load_lm
 from codebook_tutorial.model.modes import keeping_mode
-from codebook_tutorial.model.run import far_out, lm_loss, mean_state, states_of, token_losses
+from codebook_tutorial.model.run import (
+    far_out,
+    lm_loss,
+    mean_state,
+    next_probs,
+    states_of,
+    token_losses,
+)
 from codebook_tutorial.model.sites import capture, intervene
 from codebook_tutorial.model.structure import blocks_of
 from codebook_tutorial.model.text import Text, load_text
@@ -462,3 +469,57 @@ def test_without_keep_first_nothing_changes(tmp_path):
     cb.save_pretrained(tmp_path)
     assert "keep_first" not in (tmp_path / "codebooks.json").read_text()
     assert not CodebookModel.from_pretrained(tmp_path).keep_first
+
+
+# weights that are elsewhere
+
+
+NEOX = ["embed_in", "emb_dropout", "rotary_emb", "layers.0", "layers.1", "layers.2"]
+PARTS = [f"gpt_neox.{name}" for name in [*NEOX, "final_layer_norm"]] + ["lm_head"]
+
+
+@pytest.mark.parametrize("away", [["embed_in"], ["layers.1"], ["embed_in", "layers.0", "layers.2"]])
+def test_weights_on_disk_change_nothing(away, tmp_path):
+    "accelerate's offload: losses, states, stores and codes equal those of a model in memory."
+    away = [f"gpt_neox.{name}" for name in away]
+    places = {name: "disk" if name in away else "cpu" for name in PARTS}
+    model, tok = load_lm("stories", device_map=places, offload_folder=tmp_path / "weights")
+    assert any(p.is_meta for p in model.parameters())
+    plain, _ = load_lm("stories")
+    text = load_text(tok, "stories", n_tokens=2048)
+    asked = [text.ids[0, :9], text.ids[1, :5]]
+
+    def numbers(model, folder):
+        store = harvest(model, text, ["resid.1"], folder=folder)
+        found = [states_of(model, text, "heads.1"), store.load("resid.1", 64)]
+        found += [next_probs(model, asked), torch.tensor(lm_loss(model, text))]
+        cb = add_codebooks(model, ["mlp.*"], n_codes=8)
+        cb.init_from_data(text[:4], generator=seeded(0))
+        found += [torch.tensor(lm_loss(cb, text))]
+        cb.remove()
+        return found
+
+    for a, b in zip(numbers(plain, tmp_path / "a"), numbers(model, tmp_path / "b")):
+        assert torch.allclose(a, b, rtol=1e-5, atol=1e-6)
+    assert _weights_mark(model) == _weights_mark(plain)
+
+
+def test_a_store_knows_other_weights_on_disk(tmp_path):
+    "Of two models by one name, the second is refused where the first's harvest would resume."
+    model, tok = load_lm("stories")
+    text = load_text(tok, "stories", n_tokens=2048)
+    for seed in (0, 1):
+        torch.manual_seed(seed)
+        model.gpt_neox.layers[1].mlp.dense_4h_to_h.weight.data.normal_()
+        model.save_pretrained(tmp_path / str(seed))
+        tok.save_pretrained(tmp_path / str(seed))
+    places = {name: "disk" if name == "gpt_neox.layers.1" else "cpu" for name in PARTS}
+    for seed in (0, 1):
+        kw = dict(device_map=places, offload_folder=tmp_path / f"weights{seed}")
+        away, _ = load_lm(tmp_path / str(seed), **kw)
+        away.config.name_or_path = "one name"
+        if seed == 0:
+            harvest(away, text, ["resid.1"], folder=tmp_path / "store")
+            continue
+        with pytest.raises(ValueError, match="weights"):
+            harvest(away, text, ["resid.1"], folder=tmp_path / "store")

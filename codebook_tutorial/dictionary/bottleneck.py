@@ -146,7 +146,7 @@ def add_codebooks(
     "Put a trainable codebook at each site, in place of any codebooks there."
     heads = head_count(model)
     books = {}
-    with torch.device("meta" if next(model.parameters()).is_meta else "cpu"):
+    with torch.device("meta" if model_device(model).type == "meta" else "cpu"):
         for site, d in site_dims(model, sites).items():
             own = heads if site.startswith("heads") else 1
             own = own if groups is None else groups

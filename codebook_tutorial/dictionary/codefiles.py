@@ -14,6 +14,7 @@ from pathlib import Path
 import torch
 from .codebook import Codebook
 from ..files import read_json, reading, seal, unseal, write, write_json
+from ..model.modes import model_device
 from ..model.sites import site_dims
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
@@ -94,8 +95,7 @@ def shapes(tensors: dict) -> dict:
 # %% ../../nbs/lib/dictionary_codefiles.ipynb #dictionary-codefiles-6
 def to_model(book: Codebook, model) -> Codebook:
     "A codebook on a model's device and in its precision; averages stay in float32 at least."
-    first = next(model.parameters())
-    book.to(first.device, first.dtype)
+    book.to(model_device(model), next(model.parameters()).dtype)
     if book.learn == "ema" and book.total.dtype != torch.float64:
         book.size = book.size.float()
         book.total = book.total.float()

@@ -27,7 +27,7 @@ from codebook_tutorial.dictionary.store import (
     store_info,
 )
 from ..files import checksum, read_json, same_settings, sweep, write, write_json
-from ..model.modes import model_device
+from ..model.modes import model_device, weight_of
 from ..model.run import check_length, far_out, passes
 from ..model.sites import site_dims
 from ..model.text import Text
@@ -55,6 +55,7 @@ def _weights_mark(model):  # sha256
     mark = hashlib.sha256()
     for name, p in model.named_parameters():
         mark.update(name.encode())
+        p = weight_of(model, name) if p.is_meta else p
         if not p.is_meta:
             some = p.detach().flatten()[:: max(1, p.numel() // 1024)].contiguous()
             mark.update(some.cpu().view(torch.uint8).numpy().tobytes())

@@ -247,9 +247,9 @@ def _repository(name, revision):
             f"load_lm: no folder {name!r}; expected one with config.json, a GGUF file, or a Hub id"
         )
     if here and revision:
+        kind = "folder" if Path(id).is_dir() else "file"
         raise ValueError(
-            f"load_lm: {name!r} is on this machine and has no revision {revision!r}; "
-            "expected a Hub id"
+            f"load_lm: {name!r} is a {kind} and has no revision {revision!r}; expected a Hub id"
         )
     return id, revision
 

@@ -132,18 +132,19 @@ def lm_loss(model, text: Text, batch: int = 16) -> float:
 @torch.no_grad()
 def next_probs(
     model,
-    rows: list,  # n lists of ids, which may differ in length
+    rows: list,  # n lists or tensors of ids, which may differ in length
     batch: int = 64,
 ):
     "[n, vocabulary], on the CPU: probability of every token after each of the rows."
-    if not rows or not all(rows):
+    rows = [torch.as_tensor(row).cpu() for row in rows]
+    if not rows or any(row.dim() != 1 or not len(row) for row in rows):
         raise ValueError("next_probs: expected rows with at least one token each")
     check_length(model, max(map(len, rows)), "next_probs")
     device = model_device(model)
     order = sorted(range(len(rows)), key=lambda i: len(rows[i]))  # like lengths: little padding
     probs = [None] * len(rows)
     for some in (order[i : i + batch] for i in range(0, len(rows), batch)):
-        ids = [torch.tensor(rows[i]) for i in some]
+        ids = [rows[i] for i in some]
         ids = torch.nn.utils.rnn.pad_sequence(ids, batch_first=True)  # attention never looks ahead
         last = torch.tensor([len(rows[i]) - 1 for i in some])
         keep = last.unique()  # logits are expensive: only where some row ends

@@ -20,6 +20,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from ..dictionary.bottleneck import add_codebooks
+from ..model.modes import model_device
 from scipy.optimize import nnls
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -70,7 +71,7 @@ def one_pass(
     keep_grads: bool = False,  # set to zero instead of freed
 ):
     "A function that runs the model once over rows * length tokens."
-    device = next(model.parameters()).device
+    device = model_device(model)
     ids = torch.zeros(rows, length, dtype=torch.long, device=device)
     mask = torch.ones(1, 1, length, length, dtype=torch.bool, device=device).tril()
 
