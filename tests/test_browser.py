@@ -752,3 +752,28 @@ def test_the_panel_in_jupyterlab_after_run_all(lab, built, browser):
     stderr = ".jp-RenderedText[data-mime-type='application/vnd.jupyter.stderr']"
     assert page.locator(stderr).count() == 0
     context.close()
+
+
+def test_dollars_are_no_formulas_in_jupyterlab(tmp_path, browser):
+    "Token text with two dollar signs is shown as it is; plain HTML beside it becomes a formula."
+    cells = [
+        "from codebook_tutorial.show.html import strip, table\nfrom IPython.display import HTML",
+        "HTML('<p>plain costs $5 to $10</p>')",  # the control
+        "table([{'explanation': 'costs $5 to $10', 'n': 3}])",
+        "strip(['costs', ' $5', ' to', ' $10'], [0., 1., 0., 2.])",
+    ]
+    with jupyter(tmp_path, cells) as address:
+        context = browser.new_context(viewport=dict(width=1300, height=1400))
+        page = context.new_page()
+        run_all(page, address)
+        shown = page.locator(".jp-RenderedHTMLCommon.jp-OutputArea-output")
+        shown.nth(2).wait_for(timeout=60_000)
+        shown.first.locator("mjx-container").wait_for(timeout=60_000)
+        page.wait_for_timeout(1000)
+        assert "$5 to $10" not in shown.first.inner_text()
+        for i in (1, 2):
+            assert shown.nth(i).locator("mjx-container").count() == 0
+        assert "costs $5 to $10" in shown.nth(1).inner_text()
+        words = shown.nth(2).inner_text()
+        assert "$5" in words and "$10" in words
+        context.close()

@@ -388,6 +388,15 @@ def test_every_kind_of_file_gives_the_same_text(tok, tmp_path):
     ) and whole.n_tokens == sum(len(d.split()) for d in docs)
 
 
+def test_blank_lines_part_documents(tok, tmp_path):
+    "Also where they hold spaces, or end as Windows ends them."
+    docs = documents(20)
+    for i, gap in enumerate(["\n\n", "\n \n", "\n\t\n\n", "\r\n  \r\n"]):
+        (tmp_path / f"{i}.txt").write_bytes(gap.join(docs).encode())
+        found = load_text(tok, tmp_path / f"{i}.txt", length=16)
+        assert torch.equal(found.ids, load_text(tok, docs, length=16).ids)
+
+
 def test_documents_can_be_a_list(tok, tmp_path):
     "As read from a file; a short name in errors, and an item that is no text is named."
     docs = documents(30)

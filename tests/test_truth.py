@@ -14,7 +14,7 @@ from codebook_tutorial.dictionary.base import basis, fvu, random_directions
 from codebook_tutorial.dictionary.baselines import ica, pca
 from codebook_tutorial.dictionary.bottleneck import CodebookModel, add_codebooks
 from codebook_tutorial.dictionary.codebook import Codebook
-from codebook_tutorial.dictionary.finetune import as_dataset, finetune
+from codebook_tutorial.dictionary.finetune import as_dataset, bits_per_activation, finetune
 from codebook_tutorial.dictionary.harvest import _weights_mark, harvest
 from codebook_tutorial.dictionary.train import train_sae
 from codebook_tutorial.dictionary.trainer import CodebookTrainer, batch_size
@@ -107,7 +107,7 @@ def test_far_out_rows_are_told_and_can_be_left_out(tmp_path, capsys):
     assert len(whole) - len(some) == n == int(far_out(whole).sum())
     batches = store.batches("resid.1", 50, outliers="drop")
     assert sum(map(len, batches)) == len(some)
-    with pytest.warns(UserWarning, match="32 of 32,387 states hold 94% of the variance"):
+    with pytest.warns(UserWarning, match=f"{n} of 32,387 states hold 94% of the variance"):
         measure(basis(32), torch.cat([whole[~far_out(whole)].repeat(40, 1), whole[far_out(whole)]]))
     kw = dict(kind="topk", k=4, steps=20, batch=64, site="resid.1")
     clean = train_sae(some, 32, **{**kw, "site": None})
@@ -523,3 +523,21 @@ def test_a_store_knows_other_weights_on_disk(tmp_path):
             continue
         with pytest.raises(ValueError, match="weights"):
             harvest(away, text, ["resid.1"], folder=tmp_path / "store")
+
+
+def test_training_and_bits_of_nothing_are_refused():
+    "Rows of BOS or padding have no loss and no codes: an error, no NaN."
+    model, tok = load_lm("stories")
+    text = load_text(tok, "stories", n_tokens=2048, length=64, whole=False)
+    bos, pad = tok.bos_token_id, tok.pad_token_id
+    marks = Text(torch.tensor([[bos] * 64, [bos] + [pad] * 63]), bos, pad)
+    mixed = Text(torch.cat([text.ids[:3], marks.ids[1:]]), bos, pad)
+    cb = with_codes(model, text, False)
+    with pytest.raises(ValueError, match="finetune: 1 of 4 rows, row 3 first, have no token"):
+        finetune(cb, mixed, 1)
+    with pytest.raises(ValueError, match="finetune: 2 of 2 rows, row 0 first"):
+        finetune(cb, marks, 1)
+    padding = Text(torch.full((2, 8), pad), bos, pad)
+    with pytest.raises(ValueError, match="bits_per_activation: no position .* has codes"):
+        bits_per_activation(cb, padding)
+    assert bits_per_activation(cb, text)["resid.1"]["bits"] > 0

@@ -49,6 +49,11 @@ def finetune(
     if len(text) < 1:
         raise ValueError("finetune: the text has no rows")
     check_length(model, text.ids.shape[1], "finetune")
+    if len(empty := (text.labels == -100).all(1).nonzero()):
+        raise ValueError(
+            f"finetune: {len(empty)} of {len(text)} rows, row {empty[0].item()} first, have no token "
+            "to predict; expected rows with two tokens or more, not BOS or padding alone"
+        )
     codes = dict(recon=recon, decay=decay, codes_lr=codes_lr)
     codes |= dict(resample_every=resample_every, resample_until=resample_until)
     settings = dict(max_steps=steps, learning_rate=lr, per_device_train_batch_size=batch)
@@ -138,6 +143,8 @@ def bits_per_activation(
         mask = part.attention_mask.to(cb_model.device)
         with evaluating(cb_model):
             cb_model(input_ids=part.ids.to(cb_model.device), attention_mask=mask)
+    if any(not book.counts.any() for book in cb_model.codebooks.values()):
+        raise ValueError("bits_per_activation: no position of the text has codes; it is padding")
     return {site: _bits(book) for site, book in cb_model.codebooks.items()}
 
 

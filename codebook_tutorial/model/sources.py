@@ -145,4 +145,6 @@ def documents_of(source, split, column, *, config, revision, seed):
     if seed:
         rows = rows.shuffle(seed=seed, buffer_size=10_000)
     docs = _column(rows, column or preset.get("column", "text"))
+    if Path(source).suffix == ".txt":  # datasets parts them at empty lines, not at blank ones
+        docs = (part for doc in docs for part in re.split(r"\n\s*\n", doc) if part.strip())
     return _joined(docs, preset["starts"]) if "starts" in preset else docs
