@@ -9,6 +9,7 @@ import os
 import pickle
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 
 import numpy as np
@@ -19,6 +20,7 @@ from safetensors.torch import load_file, save_file
 
 from codebook_tutorial.core import data_path, seeded
 from codebook_tutorial.dictionary.base import random_directions
+from codebook_tutorial.dictionary.fetch import saelens_release
 from codebook_tutorial.dictionary.formats import export_sae, load_sae, save_sae
 from codebook_tutorial.dictionary.kinds import KINDS
 from codebook_tutorial.dictionary.layouts import ALPHA_UNITS, FILES, WRITES, convert_alpha
@@ -401,9 +403,134 @@ def test_gemma_scope(dtype, tmp_path):
         )
         same(sae, want)
     same(load_sae(tmp_path / "layer_20" / "width_16k" / "average_l0_71" / "params.npz"), want)
-    gemma(tmp_path / "gemma-scope-2b-pt-transcoders" / "layer_3")
+
+
+def test_gemma_scope_transcoders_are_told_by_their_repository(tmp_path, monkeypatch):
+    "By the resolved folder, not by what was typed, nor by words above the repository."
+    theirs = tmp_path / "gemma-scope-2b-pt-transcoders"
+    gemma(theirs / "layer_3" / "width_16k")
     with pytest.raises(ValueError, match="is a transcoder"):
         load_sae(tmp_path, "gemma-scope-2b-pt-transcoders/layer_3")
+    monkeypatch.chdir(theirs)
+    with pytest.raises(ValueError, match="is a transcoder"):
+        load_sae("layer_3/width_16k")
+    own = tmp_path / "transcoder-comparison" / "gemma-scope-2b-pt-res" / "layer_3"
+    gemma(own)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert load_sae(own).kind == "jumprelu"
+    gemma(tmp_path / "renamed")
+    with pytest.warns(UserWarning, match="transcoders have the same tensors"):
+        load_sae(tmp_path / "renamed")
+
+
+HOOKS = {
+    "model.layers.7.output": "resid.7",
+    "model.layers.7.self_attn.o_proj.input": "heads.7",
+    "model.language_model.layers.7.post_feedforward_layernorm.output": "mlp.7",
+    "model.layers.7.pre_feedforward_layernorm.output": None,
+}
+
+
+def gemma_2(folder, tensors=None, **config):
+    "Files as google/gemma-scope-2-* has them, in the names that SAELens' loader asks for."
+    draw = seeded(1)
+    shapes = dict(w_enc=(D, N), w_dec=(N, D), b_enc=(N,), b_dec=(D,), threshold=(N,))
+    w = {name: torch.randn(shape, generator=draw) / 4 for name, shape in shapes.items()}
+    w["threshold"] = w["threshold"].abs()
+    folder.mkdir(parents=True)
+    save_file(w | (tensors or {}), folder / "params.safetensors")
+    said = dict(architecture="jump_relu", model_name="gemma-v3-1b-pt") | config
+    (folder / "config.json").write_text(json.dumps(said))
+    return {name: t.double().numpy() for name, t in w.items()}
+
+
+@pytest.mark.parametrize("hook", HOOKS)
+def test_gemma_scope_2(hook, tmp_path):
+    w = gemma_2(tmp_path / "resid_post" / "layer_7_width_16k_l0_small", hf_hook_point_in=hook)
+    sae = load_sae(tmp_path)
+    pre = X.double().numpy() @ w["w_enc"] + w["b_enc"]
+    f = relu(pre) * (pre > w["threshold"])
+    same(sae, (f, f @ w["w_dec"] + w["b_dec"]))
+    assert (sae.kind, sae.source["layout"], sae.source["site"]) == (
+        "jumprelu",
+        "gemma_scope_2",
+        HOOKS[hook],
+    )
+
+
+def test_gemma_scope_2_holds_transcoders_as_well(tmp_path):
+    reads = "model.layers.7.pre_feedforward_layernorm.output"
+    writes = "model.layers.7.post_feedforward_layernorm.output"
+    gemma_2(tmp_path / "a", hf_hook_point_in=reads, hf_hook_point_out=writes)
+    refused(tmp_path / "a", "is a transcoder")
+    skip = dict(affine_skip_connection=torch.zeros(D, D))
+    gemma_2(tmp_path / "b", skip, hf_hook_point_in=reads, affine_connection=True)
+    refused(tmp_path / "b", "is a transcoder")
+    gemma_2(tmp_path / "c", architecture="gated")
+    refused(tmp_path / "c", "architecture is 'gated'", "'jump_relu'")
+
+
+@pytest.mark.parametrize("architecture", ["batchtopk", "matryoshka_batchtopk"])
+@pytest.mark.parametrize("rescale", [False, True])
+def test_saelens_checkpoints_of_batchtopk(architecture, rescale, tmp_path):
+    "As SAELens' save_inference_model writes them: a threshold for rows of any length in W_dec."
+    export_sae(random_sae("jumprelu", unit=False), tmp_path, "saelens")
+    retensor(
+        tmp_path / "sae_weights.safetensors",
+        lambda t: (
+            {name: v for name, v in t.items() if name != "threshold"}
+            | dict(topk_threshold=torch.tensor(0.7, dtype=torch.double))
+        ),
+    )
+    told = dict(architecture=architecture, k=3.0, rescale_acts_by_decoder_norm=rescale)
+    change(tmp_path / "cfg.json", **told)
+    w = {k: v.double().numpy() for k, v in load_file(tmp_path / "sae_weights.safetensors").items()}
+    norm = np.linalg.norm(w["W_dec"], axis=1) if rescale else 1.0
+    pre = ((X.double().numpy() - w["b_dec"]) @ w["W_enc"] + w["b_enc"]) * norm
+    f = relu(pre) * (pre > 0.7)
+    rows = w["W_dec"] / np.reshape(norm, (-1, 1)) if rescale else w["W_dec"]
+    sae = load_sae(tmp_path)
+    same(sae, (f, f @ rows + w["b_dec"]))
+    assert sae.kind == "batchtopk" and sae.k == 3
+
+
+def test_saelens_finds_what_its_stores_ask_for(tmp_path):
+    "ActivationsStore.from_sae and run_evals want these three in the metadata."
+    export_sae(random_sae("topk"), tmp_path, "saelens", site="resid.1", dataset="owner/texts")
+    meta = json.loads((tmp_path / "cfg.json").read_text())["metadata"]
+    assert (meta["prepend_bos"], meta["context_size"], meta["dataset_path"]) == (
+        True,
+        256,
+        "owner/texts",
+    )
+    export_sae(random_sae("topk"), tmp_path, "saelens", prepend_bos=False, context_size=64)
+    meta = json.loads((tmp_path / "cfg.json").read_text())["metadata"]
+    assert (meta["prepend_bos"], meta["context_size"]) == (False, 64)
+
+
+TABLE = """
+small-res:
+  repo_id: owner/small
+  saes:
+  - {id: blocks.8.hook_resid_pre, path: layer_8}
+  - {id: blocks.9.hook_resid_pre, path: layer_9}
+"""
+
+
+def test_release_names_of_saelens(tmp_path, monkeypatch):
+    "From the table that ships with it, where it is installed; without it the error says so."
+    (tmp_path / "sae_lens").mkdir()
+    (tmp_path / "sae_lens" / "__init__.py").write_text("raise ImportError('not to be imported')")
+    (tmp_path / "sae_lens" / "pretrained_saes.yaml").write_text(TABLE)
+    monkeypatch.syspath_prepend(tmp_path)
+    found = saelens_release("small-res", "blocks.8.hook_resid_pre")
+    assert found == ("owner/small", "layer_8")
+    assert saelens_release("other", "x") == ("other", "x")
+    with pytest.raises(ValueError, match="is 2 autoencoders, none 'blocks.8'.*blocks.8.hook_resid"):
+        load_sae("small-res", "blocks.8")
+    with pytest.raises(ValueError, match="no folder 'other'.*where sae_lens is installed"):
+        load_sae("other", "x")
 
 
 # ---- what cannot be computed, or trusted, is refused
@@ -416,7 +543,12 @@ def refused(folder, *says, path=""):
 
 
 OPTIONS = [
-    ("saelens", "untied", dict(architecture="batchtopk"), "architecture is 'batchtopk'"),
+    (
+        "saelens",
+        "untied",
+        dict(architecture="abstopk", rescale_acts_by_decoder_norm=True),
+        "architecture is 'abstopk'",  # the reason that matters first
+    ),
     ("saelens", "untied", dict(architecture="transcoder"), "architecture is 'transcoder'"),
     ("saelens", "untied", dict(activation_fn="tanh-relu"), "activation_fn is 'tanh-relu'"),
     ("saelens", "gated", dict(activation_fn_str="topk"), "activation_fn is 'topk'"),

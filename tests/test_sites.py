@@ -328,6 +328,9 @@ def test_transformer_lens_names(neox):
     assert all(from_transformer_lens(to_transformer_lens(s)) == s for s in sites(neox))
     with pytest.raises(ValueError, match="no site for 'blocks.0.hook_q'"):
         from_transformer_lens("blocks.0.hook_q")
+    bridge = [to_transformer_lens(s, bridge=True) for s in sites(neox)]
+    assert [from_transformer_lens(name) for name in bridge] == sites(neox)
+    assert to_transformer_lens("heads.3", bridge=True) == "blocks.3.attn.o.hook_in"
 
 
 def test_steps_are_joined_when_the_cache_was_begun_outside(neox):

@@ -26,7 +26,12 @@ from codebook_tutorial.dictionary.layouts import (
     as_theirs,
     shape_as_theirs,
 )
-from .peers import SETTINGS_READERS, SETTINGS_WRITERS, site_of
+from codebook_tutorial.dictionary.peers import (
+    SETTINGS_READERS,
+    SETTINGS_WRITERS,
+    check_place,
+    site_of,
+)
 from .sae import KeepK
 from ..files import checksum, read_json, sweep, write, write_json
 from ..model.sites import TRANSFORMER_LENS
@@ -58,6 +63,9 @@ def export_sae(
     *,
     site: str | None = None,  # "resid.2"
     model_name: str | None = None,
+    prepend_bos: bool = True,  # SAELens: do rows of text begin with BOS, as load_text's do?
+    context_size: int = 256,  # SAELens: positions in a row
+    dataset: str | None = None,  # SAELens: the Hub id of its text
 ):
     """Write another library's own files, for it to load.
 
@@ -74,7 +82,8 @@ def export_sae(
         own["threshold"] = own["threshold"].expand_as(own["b_enc"])
     if cls in NO_BIAS_FIRST:
         own = absorb_bias(own, -1)
-    config, tensors = SETTINGS_WRITERS[layout](sae, cls, site, model_name=model_name)
+    told = dict(prepend_bos=prepend_bos, context_size=context_size, dataset_path=dataset)
+    config, tensors = SETTINGS_WRITERS[layout](sae, cls, site, model_name=model_name, **told)
     for name, theirs in names.items():
         tensors[theirs.removesuffix(".T")] = as_theirs(own[name], theirs).contiguous().clone()
     save = torch.save if layout == "dictionary_learning" else save_file
@@ -135,6 +144,8 @@ def load_sae(
     at = "/".join(part for part in (str(name), path) if part)
     head, file = folder / FILES[layout][0], folder / FILES[layout][-1]
     config = {} if layout == "gemma_scope" else read_json(head, "load_sae")
+    if layout == "gemma_scope":
+        check_place(at, folder)
     tensors = _tensors(file, at)
     if (mark := config.get("sha256")) and checksum(file) != mark:
         raise ValueError(

@@ -16,6 +16,7 @@ FILES = dict(
     dictionary_learning=("config.json", "ae.pt"),
     sparsify=("cfg.json", "sae.safetensors"),
     gemma_scope=("params.npz",),
+    gemma_scope_2=("config.json", "params.safetensors"),
 )
 
 # our tensor -> theirs; .T where theirs is the transpose
@@ -33,6 +34,9 @@ TENSORS = {
         "topk": ("topk", _ROWS),
         "jumprelu": ("jumprelu", _ROWS | _JUMP),
         "gated": ("gated", _ROWS | _MAG | dict(b_enc="b_gate")),
+        # checkpoints of training
+        "batchtopk": ("batchtopk", _ROWS | dict(threshold="topk_threshold")),
+        "matryoshka_batchtopk": ("batchtopk", _ROWS | dict(threshold="topk_threshold")),
     },
     "dictionary_learning": {
         "AutoEncoder": ("untied", _LINEAR | dict(b_dec="bias")),
@@ -49,6 +53,9 @@ TENSORS = {
     },
     "sparsify": {"topk": ("topk", _LINEAR | dict(W_dec="W_dec"))},
     "gemma_scope": {"jumprelu": ("jumprelu", _ROWS | _JUMP)},
+    "gemma_scope_2": {
+        "jump_relu": ("jumprelu", _ROWS | _JUMP | dict(W_enc="w_enc.T", W_dec="w_dec"))
+    },
 }
 
 # dictionary_learning's classes that do not subtract b_dec before they encode
