@@ -1,6 +1,8 @@
 """Our files in the peers' own loaders, and theirs in ours: largest differences on random inputs.
 
-PYTHONPATH=tests python benchmarks/peers_formats.py          (README.md: in which environment)
+PYTHONPATH=tests python benchmarks/peers_formats.py [docs/layouts.md]
+
+README.md says in which environment.
 """
 
 import contextlib
@@ -17,10 +19,12 @@ for name, value in dict(OMP_NUM_THREADS="1", HF_HUB_OFFLINE="1", WANDB_MODE="dis
     os.environ.setdefault(name, value)
 warnings.filterwarnings("ignore")
 import torch  # noqa: E402
-from test_formats import D, N, gemma, random_sae  # noqa: E402
+from safetensors.torch import load_file  # noqa: E402
+from test_formats import D, N, gemma, gemma_2, qwen, random_sae  # noqa: E402
 
 from codebook_tutorial.dictionary.layouts import WRITES, convert_alpha  # noqa: E402
 from codebook_tutorial.dictionary.formats import export_sae, load_sae  # noqa: E402
+from codebook_tutorial.model.sites import to_transformer_lens  # noqa: E402
 
 with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
     import sparsify
@@ -90,9 +94,11 @@ def ours_in_theirs():
                 peer = AutoEncoder.from_pretrained(folder / "ae.pt", normalize_decoder=False)
                 more = " (normalize_decoder=False)"
             row("ours -> theirs", layout, what + more, ours=ours, peer=peer)
-            row("and back", layout, what, ours=load_sae(folder), peer=peer)
+            again = load_sae(folder, normalize_decoder=False)
+            row("and back", layout, what, ours=again, peer=peer)
     told = SAE.load_from_disk(ROOT / "saelens-topk-True").cfg.metadata
-    assert (told.hook_name, told.model_name) == ("blocks.2.hook_resid_post", "stories"), told
+    wanted = told.hook_name, told.model_name, told.prepend_bos, told.context_size
+    assert wanted == ("blocks.2.hook_resid_post", "stories", True, 256), told
 
 
 @torch.no_grad()
@@ -188,9 +194,7 @@ def dictionary_learning():
             folder = ROOT / f"dl-{cls.__name__}-{learnt}"
             config = {"trainer": trainer.config, "buffer": {"io": "out"}}
             write_theirs(folder, trainer.ae.state_dict(), config)
-            if "Standard" in cls.__name__:
-                peer = AutoEncoder.from_pretrained(folder / "ae.pt", normalize_decoder=False)
-            else:
+            with contextlib.redirect_stdout(io.StringIO()):  # rows made unit
                 peer = LOADS["dictionary_learning"](folder)
             what = cls.__name__ if learnt else f"{cls.__name__}, threshold never learnt"
             theirs("dictionary_learning", what, folder, peer=peer)
@@ -231,6 +235,79 @@ def gemma_scope():
     theirs("gemma_scope", "params.npz, by SAELens' loader of Gemma Scope", ROOT / repo, peer=peer)
 
 
+def by_loader(load, cls, repo, path):
+    "SAELens' own autoencoder, by its loader of others' files, from a folder instead of the Hub."
+
+    def local(repo_id, filename, subfolder="", **kw):
+        return ROOT / repo_id / subfolder / filename
+
+    def shapes(repo_id, filename):
+        return {n: list(t.shape) for n, t in load_file(ROOT / repo_id / filename).items()}
+
+    loaders.hf_hub_download, loaders.get_safetensors_tensor_shapes = local, shapes
+    cfg, state, _ = load(repo, path, device="cpu", cfg_overrides=dict(d_in=D, d_sae=N))
+    config = getattr(saes, f"{cls}Config").from_dict(loaders.handle_config_defaulting(cfg))
+    peer = getattr(saes, cls)(config)
+    peer.load_state_dict(state)
+    return peer, cfg["hook_name"]
+
+
+def gemma_scope_2():
+    "Its params.safetensors, by SAELens' loader, at each of its sites."
+    repo = "gemma-scope-2-1b-pt"
+    for kind, hook in (
+        ("resid_post", "output"),
+        ("attn_out", "self_attn.o_proj.input"),
+        ("mlp_out", "post_feedforward_layernorm.output"),
+    ):
+        path = f"{kind}/layer_7_width_16k_l0_small"
+        gemma_2(ROOT / repo / path, hf_hook_point_in=f"model.layers.7.{hook}")
+        load = loaders.gemma_3_sae_huggingface_loader
+        peer, hook_name = by_loader(load, "JumpReLUSAE", repo, path)
+        ours = load_sae(ROOT / repo, path)
+        assert to_transformer_lens(ours.source["site"]) == hook_name, (ours.source, hook_name)
+        peer.turn_off_forward_pass_hook_z_reshaping()  # heads side by side, as ours
+        row("theirs -> ours", "gemma_scope_2", f"{kind}, by SAELens' loader", ours=ours, peer=peer)
+
+
+def qwen_scope():
+    "Its layerN.sae.pt, by SAELens' loader."
+    repo = "Qwen/SAE-Res-Qwen3-1.7B-Base-W32K-L0_5"
+    qwen(ROOT / repo, 3)
+    load = loaders.qwen_scope_sae_huggingface_loader
+    peer, hook_name = by_loader(load, "TopKSAE", repo, "layer3.sae.pt")
+    ours = load_sae(ROOT / repo)
+    assert to_transformer_lens(ours.source["site"]) == hook_name
+    row("theirs -> ours", "qwen_scope", "layer3.sae.pt, by SAELens' loader", ours=ours, peer=peer)
+
+
+def saelens_checkpoints():
+    "Its BatchTopK kinds as a training run leaves them; the peer: the same, saved for inference."
+    for name, more in (
+        ("BatchTopK", dict(k=5)),
+        ("MatryoshkaBatchTopK", dict(k=5, matryoshka_widths=[10, N])),
+    ):
+        for rescale in (True, False):
+            how = dict(rescale_acts_by_decoder_norm=rescale)
+            config = getattr(saes, f"{name}TrainingSAEConfig")(**BASE, **more, **how)
+            peer = shake(getattr(saes, f"{name}TrainingSAE")(config))
+            peer.topk_threshold.fill_(0.4)
+            peer.save_model(folder := ROOT / f"{name}-{rescale}")
+            ours = load_sae(folder)
+            peer.save_inference_model(done := ROOT / f"{name}-{rescale}-done")
+            what = f"{name}TrainingSAE's checkpoint, rescale={rescale}"
+            row("theirs -> ours", "saelens", what, ours=ours, peer=SAE.load_from_disk(done))
+
+
+def unit_rows():
+    "dictionary_learning's own loader at its default: rows made unit."
+    for kind in ("tied", "untied"):
+        export_sae(random_sae(kind, unit=False), ROOT / f"rows-{kind}", "dictionary_learning")
+        with contextlib.redirect_stdout(io.StringIO()):
+            peer = LOADS["dictionary_learning"](ROOT / f"rows-{kind}")
+        theirs("dictionary_learning", f"{kind}, free rows", ROOT / f"rows-{kind}", peer=peer)
+
+
 def penalties(alpha=0.44):
     "Their loss beside the printed equation's: (equation, {peer: loss})."
     ours, folder, other = random_sae("untied"), ROOT / "saelens-untied-True", ROOT / "dl-alpha"
@@ -256,12 +333,47 @@ def penalties(alpha=0.44):
     return ours.loss(X, alpha).item(), losses
 
 
+PAGE = """# Whose files
+
+`load_sae` reads, and `export_sae` writes, the files of other libraries. Each row below is an
+autoencoder with random weights, saved by one side and run by both on the same {n} rows: how far
+apart are the features, and what they decode to? A transcoder, and every setting that cannot be
+computed as it is, is a ValueError that names it.
+
+Peers: {peers}. The page is written by `benchmarks/peers_formats.py`, in an environment of its own.
+
+| layout | what | way | features differ by | decoded by |
+|---|---|---|---|---|
+{rows}
+
+Not read yet: transcoders of any library, SAELens' `abstopk`, `matching_pursuit` and `temporal`,
+activations that it scales by `layer_norm`, `constant_norm_rescale` or `expected_average_only_in`
+(Llama Scope), sparsify's `groupmax` and skip connections, Goodfire's files.
+"""
+
+
+def write_page(file, peers):
+    "The site's page: every row that was compared."
+    rows = [
+        f"| {layout} | {what} | {way} | {f:.1e} | {x_hat:.1e} |"
+        for way, layout, what, f, x_hat, *_ in ROWS
+    ]
+    file.write_text(PAGE.format(n=len(X), peers=peers, rows="\n".join(rows)))
+
+
 def main():
-    "Compare, print, and tell by the exit status."
+    "Compare, print, and tell by the exit status; with an argument, write the page there."
     torch.set_num_threads(1)
-    for part in (ours_in_theirs, heads_in_saelens, saelens, saelens_trained):
+    for part in (ours_in_theirs, heads_in_saelens, saelens, saelens_trained, saelens_checkpoints):
         part()
-    for part in (dictionary_learning, eai_sparsify, gemma_scope):
+    for part in (
+        dictionary_learning,
+        eai_sparsify,
+        gemma_scope,
+        gemma_scope_2,
+        qwen_scope,
+        unit_rows,
+    ):
         part()
     peers = ("sae-lens", "dictionary-learning", "eai-sparsify", "torch")
     told = ", ".join(f"{peer} {version(peer)}" for peer in peers)
@@ -273,6 +385,8 @@ def main():
     equation, losses = penalties()
     told = "; ".join(f"{name} {loss:.6f}" for name, loss in losses.items())
     print(f"\nloss at alpha = 0.44 by the equation: {equation:.6f}; {told}")
+    if len(sys.argv) > 1:
+        write_page(Path(sys.argv[1]), ", ".join(f"{peer} {version(peer)}" for peer in peers))
     worst = max(max(one[3:5]) for one in ROWS)
     print(f"largest difference: {worst:.1e}")
     return worst > 1e-5 or max(abs(loss - equation) for loss in losses.values()) > 1e-4

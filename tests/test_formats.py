@@ -175,7 +175,7 @@ def test_exported_and_loaded_again(layout, kind, unit, tmp_path):
     assert sae.b_dec.abs().min() > 0
     export_sae(sae, tmp_path, layout, site="mlp.1", model_name="stories")
     same(sae, theirs(layout, tmp_path))  # as their code would read it
-    again = load_sae(tmp_path)
+    again = load_sae(tmp_path, normalize_decoder=False)
     same(sae, again)
     loaded_as = {"tied": "untied"} | (
         dict(batchtopk="jumprelu", matryoshka="jumprelu") if layout == "saelens" else {}
@@ -469,6 +469,50 @@ def test_gemma_scope_2_holds_transcoders_as_well(tmp_path):
     refused(tmp_path / "b", "is a transcoder")
     gemma_2(tmp_path / "c", architecture="gated")
     refused(tmp_path / "c", "architecture is 'gated'", "'jump_relu'")
+
+
+@pytest.mark.parametrize("kind", ["untied", "tied"])
+def test_dictionary_learnings_rows_are_unit_as_in_its_loader(kind, tmp_path):
+    "Its load_dictionary makes AutoEncoder's rows unit: features by other numbers, x^ the same."
+    sae = random_sae(kind, unit=False)
+    export_sae(sae, tmp_path, "dictionary_learning")
+    own = load_sae(tmp_path)
+    norm = sae.W_dec.detach().norm(dim=-1)
+    assert (norm - 1).abs().max() > 0.1
+    f, x_hat = sae.encode(X) * norm, sae.decode(sae.encode(X))
+    same(own, (f.detach(), x_hat.detach()))
+    assert torch.allclose(own.W_dec.norm(dim=-1), torch.ones(N))
+
+
+def qwen(folder, layer):
+    "A file as Qwen's SAE-Res repositories have it."
+    draw = seeded(layer)
+    shapes = dict(W_enc=(N, D), W_dec=(D, N), b_enc=(N,), b_dec=(D,))
+    w = {name: torch.randn(shape, generator=draw) / 4 for name, shape in shapes.items()}
+    folder.mkdir(parents=True, exist_ok=True)
+    torch.save(w, folder / f"layer{layer}.sae.pt")
+    return {name: t.double().numpy() for name, t in w.items()}
+
+
+def test_qwen_scope(tmp_path):
+    "k and the layer are in names alone."
+    folder = tmp_path / "SAE-Res-Qwen3-1.7B-Base-W32K-L0_5"
+    w = {layer: qwen(folder, layer) for layer in (3, 11)}
+    refused(folder, "2 autoencoders", "layer11.sae.pt, layer3.sae.pt")
+    sae = load_sae(folder, "layer11.sae.pt")
+    pre = X.double().numpy() @ w[11]["W_enc"].T + w[11]["b_enc"]
+    f = relu(pre) * (pre >= np.sort(pre, 1)[:, [-5]])
+    same(sae, (f, f @ w[11]["W_dec"].T + w[11]["b_dec"]))
+    source = sae.source
+    assert (sae.kind, sae.k, source["site"], source["path"], source["config"]["base"]) == (
+        "topk",
+        5,
+        "resid.11",
+        "layer11.sae.pt",
+        "Qwen3-1.7B-Base",
+    )
+    qwen(tmp_path / "renamed", 3)
+    refused(tmp_path / "renamed", "k is in no file", "SAE-Res-")
 
 
 @pytest.mark.parametrize("architecture", ["batchtopk", "matryoshka_batchtopk"])

@@ -9,6 +9,7 @@ __all__ = ['fetch_sae', 'saelens_release']
 
 # %% ../../nbs/lib/dictionary_fetch.ipynb #dictionary-fetch-3
 import difflib
+from fnmatch import fnmatch
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -20,7 +21,7 @@ def fetch_sae(
     name: str,  # a folder or file, or owner/name on the Hub
     path: str = "",  # the folder in it, or the weights' file
     revision: str | None = None,
-):  # -> folder on this machine, layout, path
+):  # -> the weights' file on this machine, layout, path
     "The one autoencoder there is; of a Hub repository only its files are downloaded."
     from huggingface_hub import hf_hub_download
 
@@ -49,15 +50,21 @@ def fetch_sae(
         info, cached = reach(name, "model", revision)
         if cached:
             return _local(Path(cached), path, name)
-        folder, layout = _find([f.rfilename for f in info.siblings], path, name)
-        for file in FILES[layout]:
-            got = hf_hub_download(name, f"{folder}/{file}".strip("/"), revision=revision)
-    return Path(got).parent, layout, folder
+        file, folder, layout = _find([f.rfilename for f in info.siblings], path, name)
+        for head in FILES[layout][:-1]:
+            hf_hub_download(name, _joined(folder, head), revision=revision)
+        got = Path(hf_hub_download(name, file, revision=revision))
+    return got, layout, folder if file == _joined(folder, FILES[layout][-1]) else file
+
+
+def _joined(folder, file):
+    return f"{folder}/{file}".strip("/")
 
 
 def _local(root, path, name):
-    folder, layout = _find([p.relative_to(root).as_posix() for p in root.rglob("*")], path, name)
-    return root / folder, layout, folder
+    there = [p.relative_to(root).as_posix() for p in root.rglob("*")]
+    file, folder, layout = _find(there, path, name)
+    return root / file, layout, folder if file == _joined(folder, FILES[layout][-1]) else file
 
 # %% ../../nbs/lib/dictionary_fetch.ipynb #dictionary-fetch-7
 def saelens_release(
@@ -90,22 +97,23 @@ def _whole(files):  # -> {weights' file: (folder, layout)}
     there = set(files)
     found = {}
     for file in sorted(files):
-        folder, slash, last = file.rpartition("/")
-        for layout, needs in FILES.items():
-            if last == needs[-1] and there.issuperset(f"{folder}{slash}{need}" for need in needs):
+        folder, _, last = file.rpartition("/")
+        for layout, (*heads, weights) in FILES.items():
+            if fnmatch(last, weights) and there.issuperset(_joined(folder, h) for h in heads):
                 found[file] = folder, layout
     return found
 
 
-def _find(files, path, name):  # the paths of all files there -> folder, layout
+def _find(files, path, name):  # the paths of all files there -> file, folder, layout
     "The one autoencoder at `path`, else the only one below it."
     found = _whole(files)
     here = [file for file in found if path in (file, found[file][0])]
     here = here or [file for file in found if file.startswith(f"{path}/" if path else "")]
     if len(here) == 1:
-        return found[here[0]]
+        return here[0], *found[here[0]]
     names = {file for needs in FILES.values() for file in needs}
-    some = here or [file for file in sorted(files) if file.rpartition("/")[2] in names]
+    parts = [file for file in sorted(files) if any(fnmatch(Path(file).name, n) for n in names)]
+    some = here or parts
     listed = ", ".join(some[:20]) + (f" and {len(some) - 20} more" if len(some) > 20 else "")
     place = name + (f" at {path}" if path else "")
     if here:

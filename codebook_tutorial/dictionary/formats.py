@@ -25,11 +25,12 @@ from codebook_tutorial.dictionary.layouts import (
     absorb_bias,
     as_theirs,
     shape_as_theirs,
+    unit_rows,
 )
 from codebook_tutorial.dictionary.peers import (
+    PLACES,
     SETTINGS_READERS,
     SETTINGS_WRITERS,
-    check_place,
     site_of,
 )
 from .sae import KeepK
@@ -136,16 +137,16 @@ def load_sae(
     name,  # a folder, or owner/name on the Hub
     path: str = "",  # the folder in it, or the weights' file
     revision: str | None = None,  # a branch, tag or commit of the Hub
+    *,
+    normalize_decoder: bool = True,  # dictionary_learning's AutoEncoder: unit rows, as its loader
 ):
     """An autoencoder of any known layout, in eval mode, float32, on the CPU.
 
     `.source`: layout, name, path, site where known, and the peer's config."""
-    folder, layout, path = fetch_sae(str(name), str(path).strip("/"), revision)
+    file, layout, path = fetch_sae(str(name), str(path).strip("/"), revision)
     at = "/".join(part for part in (str(name), path) if part)
-    head, file = folder / FILES[layout][0], folder / FILES[layout][-1]
-    config = {} if layout == "gemma_scope" else read_json(head, "load_sae")
-    if layout == "gemma_scope":
-        check_place(at, folder)
+    head = file.with_name(FILES[layout][0])
+    config = PLACES[layout](at, file) if layout in PLACES else read_json(head, "load_sae")
     tensors = _tensors(file, at)
     if (mark := config.get("sha256")) and checksum(file) != mark:
         raise ValueError(
@@ -153,7 +154,10 @@ def load_sae(
             f"a save was interrupted: save or copy both again (or remove sha256 from {head.name})"
         )
     try:
-        sae = _build(at, tensors, **SETTINGS_READERS[layout](at, config, tensors))
+        found = SETTINGS_READERS[layout](at, config, tensors)
+        if not normalize_decoder:
+            found["then"] = [fn for fn in found.get("then", ()) if fn is not unit_rows]
+        sae = _build(at, tensors, **found)
         site = site_of(layout, config)
     except (AttributeError, TypeError, RuntimeError) as e:
         raise ValueError(f"load_sae: {at}: its settings are none of {layout}'s ({e})") from e

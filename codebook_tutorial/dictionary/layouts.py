@@ -6,9 +6,11 @@ Docs: https://codebook-tutorial.github.io/codebook_tutorial/lib/dictionary_layou
 
 # %% auto #0
 __all__ = ['FILES', 'TENSORS', 'NO_BIAS_FIRST', 'WRITES', 'ALPHA_UNITS', 'as_theirs', 'shape_as_theirs', 'clamp_threshold',
-           'absorb_bias', 'fold_norms', 'convert_alpha']
+           'absorb_bias', 'fold_norms', 'unit_rows', 'convert_alpha']
 
 # %% ../../nbs/lib/dictionary_layouts.ipynb #dictionary-layouts-3
+import torch
+
 # layout -> its files: (configuration,) weights
 FILES = dict(
     ours=("sae.json", "sae_state.safetensors"),
@@ -17,6 +19,7 @@ FILES = dict(
     sparsify=("cfg.json", "sae.safetensors"),
     gemma_scope=("params.npz",),
     gemma_scope_2=("config.json", "params.safetensors"),
+    qwen_scope=("layer*.sae.pt",),
 )
 
 # our tensor -> theirs; .T where theirs is the transpose
@@ -56,6 +59,7 @@ TENSORS = {
     "gemma_scope_2": {
         "jump_relu": ("jumprelu", _ROWS | _JUMP | dict(W_enc="w_enc.T", W_dec="w_dec"))
     },
+    "qwen_scope": {"topk": ("topk", _ROWS | dict(W_enc="W_enc", W_dec="W_dec.T"))},
 }
 
 # dictionary_learning's classes that do not subtract b_dec before they encode
@@ -114,6 +118,12 @@ def fold_norms(own):
     norm = own["W_dec"].norm(dim=-1).clamp(min=1e-30)
     own = own | dict(W_enc=own["W_enc"] * norm[:, None], b_enc=own["b_enc"] * norm)
     return own | dict(W_dec=own["W_dec"] / norm[:, None])
+
+
+def unit_rows(own):
+    "The same reconstruction from unit rows: features longer by the length of each row."
+    norm = own["W_dec"].norm(dim=-1)
+    return own if torch.allclose(norm, torch.ones_like(norm)) else fold_norms(own)
 
 # %% ../../nbs/lib/dictionary_layouts.ipynb #dictionary-layouts-5
 # The L1 penalty's weight in other units than the equation's, as a factor of d_model. SAELens 6.54
