@@ -19,7 +19,7 @@ for name, value in dict(OMP_NUM_THREADS="1", HF_HUB_OFFLINE="1", WANDB_MODE="dis
     os.environ.setdefault(name, value)
 warnings.filterwarnings("ignore")
 import torch  # noqa: E402
-from safetensors.torch import load_file  # noqa: E402
+from layouts_page import by_loader, write_page  # noqa: E402
 from test_formats import D, N, gemma, gemma_2, qwen, random_sae  # noqa: E402
 
 from codebook_tutorial.dictionary.layouts import WRITES, convert_alpha  # noqa: E402
@@ -33,7 +33,6 @@ with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.St
     from dictionary_learning.trainers import matryoshka_batch_top_k as matryoshka
     from dictionary_learning.utils import load_dictionary
     from sae_lens import SAE, saes
-    from sae_lens.loading import pretrained_sae_loaders as loaders
 
 X = torch.randn(64, D, generator=torch.Generator().manual_seed(5))
 ROOT, ROWS = Path(tempfile.mkdtemp()), []
@@ -42,6 +41,7 @@ LOADS = dict(
     dictionary_learning=lambda folder: load_dictionary(str(folder), "cpu")[0],
     sparsify=sparsify.SparseCoder.load_from_disk,
 )
+SIZE = dict(d_in=D, d_sae=N)
 BASE = dict(d_in=D, d_sae=N, metadata=saes.sae.SAEMetadata(hook_name="blocks.3.hook_resid_pre"))
 
 
@@ -223,33 +223,9 @@ def gemma_scope():
     repo, path = "gemma-scope-2b-pt-res", "layer_2/width_16k/average_l0_9"
     gemma(ROOT / repo / path)
 
-    def local(repo_id, filename, subfolder, **kw):
-        return ROOT / repo_id / subfolder / filename
-
-    loaders.hf_hub_download = local
-    load = loaders.gemma_2_sae_huggingface_loader
-    cfg, state, _ = load(repo, path, cfg_overrides=dict(d_in=D, d_sae=N))
-    config = saes.JumpReLUSAEConfig.from_dict(loaders.handle_config_defaulting(cfg))
-    peer = saes.JumpReLUSAE(config)
-    peer.load_state_dict(state)
+    load, at = "gemma_2_sae_huggingface_loader", dict(path=path, root=ROOT, size=SIZE)
+    peer, _ = by_loader(load, "JumpReLUSAE", repo, **at)
     theirs("gemma_scope", "params.npz, by SAELens' loader of Gemma Scope", ROOT / repo, peer=peer)
-
-
-def by_loader(load, cls, repo, path):
-    "SAELens' own autoencoder, by its loader of others' files, from a folder instead of the Hub."
-
-    def local(repo_id, filename, subfolder="", **kw):
-        return ROOT / repo_id / subfolder / filename
-
-    def shapes(repo_id, filename):
-        return {n: list(t.shape) for n, t in load_file(ROOT / repo_id / filename).items()}
-
-    loaders.hf_hub_download, loaders.get_safetensors_tensor_shapes = local, shapes
-    cfg, state, _ = load(repo, path, device="cpu", cfg_overrides=dict(d_in=D, d_sae=N))
-    config = getattr(saes, f"{cls}Config").from_dict(loaders.handle_config_defaulting(cfg))
-    peer = getattr(saes, cls)(config)
-    peer.load_state_dict(state)
-    return peer, cfg["hook_name"]
 
 
 def gemma_scope_2():
@@ -262,8 +238,8 @@ def gemma_scope_2():
     ):
         path = f"{kind}/layer_7_width_16k_l0_small"
         gemma_2(ROOT / repo / path, hf_hook_point_in=f"model.layers.7.{hook}")
-        load = loaders.gemma_3_sae_huggingface_loader
-        peer, hook_name = by_loader(load, "JumpReLUSAE", repo, path)
+        load, at = "gemma_3_sae_huggingface_loader", dict(path=path, root=ROOT, size=SIZE)
+        peer, hook_name = by_loader(load, "JumpReLUSAE", repo, **at)
         ours = load_sae(ROOT / repo, path)
         assert to_transformer_lens(ours.source["site"]) == hook_name, (ours.source, hook_name)
         peer.turn_off_forward_pass_hook_z_reshaping()  # heads side by side, as ours
@@ -274,8 +250,8 @@ def qwen_scope():
     "Its layerN.sae.pt, by SAELens' loader."
     repo = "Qwen/SAE-Res-Qwen3-1.7B-Base-W32K-L0_5"
     qwen(ROOT / repo, 3)
-    load = loaders.qwen_scope_sae_huggingface_loader
-    peer, hook_name = by_loader(load, "TopKSAE", repo, "layer3.sae.pt")
+    load, at = "qwen_scope_sae_huggingface_loader", dict(path="layer3.sae.pt", root=ROOT, size=SIZE)
+    peer, hook_name = by_loader(load, "TopKSAE", repo, **at)
     ours = load_sae(ROOT / repo)
     assert to_transformer_lens(ours.source["site"]) == hook_name
     row("theirs -> ours", "qwen_scope", "layer3.sae.pt, by SAELens' loader", ours=ours, peer=peer)
@@ -333,34 +309,6 @@ def penalties(alpha=0.44):
     return ours.loss(X, alpha).item(), losses
 
 
-PAGE = """# Whose files
-
-`load_sae` reads, and `export_sae` writes, the files of other libraries. Each row below is an
-autoencoder with random weights, saved by one side and run by both on the same {n} rows: how far
-apart are the features, and what they decode to? A transcoder, and every setting that cannot be
-computed as it is, is a ValueError that names it.
-
-Peers: {peers}. The page is written by `benchmarks/peers_formats.py`, in an environment of its own.
-
-| layout | what | way | features differ by | decoded by |
-|---|---|---|---|---|
-{rows}
-
-Not read yet: transcoders of any library, SAELens' `abstopk`, `matching_pursuit` and `temporal`,
-activations that it scales by `layer_norm`, `constant_norm_rescale` or `expected_average_only_in`
-(Llama Scope), sparsify's `groupmax` and skip connections, Goodfire's files.
-"""
-
-
-def write_page(file, peers):
-    "The site's page: every row that was compared."
-    rows = [
-        f"| {layout} | {what} | {way} | {f:.1e} | {x_hat:.1e} |"
-        for way, layout, what, f, x_hat, *_ in ROWS
-    ]
-    file.write_text(PAGE.format(n=len(X), peers=peers, rows="\n".join(rows)))
-
-
 def main():
     "Compare, print, and tell by the exit status; with an argument, write the page there."
     torch.set_num_threads(1)
@@ -376,8 +324,8 @@ def main():
     ):
         part()
     peers = ("sae-lens", "dictionary-learning", "eai-sparsify", "torch")
-    told = ", ".join(f"{peer} {version(peer)}" for peer in peers)
-    print(f"{told}; d = {D}, F = {N}, {len(X)} rows")
+    versions = ", ".join(f"{peer} {version(peer)}" for peer in peers)
+    print(f"{versions}; d = {D}, F = {N}, {len(X)} rows")
     head = ("", "layout", "", "encode", "decode", "flips", "l0")
     print("{:15s} {:20s} {:82s} {:>8s} {:>8s} {:>5s} {:>5s}".format(*head))
     for one in ROWS:
@@ -386,7 +334,7 @@ def main():
     told = "; ".join(f"{name} {loss:.6f}" for name, loss in losses.items())
     print(f"\nloss at alpha = 0.44 by the equation: {equation:.6f}; {told}")
     if len(sys.argv) > 1:
-        write_page(Path(sys.argv[1]), ", ".join(f"{peer} {version(peer)}" for peer in peers))
+        write_page(Path(sys.argv[1]), versions, ROWS, n=len(X))
     worst = max(max(one[3:5]) for one in ROWS)
     print(f"largest difference: {worst:.1e}")
     return worst > 1e-5 or max(abs(loss - equation) for loss in losses.values()) > 1e-4

@@ -33,7 +33,7 @@ class Codebook(Dictionary):
         combine: str = "sum",  # (the paper's text), or "mean" (the authors' code)
         learn: str = "gradient",  # or "ema": moving averages, by `ema_step`
         commitment: float = 0.0,  # weight of the pull of the input towards its codes
-        norm: bool = False,  # choose codes for LayerNorm(x): the authors' choice, not gradient
+        norm: bool = False,  # choose for LayerNorm(x): as the authors, not in gradients
     ):
         super().__init__()
         self.config = dict(d_model=d_model, n_codes=n_codes, k=k, groups=groups)

@@ -45,7 +45,7 @@ def write_codebooks(
 
 # %% ../../nbs/lib/dictionary_codefiles.ipynb #dictionary-codefiles-5
 def read_codebooks(folder, model) -> tuple[dict, bool]:
-    "{site: Codebook} in a folder, and keep_first; ValueError where a file is damaged or the model has no such sites."
+    "{site: Codebook} in a folder, and keep_first; ValueError for what is damaged or does not fit."
     folder, call = Path(folder), "load_codebooks"
     if not (folder / CONFIG).exists():
         raise ValueError(
@@ -79,13 +79,18 @@ def read_codebooks(folder, model) -> tuple[dict, bool]:
             raise ValueError(f"{call}: {site} in {folder}: expected {want}, got {got}")
         book.load_state_dict(own)
         books[site] = to_model(book, model)
+    _check_told(told, info, folder)
+    return books, bool(info.get("keep_first"))
+
+
+def _check_told(told, info, folder):
+    "ValueError where the settings are not those that the weights were saved with."
     names = ("sites", "keep_first") if "sites" in told else ()  # older folders have none
     if any(json.loads(told.get(name, "null")) != info.get(name) for name in names):
         raise ValueError(
-            f"{call}: {CONFIG} in {folder} does not say what the codebooks were saved with; "
-            "expected the settings that save_pretrained wrote, copy the folder again"
+            f"load_codebooks: {CONFIG} in {folder} does not say what the codebooks were saved "
+            "with; expected the settings that save_pretrained wrote, copy the folder again"
         )
-    return books, bool(info.get("keep_first"))
 
 
 def shapes(tensors: dict) -> dict:

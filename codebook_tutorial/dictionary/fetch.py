@@ -71,7 +71,7 @@ def saelens_release(
     name: str,
     id: str,  # of an autoencoder in it
 ) -> tuple[str, str]:
-    "The Hub id and folder behind a release name of SAELens, from its own table; else both as given."
+    "Hub id and folder behind a release name of SAELens, from its own table; else both as given."
     spec = find_spec("sae_lens")
     table = Path(spec.submodule_search_locations[0]) / "pretrained_saes.yaml" if spec else None
     if table is None or not table.exists():

@@ -51,8 +51,8 @@ def finetune(
     check_length(model, text.ids.shape[1], "finetune")
     if len(empty := (text.labels == -100).all(1).nonzero()):
         raise ValueError(
-            f"finetune: {len(empty)} of {len(text)} rows, row {empty[0].item()} first, have no token "
-            "to predict; expected rows with two tokens or more, not BOS or padding alone"
+            f"finetune: {len(empty)} of {len(text)} rows, row {empty[0].item()} first, have no "
+            "token to predict; expected rows with two tokens or more, not BOS or padding alone"
         )
     codes = dict(recon=recon, decay=decay, codes_lr=codes_lr)
     codes |= dict(resample_every=resample_every, resample_until=resample_until)

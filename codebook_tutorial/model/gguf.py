@@ -1,4 +1,4 @@
-"""GGUF, the files of llama.cpp: read in ordinary floats, and refused where they would be read wrongly.
+"""GGUF, the files of llama.cpp: read in ordinary floats, refused where that would be wrong.
 
 Docs: https://codebook-tutorial.github.io/codebook_tutorial/lib/model_gguf.html.md"""
 

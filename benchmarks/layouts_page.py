@@ -1,0 +1,56 @@
+"""What `peers_formats.py` shares out: SAELens' loaders without a network, and the site's page."""
+
+from safetensors.torch import load_file
+
+
+def by_loader(load, cls, repo, *, path, root, size):
+    "SAELens' own autoencoder, by its loader of others' files, from a folder instead of the Hub."
+    from sae_lens import saes
+    from sae_lens.loading import pretrained_sae_loaders as loaders
+
+    def local(repo_id, filename, subfolder="", **kw):
+        return root / repo_id / subfolder / filename
+
+    def shapes(repo_id, filename):
+        return {n: list(t.shape) for n, t in load_file(root / repo_id / filename).items()}
+
+    loaders.hf_hub_download, loaders.get_safetensors_tensor_shapes = local, shapes
+    cfg, state, _ = getattr(loaders, load)(repo, path, device="cpu", cfg_overrides=size)
+    config = getattr(saes, f"{cls}Config").from_dict(loaders.handle_config_defaulting(cfg))
+    peer = getattr(saes, cls)(config)
+    peer.load_state_dict(state)
+    return peer, cfg["hook_name"]
+
+
+PAGE = """# Whose files
+
+`load_sae` reads, and `export_sae` writes, the files of other libraries. Each row below is an
+autoencoder with random weights, saved by one side and run by both on the same {n} rows: how far
+apart are the features, and what they decode to? A transcoder, and every setting that cannot be
+computed as it is, is a ValueError that names it.
+
+Peers: {peers}. The page is written by `benchmarks/peers_formats.py`, in an environment of its own.
+
+| layout | what | way | features differ by | decoded by |
+|---|---|---|---|---|
+{rows}
+
+Not read yet: transcoders of any library, SAELens' `abstopk`, `matching_pursuit` and `temporal`,
+activations that it scales by `layer_norm`, `constant_norm_rescale` or `expected_average_only_in`
+(Llama Scope), sparsify's `groupmax` and skip connections, Goodfire's files.
+"""
+
+
+def write_page(
+    file,
+    peers: str,
+    rows: list,  # (way, layout, what, features' difference, what they decode to)
+    *,
+    n: int,  # rows compared
+):
+    "The site's page: every row that was compared."
+    lines = [
+        f"| {layout} | {what} | {way} | {f:.1e} | {x_hat:.1e} |"
+        for way, layout, what, f, x_hat, *_ in rows
+    ]
+    file.write_text(PAGE.format(n=n, peers=peers, rows="\n".join(lines)))
