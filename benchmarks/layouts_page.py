@@ -36,8 +36,8 @@ Peers: {peers}. The page is written by `benchmarks/peers_formats.py`, in an envi
 {rows}
 
 Not read yet: transcoders of any library, SAELens' `abstopk`, `matching_pursuit` and `temporal`,
-activations that it scales by `layer_norm`, `constant_norm_rescale` or `expected_average_only_in`
-(Llama Scope), sparsify's `groupmax` and skip connections, Goodfire's files.
+states that it scales row by row (`layer_norm`, `constant_norm_rescale`), Llama Scope's own files,
+sparsify's `groupmax` and skip connections, Goodfire's files.
 """
 
 

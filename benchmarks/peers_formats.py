@@ -257,6 +257,16 @@ def qwen_scope():
     row("theirs -> ours", "qwen_scope", "layer3.sae.pt, by SAELens' loader", ours=ours, peer=peer)
 
 
+def saelens_scaled(factor=2.5):
+    "For states scaled to a mean length; the peer folds the factor itself."
+    how = dict(BASE, normalize_activations="expected_average_only_in")
+    peer = shake(saes.StandardSAE(saes.StandardSAEConfig(**how)))
+    peer.save_model(folder := ROOT / "scaled")
+    peer.fold_activation_norm_scaling_factor(factor)
+    ours = load_sae(folder, norm_scaling_factor=factor)
+    row("theirs -> ours", "saelens", "StandardSAE, states scaled by 2.5", ours=ours, peer=peer)
+
+
 def saelens_checkpoints():
     "Its BatchTopK kinds as a training run leaves them; the peer: the same, saved for inference."
     for name, more in (
@@ -312,9 +322,10 @@ def penalties(alpha=0.44):
 def main():
     "Compare, print, and tell by the exit status; with an argument, write the page there."
     torch.set_num_threads(1)
-    for part in (ours_in_theirs, heads_in_saelens, saelens, saelens_trained, saelens_checkpoints):
+    for part in (ours_in_theirs, heads_in_saelens, saelens, saelens_trained, saelens_scaled):
         part()
     for part in (
+        saelens_checkpoints,
         dictionary_learning,
         eai_sparsify,
         gemma_scope,

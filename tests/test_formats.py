@@ -1047,3 +1047,44 @@ def test_the_converted_weight_gives_the_same_loss_but_for_a_factor():
         torch.testing.assert_close(
             small.loss(X / 4, alpha) * 16, sae.loss(X, convert_alpha(alpha, D, scale=4.0))
         )
+
+
+# ---- rows that are not unit, and states that were scaled
+@pytest.mark.parametrize("kind", ["tied", "untied", "jumprelu", "gated"])
+def test_rows_that_are_not_unit_are_told_or_folded(kind, tmp_path):
+    "Folded, the reconstruction is the same and features are longer by their row's length."
+    sae = random_sae(kind, unit=False)
+    norm = sae.W_dec.detach().norm(dim=-1)
+    with pytest.warns(UserWarning, match="rows of W_dec are .* long, not 1.*unit=True"):
+        export_sae(sae, tmp_path / "a", "saelens")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        export_sae(sae, tmp_path / "b", "saelens", unit=True)
+        export_sae(random_sae(kind), tmp_path / "c", "saelens")
+    again = load_sae(tmp_path / "b")
+    f = sae.encode(X)
+    same(again, ((f * norm).detach(), sae.decode(f).detach()))
+    assert torch.allclose(again.W_dec.norm(dim=-1), torch.ones(N))
+
+
+@pytest.mark.parametrize("kind", ["topk", "batchtopk", "matryoshka"])
+def test_rows_are_not_folded_where_that_changes_what_is_kept(kind, tmp_path):
+    with pytest.raises(ValueError, match=f"unit=True would change which features kind '{kind}'"):
+        export_sae(random_sae(kind, unit=False), tmp_path, "saelens", unit=True)
+
+
+def test_states_scaled_to_a_mean_length(tmp_path):
+    "As SAELens' fold_activation_norm_scaling_factor; without the factor it is refused."
+    export_sae(random_sae("untied"), tmp_path, "saelens")
+    change(tmp_path / "cfg.json", normalize_activations="expected_average_only_in")
+    refused(tmp_path, "factor is None", "norm_scaling_factor=")
+    for wrong in (0, -1.0, float("nan")):
+        with pytest.raises(ValueError, match="its factor is"):
+            load_sae(tmp_path, norm_scaling_factor=wrong)
+    sae, factor = random_sae("untied"), 2.5
+    own = load_sae(tmp_path, norm_scaling_factor=factor)
+    f = sae.encode(X * factor)
+    with torch.no_grad():
+        inner = (X - sae.b_dec / factor) * factor @ sae.W_enc.T + sae.b_enc
+        assert torch.allclose(inner.relu(), f, atol=1e-5)
+    same(own, (f.detach(), sae.decode(f).detach() / factor))

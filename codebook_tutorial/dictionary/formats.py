@@ -9,6 +9,7 @@ __all__ = ['save_sae', 'export_sae', 'load_sae']
 
 # %% ../../nbs/lib/dictionary_formats.ipynb #dictionary-formats-3
 import re
+import warnings
 from functools import partial
 from pathlib import Path
 
@@ -28,11 +29,11 @@ from codebook_tutorial.dictionary.layouts import (
     unit_rows,
 )
 from codebook_tutorial.dictionary.peers import (
-    PLACES,
     SETTINGS_READERS,
     SETTINGS_WRITERS,
     site_of,
 )
+from .places import PLACES
 from .sae import KeepK
 from ..files import checksum, read_json, sweep, write, write_json
 from ..model.sites import TRANSFORMER_LENS
@@ -67,10 +68,12 @@ def export_sae(
     prepend_bos: bool = True,  # SAELens: do rows of text begin with BOS, as load_text's do?
     context_size: int = 256,  # SAELens: positions in a row
     dataset: str | None = None,  # SAELens: the Hub id of its text
+    unit: bool = False,  # fold the lengths of W_dec's rows into the features
 ):
     """Write another library's own files, for it to load.
 
-    A tied autoencoder is written as an untied one; for SAELens, the BatchTopK kinds as JumpReLU."""
+    A tied autoencoder is written as an untied one; for SAELens, the BatchTopK kinds as JumpReLU.
+    SAELens' loader of sparsify's files wants their folder named `layers.2`."""
     from safetensors.torch import save_file
 
     _check(sae, "export_sae")
@@ -79,6 +82,7 @@ def export_sae(
     kind, names = TENSORS[layout][cls]
     own = sae.state_dict() | {"W_enc": sae.W_enc}
     own = {name: t.detach().float().cpu() for name, t in own.items()}
+    own = _with_unit_rows(own, sae, unit=unit)
     if kind == "jumprelu":
         own["threshold"] = own["threshold"].expand_as(own["b_enc"])
     if cls in NO_BIAS_FIRST:
@@ -89,6 +93,27 @@ def export_sae(
         tensors[theirs.removesuffix(".T")] = as_theirs(own[name], theirs).contiguous().clone()
     save = torch.save if layout == "dictionary_learning" else save_file
     _write(folder, layout, partial(save, tensors), config=config)
+
+
+def _with_unit_rows(own, sae, *, unit):
+    "Tensors as they are, with a warning where rows are not unit; folded where that is asked for."
+    folded = unit_rows(own)
+    if folded is own:
+        return own
+    if unit and isinstance(sae, KeepK):
+        raise ValueError(
+            f"export_sae: unit=True would change which features kind {sae.kind!r} keeps; "
+            "expected unit=False, or rows of length 1"
+        )
+    if unit:
+        return folded
+    least, most = own["W_dec"].norm(dim=-1).aminmax()
+    warnings.warn(
+        f"export_sae: rows of W_dec are {least:.3g} to {most:.3g} long, not 1; other libraries' "
+        "measures may take them for unit: unit=True folds them into the features",
+        stacklevel=3,
+    )
+    return own
 
 # %% ../../nbs/lib/dictionary_formats.ipynb #dictionary-formats-6
 def _check(sae, call):
@@ -139,6 +164,7 @@ def load_sae(
     revision: str | None = None,  # a branch, tag or commit of the Hub
     *,
     normalize_decoder: bool = True,  # dictionary_learning's AutoEncoder: unit rows, as its loader
+    norm_scaling_factor: float | None = None,  # SAELens' "expected_average_only_in": states' factor
 ):
     """An autoencoder of any known layout, in eval mode, float32, on the CPU.
 
@@ -154,6 +180,8 @@ def load_sae(
             f"a save was interrupted: save or copy both again (or remove sha256 from {head.name})"
         )
     try:
+        if norm_scaling_factor is not None:
+            config["norm_scaling_factor"] = norm_scaling_factor
         found = SETTINGS_READERS[layout](at, config, tensors)
         if not normalize_decoder:
             found["then"] = [fn for fn in found.get("then", ()) if fn is not unit_rows]

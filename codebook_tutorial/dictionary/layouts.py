@@ -6,7 +6,7 @@ Docs: https://codebook-tutorial.github.io/codebook_tutorial/lib/dictionary_layou
 
 # %% auto #0
 __all__ = ['FILES', 'TENSORS', 'NO_BIAS_FIRST', 'WRITES', 'ALPHA_UNITS', 'as_theirs', 'shape_as_theirs', 'clamp_threshold',
-           'absorb_bias', 'fold_norms', 'unit_rows', 'convert_alpha']
+           'absorb_bias', 'fold_norms', 'fold_scale', 'unit_rows', 'convert_alpha']
 
 # %% ../../nbs/lib/dictionary_layouts.ipynb #dictionary-layouts-3
 import torch
@@ -120,10 +120,19 @@ def fold_norms(own):
     return own | dict(W_dec=own["W_dec"] / norm[:, None])
 
 
+def fold_scale(own, factor: float):
+    "From an autoencoder of x * factor that decodes x * factor to the same one for x."
+    own = own | dict(W_enc=own["W_enc"] * factor, W_dec=own["W_dec"] / factor)
+    return own | dict(b_dec=own["b_dec"] / factor)
+
+
 def unit_rows(own):
     "The same reconstruction from unit rows: features longer by the length of each row."
     norm = own["W_dec"].norm(dim=-1)
-    return own if torch.allclose(norm, torch.ones_like(norm)) else fold_norms(own)
+    if torch.allclose(norm, torch.ones_like(norm)):
+        return own
+    more = {name: own[name] * norm for name in ("threshold", "b_mag") if name in own}
+    return fold_norms(own) | more
 
 # %% ../../nbs/lib/dictionary_layouts.ipynb #dictionary-layouts-5
 # The L1 penalty's weight in other units than the equation's, as a factor of d_model. SAELens 6.54
