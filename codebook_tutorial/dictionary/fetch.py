@@ -79,7 +79,7 @@ def saelens_release(
     import yaml
 
     loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
-    release = yaml.load(table.read_text(encoding="utf-8"), loader).get(name)
+    release = loader(table.read_text(encoding="utf-8")).get_single_data().get(name)
     if not release:
         return name, id
     folders = {sae["id"]: sae["path"] for sae in release["saes"]}
