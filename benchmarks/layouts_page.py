@@ -1,5 +1,8 @@
-"""What `peers_formats.py` shares out: SAELens' loaders without a network, and the site's page."""
+"""What `peers_formats.py` shares out: SAELens' loaders without a network, files, the page."""
 
+import json
+
+import torch
 from safetensors.torch import load_file
 
 
@@ -20,6 +23,25 @@ def by_loader(load, cls, repo, *, path, root, size):
     peer = getattr(saes, cls)(config)
     peer.load_state_dict(state)
     return peer, cfg["hook_name"]
+
+
+def shake(module, seed=3):
+    "Every parameter of a peer as random as after training."
+    draw = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for name, p in module.named_parameters():
+            if p.numel():
+                p.add_(torch.randn(p.shape, generator=draw).to(p.dtype) * 0.3)
+            if name == "threshold":
+                p.abs_()
+    return module
+
+
+def write_theirs(folder, state, config):
+    "A folder as dictionary_learning writes it."
+    folder.mkdir()
+    torch.save({name: t.cpu() for name, t in state.items()}, folder / "ae.pt")
+    (folder / "config.json").write_text(json.dumps(config))
 
 
 PAGE = """# Whose files

@@ -19,7 +19,7 @@ for name, value in dict(OMP_NUM_THREADS="1", HF_HUB_OFFLINE="1", WANDB_MODE="dis
     os.environ.setdefault(name, value)
 warnings.filterwarnings("ignore")
 import torch  # noqa: E402
-from layouts_page import by_loader, write_page  # noqa: E402
+from layouts_page import by_loader, shake, write_page, write_theirs  # noqa: E402
 from test_formats import D, N, gemma, gemma_2, qwen, random_sae  # noqa: E402
 
 from codebook_tutorial.dictionary.layouts import WRITES, convert_alpha  # noqa: E402
@@ -66,18 +66,6 @@ def row(way, layout, what, *, ours, peer):
 def theirs(layout, what, folder, *, peer):
     "A file of a peer, read by us."
     row("theirs -> ours", layout, what, ours=load_sae(folder), peer=peer)
-
-
-def shake(module, seed=3):
-    "Every parameter of a peer as random as after training."
-    draw = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for name, p in module.named_parameters():
-            if p.numel():
-                p.add_(torch.randn(p.shape, generator=draw).to(p.dtype) * 0.3)
-            if name == "threshold":
-                p.abs_()
-    return module
 
 
 def ours_in_theirs():
@@ -165,13 +153,6 @@ def saelens_trained():
     (folder / "cfg.json").write_text(json.dumps(old))
     what = "cfg.json as before 6.0, activation_fn_str topk"
     theirs("saelens", what, folder, peer=SAE.load_from_disk(folder))
-
-
-def write_theirs(folder, state, config):
-    "A folder as dictionary_learning writes it."
-    folder.mkdir()
-    torch.save({name: t.cpu() for name, t in state.items()}, folder / "ae.pt")
-    (folder / "config.json").write_text(json.dumps(config))
 
 
 def dictionary_learning():
@@ -322,6 +303,7 @@ def penalties(alpha=0.44):
 def main():
     "Compare, print, and tell by the exit status; with an argument, write the page there."
     torch.set_num_threads(1)
+    torch.manual_seed(0)  # peers begin from the global draw
     for part in (ours_in_theirs, heads_in_saelens, saelens, saelens_trained, saelens_scaled):
         part()
     for part in (
