@@ -13,6 +13,7 @@ from codebook_tutorial.core import draw_rows, seeded
 from codebook_tutorial.dictionary.base import basis, fvu, random_directions
 from codebook_tutorial.dictionary.baselines import ica, pca
 from codebook_tutorial.dictionary.bottleneck import CodebookModel, add_codebooks
+from codebook_tutorial.dictionary.card import model_card
 from codebook_tutorial.dictionary.codebook import Codebook
 from codebook_tutorial.dictionary.finetune import as_dataset, bits_per_activation, finetune
 from codebook_tutorial.dictionary.harvest import _weights_mark, harvest
@@ -452,7 +453,7 @@ def test_keep_first_is_saved_sealed_and_trained(story_sink, tmp_path):
     assert all(0 < row["error resid.1"] < 2 for row in logs)
     cb.eval().save_pretrained(tmp_path / "codes")
     back = CodebookModel.from_pretrained(tmp_path / "codes")
-    assert back.keep_first
+    assert back.keep_first and "first position passes as it is" in model_card(back)
     config = tmp_path / "codes" / "codebooks.json"
     config.write_text(config.read_text().replace('"keep_first": true', '"keep_first": false'))
     with pytest.raises(ValueError, match="does not say what the codebooks were saved with"):
@@ -468,7 +469,8 @@ def test_without_keep_first_nothing_changes(tmp_path):
     assert cb.codebooks["resid.1"].counts.sum() == text.attention_mask.sum()
     cb.save_pretrained(tmp_path)
     assert "keep_first" not in (tmp_path / "codebooks.json").read_text()
-    assert not CodebookModel.from_pretrained(tmp_path).keep_first
+    again = CodebookModel.from_pretrained(tmp_path)
+    assert not again.keep_first and "first position" not in model_card(again)
 
 
 # weights that are elsewhere

@@ -44,6 +44,8 @@ def model_card(
     for site, book in cb_model.codebooks.items():
         cells = [f"`{site}`", book.weight.shape[1], book.k, len(book.weight)]
         card += f"| {' | '.join(map(str, cells))} | {book.select}, {book.combine} |\n"
+    if cb_model.keep_first:
+        card += "\nEach row's first position passes as it is, without codes.\n"
     if losses:
         card += "\n| text | nats a token |\n|---|---|\n"
         card += "".join(f"| {name} | {nats:.4f} |\n" for name, nats in losses.items())
