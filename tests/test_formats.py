@@ -19,6 +19,7 @@ from safetensors.numpy import load_file as numpy_file
 from safetensors.torch import load_file, save_file
 
 from codebook_tutorial.core import data_path, seeded
+from codebook_tutorial.dictionary import formats
 from codebook_tutorial.dictionary.base import random_directions
 from codebook_tutorial.dictionary.fetch import saelens_release
 from codebook_tutorial.dictionary.formats import export_sae, load_sae, save_sae
@@ -558,7 +559,18 @@ small-res:
   repo_id: owner/small
   saes:
   - {id: blocks.8.hook_resid_pre, path: layer_8}
-  - {id: blocks.9.hook_resid_pre, path: layer_9}
+  - {id: blocks.9.hook_resid_pre, path: layer_9, norm_scaling_factor: 2.5}
+rescaled:
+  repo_id: owner/rescaled
+  config_overrides: {normalize_activations: constant_norm_rescale}
+  saes:
+  - {id: a, path: ""}
+centred:
+  repo_id: owner/centred
+  config_overrides:
+    model_from_pretrained_kwargs: {center_writing_weights: true}
+  saes:
+  - {id: a, path: ""}
 """
 
 
@@ -569,12 +581,33 @@ def test_release_names_of_saelens(tmp_path, monkeypatch):
     (tmp_path / "sae_lens" / "pretrained_saes.yaml").write_text(TABLE)
     monkeypatch.syspath_prepend(tmp_path)
     found = saelens_release("small-res", "blocks.8.hook_resid_pre")
-    assert found == ("owner/small", "layer_8")
-    assert saelens_release("other", "x") == ("other", "x")
+    assert found == ("owner/small", "layer_8", {})
+    assert saelens_release("other", "x") == ("other", "x", {})
+    scaled = saelens_release("small-res", "blocks.9.hook_resid_pre")
+    assert scaled == ("owner/small", "layer_9", dict(norm_scaling_factor=2.5))
+    with pytest.warns(UserWarning, match="center_writing_weights"):
+        assert saelens_release("centred", "a")[0] == "owner/centred"
     with pytest.raises(ValueError, match="is 2 autoencoders, none 'blocks.8'.*blocks.8.hook_resid"):
         load_sae("small-res", "blocks.8")
     with pytest.raises(ValueError, match="no folder 'other'.*where sae_lens is installed"):
         load_sae("other", "x")
+
+
+def test_what_only_saelens_table_says_counts(tmp_path, monkeypatch):
+    "A factor, and a setting that overrides the file's: used, or refused, never passed over."
+    (tmp_path / "sae_lens").mkdir()
+    (tmp_path / "sae_lens" / "pretrained_saes.yaml").write_text(TABLE)
+    (tmp_path / "sae_lens" / "__init__.py").write_text("")
+    monkeypatch.syspath_prepend(tmp_path)
+    sae, weights = random_sae("untied"), tmp_path / "theirs" / "sae_weights.safetensors"
+    export_sae(sae, weights.parent, "saelens")
+    monkeypatch.setattr(formats, "fetch_sae", lambda name, path, revision: (weights, "saelens", ""))
+    with pytest.raises(ValueError, match="normalize_activations is 'constant_norm_rescale'"):
+        load_sae("rescaled", "a")
+    change(weights.with_name("cfg.json"), normalize_activations="expected_average_only_in")
+    own = load_sae("small-res", "blocks.9.hook_resid_pre")
+    f = sae.encode(X * 2.5)
+    same(own, (f.detach(), sae.decode(f).detach() / 2.5))
 
 
 # ---- what cannot be computed, or trusted, is refused

@@ -9,6 +9,7 @@ __all__ = ['fetch_sae', 'saelens_release']
 
 # %% ../../nbs/lib/dictionary_fetch.ipynb #dictionary-fetch-3
 import difflib
+import warnings
 from fnmatch import fnmatch
 from importlib.util import find_spec
 from pathlib import Path
@@ -26,8 +27,6 @@ def fetch_sae(
     from huggingface_hub import hf_hub_download
 
     root = Path(name).expanduser()
-    if not root.exists() and "/" not in name:
-        name, path = saelens_release(name, path)
     if root.is_file():
         root, path = root.parent, root.name
     if root.is_dir():
@@ -70,26 +69,39 @@ def _local(root, path, name):
 def saelens_release(
     name: str,
     id: str,  # of an autoencoder in it
-) -> tuple[str, str]:
-    "Hub id and folder behind a release name of SAELens, from its own table; else both as given."
+) -> tuple[str, str, dict]:
+    """Hub id and folder behind a release name of SAELens, and settings that only its table has.
+
+    The table ships with SAELens; without it, or for another name, both are as given."""
+    if "/" in name or Path(name).expanduser().exists():
+        return name, id, {}
     spec = find_spec("sae_lens")
     table = Path(spec.submodule_search_locations[0]) / "pretrained_saes.yaml" if spec else None
     if table is None or not table.exists():
-        return name, id
+        return name, id, {}
     import yaml
 
     loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
     release = loader(table.read_text(encoding="utf-8")).get_single_data().get(name)
     if not release:
-        return name, id
-    folders = {sae["id"]: sae["path"] for sae in release["saes"]}
-    if id not in folders:
-        near = difflib.get_close_matches(id, folders, n=3, cutoff=0) or list(folders)[:3]
+        return name, id, {}
+    saes = {sae["id"]: sae for sae in release["saes"]}
+    if id not in saes:
+        near = difflib.get_close_matches(id, saes, n=3, cutoff=0) or list(saes)[:3]
         raise ValueError(
-            f"load_sae: {name} of SAELens is {len(folders)} autoencoders, none {id!r}; "
+            f"load_sae: {name} of SAELens is {len(saes)} autoencoders, none {id!r}; "
             f"expected path= one of them, such as {', '.join(near)}"
         )
-    return release["repo_id"], folders[id]
+    told = (release.get("config_overrides") or {}) | (saes[id].get("config_overrides") or {})
+    if "norm_scaling_factor" in saes[id]:
+        told["norm_scaling_factor"] = saes[id]["norm_scaling_factor"]
+    if changes := told.get("model_from_pretrained_kwargs"):
+        warnings.warn(
+            f"load_sae: {name} was trained on states of a model that TransformerLens changes "
+            f"({', '.join(changes)}); with center_writing_weights take x - x.mean(-1) of ours",
+            stacklevel=3,
+        )
+    return release["repo_id"], saes[id]["path"], told
 
 # %% ../../nbs/lib/dictionary_fetch.ipynb #dictionary-fetch-5
 def _whole(files):  # -> {weights' file: (folder, layout)}

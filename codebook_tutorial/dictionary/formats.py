@@ -15,7 +15,7 @@ from pathlib import Path
 
 import torch
 from ..core import seeded
-from .fetch import fetch_sae
+from .fetch import fetch_sae, saelens_release
 from .kinds import KINDS
 from .kmeans import finite
 from codebook_tutorial.dictionary.layouts import (
@@ -169,8 +169,9 @@ def load_sae(
     """An autoencoder of any known layout, in eval mode, float32, on the CPU.
 
     `.source`: layout, name, path, site where known, and the peer's config."""
-    file, layout, path = fetch_sae(str(name), str(path).strip("/"), revision)
-    at = "/".join(part for part in (str(name), path) if part)
+    name, path, told = saelens_release(str(name), str(path).strip("/"))
+    file, layout, path = fetch_sae(name, path, revision)
+    at = "/".join(part for part in (name, path) if part)
     head = file.with_name(FILES[layout][0])
     config = PLACES[layout](at, file) if layout in PLACES else read_json(head, "load_sae")
     tensors = _tensors(file, at)
@@ -180,6 +181,7 @@ def load_sae(
             f"a save was interrupted: save or copy both again (or remove sha256 from {head.name})"
         )
     try:
+        config |= told
         if norm_scaling_factor is not None:
             config["norm_scaling_factor"] = norm_scaling_factor
         found = SETTINGS_READERS[layout](at, config, tensors)
@@ -189,7 +191,7 @@ def load_sae(
         site = site_of(layout, config)
     except (AttributeError, TypeError, RuntimeError) as e:
         raise ValueError(f"load_sae: {at}: its settings are none of {layout}'s ({e})") from e
-    sae.source = dict(layout=layout, name=str(name), path=path, site=site, config=config)
+    sae.source = dict(layout=layout, name=name, path=path, site=site, config=config)
     return sae.eval()
 
 # %% ../../nbs/lib/dictionary_formats.ipynb #dictionary-formats-9
