@@ -46,14 +46,14 @@ def write_theirs(folder, state, config):
 
 PAGE = """# Whose files
 
-`load_sae` reads, and `export_sae` writes, the files of other libraries. Each row below is an
-autoencoder with random weights, saved by one side and run by both on the same {n} rows: how far
-apart are the features, and what they decode to? A transcoder, and every setting that cannot be
-computed as it is, is a ValueError that names it.
+`load_sae` reads, and `export_sae` writes, the files of other libraries. For each row below, one
+side saves an autoencoder with random weights and both sides run it on the same {n} rows. The last
+two columns are the largest differences of features and of reconstructions. `load_sae` refuses
+transcoders, and settings that it cannot compute, with a ValueError that names them.
 
 Peers: {peers}. The page is written by `benchmarks/peers_formats.py`, in an environment of its own.
 
-| layout | what | way | features differ by | decoded by |
+| layout | what | way | features | reconstructions |
 |---|---|---|---|---|
 {rows}
 

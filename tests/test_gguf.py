@@ -172,7 +172,10 @@ def test_text_is_cut_by_the_rule_that_the_file_names(tmp_path, model, tok, recwa
     cut = load_lm(write(tmp_path / "x.gguf", model, tok))[1]
     plain = load_lm(write(tmp_path / "y.gguf", model, tok, pre="gpt-2"))[1]
     assert cut.tokenize(TEXT[0]) != plain.tokenize(TEXT[0])
-    assert not [w for w in recwarn if "cuts text" in str(w.message)]
+    assert not [w for w in recwarn if "splits text" in str(w.message)]
+    for pre in (None, "default"):  # not GPT-2's in llama.cpp
+        with pytest.warns(UserWarning, match="splits text by .*rule"):
+            load_lm(write(tmp_path / f"{pre}.gguf", model, tok, pre=pre))
     with pytest.warns(UserWarning, match="by the rule 'no-such-rule'.* tokenizer.json"):
         load_lm(write(tmp_path / "z.gguf", model, tok, pre="no-such-rule"))
 

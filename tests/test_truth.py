@@ -16,6 +16,7 @@ from codebook_tutorial.dictionary.bottleneck import CodebookModel, add_codebooks
 from codebook_tutorial.dictionary.card import model_card
 from codebook_tutorial.dictionary.codebook import Codebook
 from codebook_tutorial.dictionary.finetune import as_dataset, bits_per_activation, finetune
+from codebook_tutorial.dictionary.positions import coded_positions
 from codebook_tutorial.dictionary.harvest import _weights_mark, harvest
 from codebook_tutorial.dictionary.train import train_sae
 from codebook_tutorial.dictionary.trainer import CodebookTrainer, batch_size
@@ -431,6 +432,8 @@ def test_first_positions_are_kept_where_asked(story_sink):
     ones = torch.ones_like(prompt)
     cb.generate(prompt, attention_mask=ones, max_new_tokens=4, min_new_tokens=4, do_sample=False)
     assert cb.codebooks["resid.1"].counts.sum() == 2 * (5 - 1 + 3)  # later tokens all have codes
+    later = coded_positions(torch.zeros(2, 1, 4), torch.ones(2, 9), True)
+    assert later.all()  # a cache of any kind: the mask is longer than the pass
 
 
 def test_keep_first_is_saved_sealed_and_trained(story_sink, tmp_path):

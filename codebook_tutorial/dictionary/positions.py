@@ -1,4 +1,4 @@
-"""Where codes stand for states: not at padding, nor at first positions that are kept.
+"""Which positions have codes: not padding, nor first positions that are kept unchanged.
 
 Docs: https://codebook-tutorial.github.io/codebook_tutorial/lib/dictionary_positions.html.md"""
 
@@ -11,12 +11,13 @@ __all__ = ['coded_positions', 'real_positions', 'warn_of_sink']
 import warnings
 
 import torch
+from ..model.text import Text
 
 # %% ../../nbs/lib/dictionary_positions.ipynb #dictionary-positions-4
 def coded_positions(
     x,  # [batch, seq, ..]
     mask,  # [batch, at least seq]: 0 at padding; None: there is none
-    keep_first: bool,  # each row's first token passes as it is
+    keep_first: bool,  # leave each row's first token unchanged
 ):
     "Which positions have codes: bool [batch, seq]; None: all."
     if mask is None and not keep_first:
@@ -25,25 +26,25 @@ def coded_positions(
     if mask is None:
         mask = torch.ones(batch, seq, device=x.device)
     coded = mask[:, -seq:].bool()
-    if not keep_first:
+    if not keep_first or mask.shape[1] > seq:  # the first tokens came in an earlier pass
         return coded
     first = coded.int().argmax(1, keepdim=True)
     return coded.scatter(1, first, False)
 
 # %% ../../nbs/lib/dictionary_positions.ipynb #dictionary-positions-5
 def real_positions(ids, pad: int | None):
-    "Positions of ids [batch, seq] that are not padding behind a row's end: bool [batch, seq]."
+    "Positions of ids [batch, seq] that are not padding after a row's end: bool [batch, seq]."
     if pad is None:
         return torch.ones_like(ids, dtype=torch.bool)
-    return ids.eq(pad).flip(1).cumprod(1).flip(1) == 0
+    return Text(ids, bos=-1, pad=pad).attention_mask
 
 # %% ../../nbs/lib/dictionary_positions.ipynb #dictionary-positions-6
 def warn_of_sink(
     acts: dict,  # {site: states [batch, seq, d]}
     real,  # bool [batch, seq]: no padding
-    coded,  # bool [batch, seq]: where codes stand
+    coded,  # bool [batch, seq]: which positions have codes
 ):
-    "Say where first positions that are to have codes hold more than half of a site's squares."
+    "Warn if first positions that have codes hold more than half of a site's sum of squares."
     first, shares = coded & ~coded_positions(real, real, True), {}
     for site, x in acts.items():
         squares = x.float().pow(2).sum(-1)
@@ -51,7 +52,7 @@ def warn_of_sink(
     worst = max(shares, key=shares.get)
     if shares[worst] > 0.5:
         warnings.warn(
-            f"the rows' first positions hold {shares[worst]:.0%} of all squares at {worst}: codes "
-            "are begun and errors weighed by them; keep_first=True leaves them as they are",
+            f"the rows' first positions hold {shares[worst]:.0%} of the sum of squares at {worst} "
+            "and would dominate codes and errors; keep_first=True leaves them unchanged",
             stacklevel=3,
         )

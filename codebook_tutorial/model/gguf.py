@@ -15,7 +15,7 @@ from pathlib import Path
 
 # %% ../../nbs/lib/model_gguf.ipynb #model-gguf-4
 # how llama.cpp cuts text where a file's tokenizer.ggml.pre has one of these names
-AS_GPT2 = "default gpt-2 phi-2 mpt olmo jais trillion granite-docling".split()
+AS_GPT2 = "gpt-2 phi-2 mpt olmo jais trillion granite-docling".split()
 DIGITS_FIRST = "smollm starcoder refact command-r codeshell exaone minerva-7b".split()
 
 
@@ -83,19 +83,20 @@ def _rope_kinds(config):
 
 
 def _cut_as_named(tok, told, file):
-    "Cut text by the rule that the file names; transformers knows some, and takes GPT-2's else."
+    "Split text by the rule that the file names; where transformers does not know it, by GPT-2's."
     from tokenizers.pre_tokenizers import ByteLevel, Digits, Sequence
 
     splits = getattr(tok.backend_tokenizer.pre_tokenizer, "use_regex", False)  # GPT-2's rule
-    if told["model"] != "gpt2" or not splits or told["pre"] in (None, *AS_GPT2):
+    if told["model"] != "gpt2" or not splits or told["pre"] in AS_GPT2:
         return
     if told["pre"] in DIGITS_FIRST:
         digits = Digits(individual_digits=True)
         tok.backend_tokenizer.pre_tokenizer = Sequence([digits, ByteLevel(add_prefix_space=False)])
         return
+    rule = f"the rule {told['pre']!r}" if told["pre"] else "a rule that it does not name"
     warnings.warn(
-        f"{file.name} cuts text by the rule {told['pre']!r}, which transformers does not know: it "
-        "cuts by GPT-2's, and some tokens differ; a folder's own tokenizer.json is used if there",
+        f"{file.name} splits text by {rule}; transformers uses GPT-2's, so some tokens may differ. "
+        "Put the model's tokenizer.json into the folder and load the folder",
         stacklevel=4,
     )
 

@@ -35,10 +35,12 @@ def evaluating(model):
 # %% ../../nbs/lib/model_modes.ipynb #model-modes-5
 def embedding_of(model):
     "The module that reads token ids; None where a model names none."
-    try:
-        return getattr(model, "base_model", model).get_input_embeddings()
-    except (AttributeError, NotImplementedError):
-        return None
+    for module in (model, getattr(model, "base_model", None)):
+        try:
+            return module.get_input_embeddings()
+        except (AttributeError, NotImplementedError):
+            continue
+    return None
 
 
 def model_device(model) -> torch.device:
