@@ -70,6 +70,16 @@ def check_sums(model, acts):
             assert torch.equal(acts[f"resid.{layer}"], row[1])
 
 
+def check_reads(model, acts):
+    "The MLP makes of other rows at mlp_in what it makes of these rows, and of nothing else."
+    for site in [name for name in acts if name.startswith("mlp_in.")]:
+        mlp = site.replace("mlp_in", "mlp")
+        with intervene(model, {site: lambda x: x.flip(0)}), capture(model, mlp) as other:
+            logits(model)
+        want = acts[mlp].flip(0)
+        assert (other[mlp] - want).abs().max() < 1e-4 * want.abs().max(), site
+
+
 def check_sites(model):
     "All that is offered is there, has its form, and matters; nothing is changed by looking."
     some, want = sites(model), logits(model)
@@ -79,6 +89,7 @@ def check_sites(model):
         assert torch.equal(logits(model), want)
     assert set(acts) == set(some) and all(x.shape[:2] == IDS.shape for x in acts.values())
     check_sums(model, acts)
+    check_reads(model, acts)
     for site in some:
         with intervene(model, {site: torch.zeros_like}):
             assert not torch.equal(logits(model), want), site

@@ -775,7 +775,7 @@ def test_a_damaged_npz_and_objects_in_it(tmp_path):
     gemma(tmp_path, threshold=np.zeros(3))
     refused(tmp_path, "tensor threshold has shape [3]; expected [40]")
     gemma(tmp_path, W_dec=np.zeros(3))
-    refused(tmp_path, "tensor W_dec has shape [3]; expected a matrix")
+    refused(tmp_path, "tensor W_dec has shape [3]; expected [40, 16]")
     assert not (tmp_path / "ran").exists()
 
 

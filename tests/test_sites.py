@@ -121,6 +121,10 @@ def test_heads_through_the_output_projection_are_attn(model, family):
         if family in ("gemma2", "gemma3"):
             down = block.post_feedforward_layernorm(down)
         assert torch.equal(down, acts[f"mlp.{i}"])
+        out = block.mlp(acts[f"mlp_in.{i}"])
+        if family in ("gemma2", "gemma3"):
+            out = block.post_feedforward_layernorm(out)
+        assert torch.equal(out, acts[f"mlp.{i}"])
 
 
 def test_a_block_is_two_additions(model):
@@ -149,7 +153,8 @@ def test_widths(model, family):
     assert dims["heads.1"] == (
         64 if family in ("llama", "mistral", "qwen3", "gemma", "gemma2", "gemma3") else D
     )
-    assert set(dims) == set(sites(model)) and len(sites(model)) == 5 * LAYERS
+    assert set(dims) == set(sites(model)) and len(sites(model)) == 6 * LAYERS
+    assert dims["mlp_in.1"] == D
 
 
 def test_an_intervention_changes_only_what_comes_after(model):
@@ -309,7 +314,8 @@ def test_patterns_keep_order_and_do_not_repeat(neox):
         "mlp.2",
         "heads.0",
     ]
-    assert match_sites(neox, "*.2") == ["resid.2", "attn.2", "mlp.2", "heads.2", "neurons.2"]
+    two = ["resid.2", "attn.2", "mlp.2", "heads.2", "neurons.2", "mlp_in.2"]
+    assert match_sites(neox, "*.2") == two
 
 
 def test_an_unknown_structure_names_the_known_ones():

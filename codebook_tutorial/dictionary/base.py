@@ -35,6 +35,8 @@ class Dictionary(nn.Module):
     A new kind defines `encode` and `directions` [F, d], what each feature writes. `reads` [F, d]
     says what each feature reads, where that is something else; `Lens` does the rest."""
 
+    transcodes = False  # does it write another site's states than it reads?
+
     @property
     def lens_class(self):
         "The class of `Lens(model, site, self)`."
@@ -47,6 +49,10 @@ class Dictionary(nn.Module):
     def decode(self, f):  # [.., F] -> [.., d]
         "What the features write together."
         return f @ self.directions
+
+    def forward(self, x):  # [.., d] -> [.., d]
+        "What it makes of activations, from their features."
+        return self.decode(self.encode(x))
 
     def encode_sparse(self, x):  # [.., d] -> ids [.., m], values [.., m]
         """The features that are not zero, largest first.
@@ -153,8 +159,17 @@ class Lens(VectorSwitching):
 
     def __init__(self, model, site: str, dictionary: Dictionary):
         self.model = model
-        self.site = site
+        self.site = site  # where it reads
+        self.writes = site  # where it writes: the same, except for a transcoder
         self.dictionary = dictionary
+
+    def heard(self, x):  # states [.., d] at `writes`, of the pass that runs
+        "What the dictionary reads in that pass [.., d]: the same states."
+        return x
+
+    def edits(self, fn) -> dict:  # fn(x) -> x'
+        "For `intervene`: fn where the dictionary writes."
+        return {self.writes: fn}
 
     def numbers(self, features):  # one id, or several
         "Ids as a tensor [n] on the model's device; ValueError for one that the dictionary lacks."
@@ -243,7 +258,7 @@ class Lens(VectorSwitching):
         section 5); of tied unit rows x' = x - c f. Each of several goes as far as it would alone,
         so that features that read alike go past 0."""
         ids = self.removable(features)
-        return lambda x: x - self.taken(x, ids)
+        return lambda x: x - self.taken(self.heard(x), ids)
 
     def put_in(self, features, amounts=1.0):  # ids [n]; one number, [n] or [batch, 1, n]
         "fn for `editing` that adds so much of each feature at every position."
@@ -252,14 +267,14 @@ class Lens(VectorSwitching):
         step = amounts.expand(*amounts.shape[:-1], len(ids)) @ self.moves[ids]
         return lambda x: x + step
 
-    def decoded(self, x):  # states [.., d]
+    def decoded(self, x):  # states [.., d] at `writes`
         "What the features say of states; of a model's own codes, what is there already."
         f = self.dictionary.encode(x.to(self.dictionary.directions.dtype))
         return self.dictionary.decode(f).to(x.dtype)
 
     def editing(self, fn):  # fn(x) -> x'; of codes fn(ids) -> ids
-        "Context: while the block runs, fn is applied at the site."
-        return intervene(self.model, {self.site: fn})
+        "Context: while the block runs, fn is applied where the dictionary writes."
+        return intervene(self.model, self.edits(fn))
 
 # %% ../../nbs/lib/dictionary_base.ipynb #dictionary-base-10
 def overlap(a: Dictionary, b: Dictionary):

@@ -32,9 +32,11 @@ from codebook_tutorial.dictionary.peers import (
     SETTINGS_READERS,
     SETTINGS_WRITERS,
     site_of,
+    writes_of,
 )
 from .places import PLACES
 from .sae import KeepK
+from .transcoder import TRANSCODERS, class_of
 from ..files import checksum, read_json, sweep, write, write_json
 from ..model.sites import TRANSFORMER_LENS
 
@@ -43,13 +45,15 @@ def save_sae(
     sae,
     folder,
     site: str | None = None,  # where its activations come from: "resid.2"
+    *,
+    writes: str | None = None,  # the site that a transcoder writes: "mlp.2"
     **meta,  # what else to remember: anything that JSON holds
 ):
     "Write `sae_state.safetensors` and `sae.json`: `load_sae` gives the same one, bit for bit."
     from safetensors.torch import save_file
 
     _check(sae, "save_sae")
-    head = dict(format=1, config=sae.config, site=site, meta=meta)
+    head = dict(format=1, config=sae.config, site=site, writes=writes, meta=meta)
     tensors = {name: t.detach().cpu().contiguous().clone() for name, t in sae.state_dict().items()}
     try:
         _write(folder, "ours", partial(save_file, tensors), config=head)
@@ -117,7 +121,7 @@ def _with_unit_rows(own, sae, *, unit):
 
 # %% ../../nbs/lib/dictionary_formats.ipynb #dictionary-formats-6
 def _check(sae, call):
-    if type(sae) not in KINDS.values():
+    if type(sae) not in (*KINDS.values(), *TRANSCODERS.values()):
         known = ", ".join(cls.__name__ for cls in KINDS.values())
         raise ValueError(f"{call}: got a {type(sae).__name__}; expected one of {known}")
     if sae.b_dec.dim() != 1:
@@ -188,10 +192,12 @@ def load_sae(
         if not normalize_decoder:
             found["then"] = [fn for fn in found.get("then", ()) if fn is not unit_rows]
         sae = _build(at, tensors, **found)
-        site = site_of(layout, config)
+        site, writes = site_of(layout, config), writes_of(layout, config)
     except (AttributeError, TypeError, RuntimeError) as e:
         raise ValueError(f"load_sae: {at}: its settings are none of {layout}'s ({e})") from e
     sae.source = dict(layout=layout, name=name, path=path, site=site, config=config)
+    if sae.transcodes:
+        sae.source["writes"] = writes
     return sae.eval()
 
 # %% ../../nbs/lib/dictionary_formats.ipynb #dictionary-formats-9
@@ -236,7 +242,7 @@ def _why(e):
 
 # %% ../../nbs/lib/dictionary_formats.ipynb #dictionary-formats-13
 def _check_sizes(at, *, kind, d, n, settings):
-    sizes = dict(d_model=d, n_feats=n)
+    sizes = dict(d_model=d, n_feats=n, d_out=settings.get("d_out", d))
     if issubclass(KINDS[kind], KeepK):
         sizes["k"] = settings.get("k")
     for what, got in sizes.items():
@@ -261,11 +267,11 @@ def _build(
     "The autoencoder of our own class that computes the same."
     rows = names.get("W_dec", "W_dec")
     if d is None:
-        n, d = shape_as_theirs(_shaped(at, tensors, rows).shape, rows)
+        n, d = shape_as_theirs(_shaped(at, tensors, names["W_enc"]).shape, names["W_enc"])
     _check_sizes(at, kind=kind, d=d, n=n, settings=settings)
     # before memory is taken for what a configuration says
-    _shaped(at, tensors, rows, want=shape_as_theirs((n, d), rows))
-    sae = KINDS[kind](d, n, generator=seeded(0), **settings)
+    _shaped(at, tensors, rows, want=shape_as_theirs((n, settings.get("d_out", d)), rows))
+    sae = class_of(dict(settings, kind=kind))(d, n, generator=seeded(0), **settings)
     want = {}
     for name, t in sae.state_dict().items():
         theirs = names.get(name, name)

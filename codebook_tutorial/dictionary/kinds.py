@@ -56,10 +56,10 @@ class Matryoshka(BatchTopK):
                 "features behind the last share would be in no loss"
             )
 
-    def loss(self, x, alpha):
+    def loss(self, x, alpha, y=None):
         "Mean over the nested dictionaries of |x - x^|^2, + alpha * the auxiliary loss."
         pre = self.pre(x)
-        f, x_hat, error, begin = self.keep(pre), self.b_dec, 0.0, 0
+        f, x, x_hat, error, begin = self.keep(pre), self.goal(x, y), self.b_dec, 0.0, 0
         for end in self.sizes:
             x_hat = x_hat + f[:, begin:end] @ self.W_dec[begin:end]
             error = error + squared_error(x, x_hat) / len(self.sizes)
@@ -84,7 +84,7 @@ class JumpReLU(SAE):
         pre = self.pre(x)
         return pre * (pre > beside_rows(self.threshold))
 
-    def loss(self, x, alpha):
+    def loss(self, x, alpha, y=None):
         "|x - x^|^2 + alpha * number of active features; a threshold learns from pre near it."
         pre, threshold = self.pre(x).relu(), beside_rows(self.threshold)
         active = pre > threshold
@@ -93,7 +93,7 @@ class JumpReLU(SAE):
         step = threshold.detach() - threshold  # zero; its gradient for the threshold is -1
         f = pre * active + near * threshold.detach() * step
         count = (active + near * step).sum(-1).mean(-1)
-        return squared_error(x, self.decode(f)) + alpha * count
+        return squared_error(self.goal(x, y), self.decode(f)) + alpha * count
 
     @torch.no_grad()
     def project(self):
@@ -127,15 +127,16 @@ class Gated(SAE):
         gate, magnitude = self.paths(x)
         return magnitude * (gate > 0)
 
-    def loss(self, x, alpha):
+    def loss(self, x, alpha, y=None):
         "|x - x^|^2 + alpha |ReLU(gate)|_1 + |x - what the gate alone decodes to, W_dec frozen|^2."
         gate, magnitude = self.paths(x)
+        goal = self.goal(x, y)
         self.count_silence(gate > 0)
         alone = gate.relu() @ self.W_dec.detach() + beside_rows(self.b_dec.detach())
         return (
-            squared_error(x, self.decode(magnitude * (gate > 0)))
+            squared_error(goal, self.decode(magnitude * (gate > 0)))
             + alpha * gate.relu().sum(-1).mean(-1)
-            + squared_error(x, alone)
+            + squared_error(goal, alone)
         )
 
 # %% ../../nbs/lib/dictionary_kinds.ipynb #dictionary-kinds-8

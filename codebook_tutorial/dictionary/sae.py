@@ -72,11 +72,17 @@ class SAE(Dictionary):
         self,
         x,  # [N, d]
         alpha,  # weight of the penalty, [] or [S]
+        y=None,  # [N, d_out]: what a transcoder must write
     ):
         "|x - x^|^2 + alpha |f|_1, mean over rows (arXiv 2309.08600, equation 4)."
         f = self.encode(x)
         self.count_silence(f > 0)
-        return squared_error(x, self.decode(f)) + alpha * f.sum(-1).mean(-1)
+        error = squared_error(self.goal(x, y), self.decode(f))
+        return error + alpha * f.sum(-1).mean(-1)
+
+    def goal(self, x, y):
+        "What decoding should give: x itself."
+        return x
 
     def pre(self, x):
         "What the ReLU gets: W_enc (x - b_dec) + b_enc."
@@ -146,10 +152,10 @@ class KeepK(SAE):
         self.patience = patience
         self.k_aux = k_aux
 
-    def loss(self, x, alpha):
+    def loss(self, x, alpha, y=None):
         "|x - x^|^2 + alpha * the auxiliary loss (arXiv 2406.04093, appendix A.2)."
         pre = self.pre(x)
-        residual = x - self.reconstruct(pre)
+        residual = self.goal(x, y) - self.reconstruct(pre)
         error = residual.pow(2).sum(-1).mean()
         return error + alpha * self.auxiliary(pre, residual.detach())
 

@@ -76,7 +76,7 @@ class VectorSwitching:
 
         def edit(x):
             check_rows(target, len(x))
-            f = self.seen(x)
+            f = self.seen(self.heard(x))
             at = self._fires(switch, f, target, **kw)
             f = f[..., own]
             change = (torch.where(mine, torch.maximum(f, wanted), 0.0) - f) @ directions
@@ -92,7 +92,7 @@ class VectorSwitching:
 
         def edit(x):
             check_rows(target, len(x))
-            f = self.seen(x)[..., own]
+            f = self.seen(self.heard(x))[..., own]
             return x - (f * ((f > switch.threshold[own]) & mine)) @ directions
 
         return edit

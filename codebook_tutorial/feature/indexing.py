@@ -37,7 +37,7 @@ from tqdm.auto import tqdm
 # %% ../../nbs/lib/feature_indexing.ipynb #feature-indexing-4
 @torch.no_grad()
 def _features(lenses, acts):  # -> {site: (ids [rows, length, m], values [rows, length, m])}
-    return {site: lens.sparse(acts[site]) for site, lens in lenses.items()}
+    return {site: lens.sparse(acts[lens.site]) for site, lens in lenses.items()}
 
 
 def _active(
@@ -192,7 +192,8 @@ def _chunks(
                 f"build_index: all texts need the same row length, bos and pad; "
                 f"the first has {info['text']}, another {form}"
             )
-        for _, rows, acts in passes(model, part, list(lenses), batch=batch, call="build_index"):
+        reads = [lens.site for lens in lenses.values()]
+        for _, rows, acts in passes(model, part, reads, batch=batch, call="build_index"):
             yield rows, _features(lenses, acts)
 
 

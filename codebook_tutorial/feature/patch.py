@@ -39,14 +39,14 @@ class Patch:
         if len(found := match_sites(model, site)) > 1:
             raise ValueError(f"Patch: expected one site, got {site!r}, which is {', '.join(found)}")
         check_length(model, pairs.base.shape[1], "Patch")
+        lens = Lens(model, site, dictionary)
         self.model = model
-        self.site = site
+        self.site = lens.writes
         self.dictionary = dictionary
         self.batch = batch
         self.passes = 0
         self.pairs = pairs = pairs.to(model_device(model))
         there = pairs.there
-        lens = Lens(model, site, dictionary)
         with evaluating(model), torch.no_grad():
             self.tail, base = self._run(lens, pairs.base)
             other, target = self._run(lens, pairs.target)
@@ -59,7 +59,7 @@ class Patch:
         self.none = torch.zeros_like(self.active)[None]
 
     def _run(self, lens, ids):
-        tail = rerun(self.model, self.site, ids, last=self.pairs.last)
+        tail = rerun(self.model, self.site, ids, last=self.pairs.last, reads=lens.site)
         d, width = tail.x.shape[-1], self.dictionary.directions.shape[-1]
         if d != width:
             raise ValueError(
@@ -71,7 +71,7 @@ class Patch:
                 f"Patch: the model is on {tail.x.device}, the dictionary on {at}; "
                 f"move it with dictionary.to({str(tail.x.device)!r})"
             )
-        return tail, lens.seen(tail.x)
+        return tail, lens.seen(tail.heard)
 
     def kl(self, logp):  # [m, n, vocabulary]
         "KL(patched || target) [m, n]."

@@ -35,11 +35,12 @@ def active_features(
     """
     lenses = {site: Lens(model, site, d) for site, d in dictionaries.items()}
     found, n = {site: [] for site in lenses}, 0
-    run = passes(model, text, list(lenses), batch=batch, call="active_features", bar="features")
+    reads = [lens.site for lens in lenses.values()]
+    run = passes(model, text, reads, batch=batch, call="active_features", bar="features")
     for rows, _, acts in run:
         here = look[rows]
         for site, lens in lenses.items():
-            x = acts[site]
+            x = acts[lens.site]
             ids, values = lens.sparse(x, here.to(x.device))
             on = values > 0
             entries = (on.nonzero()[:, 0] + n, ids[on], values[on].float())

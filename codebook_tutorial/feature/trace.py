@@ -152,8 +152,8 @@ def feature_effects(
     contexts = contexts.to(model_device(model))
     child, above = (Lens(model, site, dictionaries[site]) for site in (child_site, parent[0]))
     with evaluating(model):
-        tail = rerun(model, child_site, contexts.ids, last=contexts.last)
-        amounts = child.amounts(tail.x) * contexts.there[..., None]
+        tail = rerun(model, child.writes, contexts.ids, last=contexts.last, reads=child.site)
+        amounts = child.amounts(tail.heard) * contexts.there[..., None]
         strength = _strength(above, parent[1], tail, contexts=contexts, at_end=at_end)
         whole = strength(tail.x, torch.arange(len(contexts), device=contexts.ids.device))
         active = (amounts != 0).any(1)  # [n, F]

@@ -18,7 +18,7 @@ from .structure import blocks_of
 def site_order(site: str) -> tuple:
     "A key to sort sites by, from early to late."
     kind, layer = site.split(".")
-    return int(layer), ("heads", "attn", "neurons", "mlp", "resid").index(kind)
+    return int(layer), ("heads", "attn", "mlp_in", "neurons", "mlp", "resid").index(kind)
 
 
 @contextmanager
@@ -51,6 +51,7 @@ class rerun:
         ids,  # [n, length]
         *,
         last,  # [n] where each prompt ends
+        reads: str | None = None,  # a site whose states in that run are kept too, as `.heard`
     ):
         kind, layer = site.split(".")
         blocks = blocks_of(model)
@@ -67,11 +68,12 @@ class rerun:
         def noting(forward):
             return lambda *args, **kw: returned.append(forward(*args, **kw)) or returned[-1]
 
-        sites = [site, *before]
+        sites = [site, *before, *([reads] if reads else [])]
         with torch.no_grad(), _replaced(blocks[:1], noting), capture(model, sites) as acts:
             self.logp = self._ends(ids)[0]
         self.in_tuple = isinstance(returned[0], tuple)  # some families' blocks return tuples
         self.x = acts[site].float()
+        self.heard = acts[reads].float() if reads and reads != site else self.x
         self.entry = {name: acts[name] for name in before}  # the input of the site's own block
 
     def _ends(self, ids):

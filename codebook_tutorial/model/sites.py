@@ -88,9 +88,11 @@ def _call(fn, site, place, form, x):
     return y.to(flat.dtype).view(flat.shape) if place.flat else y.to(flat.dtype)
 
 # %% ../../nbs/00_sites.ipynb #c00-45
-def _before(call, module, args):
-    y = call(args[0])
-    return None if y is None else (y, *args[1:])
+def _before(call, module, args, kwargs):
+    y = call(args[0] if args else kwargs["hidden_states"])
+    if y is None:
+        return None
+    return ((y, *args[1:]), kwargs) if args else (args, kwargs | {"hidden_states": y})
 
 
 def _after(call, module, args, output):
@@ -131,7 +133,7 @@ def attach(
     call = partial(_call, fn, site, place, form)
     hook = module.register_forward_hook
     if place.goes_in:
-        hook = module.register_forward_pre_hook
+        hook = partial(module.register_forward_pre_hook, with_kwargs=True)
     handles.append(hook(partial(_before if place.goes_in else _after, call)))
     return handles
 
@@ -213,6 +215,7 @@ TRANSFORMER_LENS = {
     "mlp": "hook_mlp_out",
     "heads": "attn.hook_z",
     "neurons": "mlp.hook_post",
+    "mlp_in": "mlp.hook_in",  # of the bridge alone
 }
 # of TransformerLens 4, whose TransformerBridge knows the names above as well
 BRIDGE = {
@@ -221,6 +224,7 @@ BRIDGE = {
     "mlp": "mlp.hook_out",
     "heads": "attn.o.hook_in",
     "neurons": "mlp.out.hook_in",
+    "mlp_in": "mlp.hook_in",
 }
 
 

@@ -114,6 +114,30 @@ def _gives(block, places, values, *, calls, pair):
     y = y.reshape(2, 4, -1).float() * places[whole].times
     return _near(y, want, want, dtype=calls[inner][0][2].dtype)
 
+
+def _inputs(block, places, values, *, calls):
+    "Kinds that are inputs, and are not those of what a block adds: (kind, why)."
+    kw, wrong = dict(calls=calls), []
+    for pair in (("heads", "attn"), ("neurons", "mlp")):
+        if pair[0] in values and not _gives(block, places, values, pair=pair, **kw):
+            wrong.append((pair[0], f"its projection does not give {pair[1]}"))
+    if "mlp_in" in places and not _reads(block, places, values, **kw):
+        wrong.append(("mlp_in", "no single module reads what mlp is made of"))
+    return wrong
+
+
+def _reads(block, places, values, *, calls):
+    "Is mlp made of what the module at `mlp_in` makes of its input?"
+    if "mlp" not in values or "mlp_in" not in values:
+        return False
+    reads, writes = places["mlp_in"].path, places["mlp"].path
+    if f"{writes}.".startswith(f"{reads}."):  # one module, or the last of its parts
+        return True
+    if "neurons" in values and places["neurons"].path == writes:  # a first and a last projection
+        y = calls[reads][0][2]
+        return torch.is_tensor(y) and y.shape[-1] == values["neurons"].shape[-1]
+    return _gives(block, places, values, calls=calls, pair=("mlp_in", "mlp"))
+
 # %% ../../nbs/lib/model_structure.ipynb #model-structure-7
 def _checked(blocks, fit, seen):
     "The structure as the pass shows it: forms set, kinds that cannot be offered left out."
@@ -143,13 +167,13 @@ def _checked(blocks, fit, seen):
             why["attn"] = why["mlp"] = (
                 f"in block {layer} ({type(block).__name__}) attn + mlp is not what it adds: {wrong}"
             )
-        for pair in (("heads", "attn"), ("neurons", "mlp")):
-            if pair[0] in values and not _gives(block, places, values, calls=one.calls, pair=pair):
-                del places[pair[0]]
-                why.setdefault(pair[0], f"in block {layer} its projection does not give {pair[1]}")
+        for kind, says in _inputs(block, places, values, calls=one.calls):
+            del places[kind]
+            why.setdefault(kind, f"in block {layer} {says}")
     if not summed:
         for places in fit.places:
-            places.pop("attn", None), places.pop("mlp", None)
+            for kind in ("attn", "mlp", "mlp_in"):
+                places.pop(kind, None)
     fit.missing = why
     return fit, summed
 

@@ -14,6 +14,7 @@ import warnings
 import torch
 import torch.nn.functional as F
 from ..core import wide
+from ..dictionary.base import Lens
 from ..dictionary.kmeans import finite
 from ..model.modes import model_device
 from ..model.run import mean_state, token_losses
@@ -26,22 +27,27 @@ def measure(
     dictionary,  # any Dictionary
     x,  # [N, d] states
     batch: int = 8192,  # states at a time
+    *,
+    target=None,  # [N, d_out]: the states that a transcoder should write
 ) -> dict:
     """How well a dictionary explains states: l0, fvu, cosine, dead_share, alive, density.
 
     cosine: of x and x^, both without x's mean; alive: features active more than 10 times (the
-    paper's count); density [F]: the share of states at which each feature is active.
+    paper's count); density [F]: the share of states at which each feature is active. Of a
+    transcoder, fvu and cosine are of y^ and the target y.
     """
     finite(x, "measure")
-    if x.dim() != 2 or not (x != x[:1]).any():
+    y = _target(dictionary, x, target)
+    if y.dim() != 2 or not (y != y[:1]).any():
         raise ValueError(
-            f"measure: expected states [N, d] that are not all the same, got {list(x.shape)}"
+            f"measure: expected states [N, d] that are not all the same, got {list(y.shape)}"
         )
-    mean = sum(wide(part).sum(0) for part in x.split(batch)) / len(x)
+    mean = sum(wide(part).sum(0) for part in y.split(batch)) / len(y)
     active, left, like, spread = 0, 0.0, 0.0, []
-    for part in x.split(batch):
-        f = dictionary.encode(part)
-        x_hat, part = wide(dictionary.decode(f)), wide(part)
+    for rows, part in zip(x.split(batch), y.split(batch)):
+        f = dictionary.encode(rows)
+        x_hat = dictionary.decode(f) if target is None else dictionary(rows)
+        x_hat, part = wide(x_hat), wide(part)
         active = active + (f != 0).sum(0)
         left += (part - x_hat).pow(2).sum().item()
         like += F.cosine_similarity(part - mean, x_hat - mean, dim=-1).sum().item()
@@ -55,6 +61,19 @@ def measure(
         alive=int((active > 10).sum()),
         density=active / len(x),
     )
+
+
+def _target(dictionary, x, target):
+    "The states that should come out: x, or a transcoder's target."
+    if getattr(dictionary, "transcodes", False) != (target is not None):
+        what = "a target" if target is None else "no target"
+        raise ValueError(f"measure: expected {what} for a {type(dictionary).__name__}")
+    if target is None:
+        return x
+    finite(target, "measure")
+    if len(target) != len(x):
+        raise ValueError(f"measure: expected a target per state, got {len(target)} for {len(x)}")
+    return target
 
 
 def _say_who_rules(spread):  # [N] squared distances from the mean
@@ -75,17 +94,18 @@ def _say_who_rules(spread):  # [N] squared distances from the mean
 def replaced_loss(
     model,
     text: Text,
-    site: str,
+    site: str | Lens,  # of a lens, where it writes
     *,
     fn,  # fn(x) -> x', [rows, length, d]
     batch: int = 32,  # rows per pass
 ) -> float:
     "Nats per token with fn(x) in place of a site's states (BOS and padding keep theirs)."
+    edits = site.edits if isinstance(site, Lens) else lambda fn: {site: fn}
     total = 0.0
     for i in range(0, len(text), batch):
         part = text[i : i + batch]
         there = part.mask.to(model_device(model))[..., None]
-        with intervene(model, {site: lambda x: torch.where(there, fn(x), x)}):
+        with intervene(model, edits(lambda x: torch.where(there, fn(x), x))):
             total += token_losses(model, part, batch).double().nansum().item()
     return total / int((text.labels != -100).sum())
 
@@ -96,7 +116,7 @@ def loss_recovered(
     text: Text,
     site: str,
     *,
-    dictionary,  # any Dictionary of the site
+    dictionary,  # any Dictionary of the site; of a transcoder, site is "mlp.L"
     batch: int = 32,  # rows per pass
 ) -> dict:
     """Nats per token with states `clean`, `decoded` from their features, all `zero`, all `mean`.
@@ -104,16 +124,17 @@ def loss_recovered(
     recovered_zero, recovered_mean: the share of that damage which decoding undoes;
     perplexity_ratio: decoded / clean.
     """
-    mean = mean_state(model, text, site, batch=batch)
+    lens = dictionary.lens_class(model, site, dictionary)
+    mean = mean_state(model, text, lens.writes, batch=batch)
     ways = dict(
         clean=lambda x: x,
-        decoded=lambda x: dictionary.decode(dictionary.encode(x)),
+        decoded=lens.decoded,
         zero=torch.zeros_like,
         mean=lambda x: mean.expand_as(x),
     )
     found = {}
     for name, fn in ways.items():
-        found[name] = replaced_loss(model, text, site, fn=fn, batch=batch)
+        found[name] = replaced_loss(model, text, lens, fn=fn, batch=batch)
     clean, decoded = found["clean"], found["decoded"]
     return found | dict(
         recovered_zero=(found["zero"] - decoded) / (found["zero"] - clean),
