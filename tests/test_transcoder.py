@@ -2,6 +2,8 @@
 
 The known answer is an MLP with ReLU: it is a transcoder, whose features are its neurons."""
 
+import pickle
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -81,6 +83,8 @@ def test_it_encodes_as_its_kind_and_writes_the_equation(kind):
     bare = some_transcoder(kind, skip=False)
     torch.testing.assert_close(bare(x), bare.decode(bare.encode(x)))
     assert t.transcodes and isinstance(t, Transcoder) and isinstance(t, SAE)
+    again = pickle.loads(pickle.dumps(t))  # as other processes need
+    assert type(again) is type(t) and torch.equal(again(x), t(x))
 
 
 @pytest.mark.parametrize("kind", TRANSCODERS)
