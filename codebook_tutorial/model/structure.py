@@ -164,7 +164,7 @@ def _checked(blocks, fit, seen):
             wrong = _sum_fails(before.float(), values["resid"], parts, dtype=before.dtype)
         if wrong and summed:
             summed = False
-            why["attn"] = why["mlp"] = (
+            why["attn"] = why["mlp"] = why["mlp_in"] = (
                 f"in block {layer} ({type(block).__name__}) attn + mlp is not what it adds: {wrong}"
             )
         for kind, says in _inputs(block, places, values, calls=one.calls):
