@@ -1281,6 +1281,18 @@ CASES = {
         "not for each word",
     ),
     "answer_11_6": (raw("b"), [raw("a"), raw("c"), raw("z")], "carry it"),
+    "virtual_weights": (
+        lambda writes, reads, gamma: torch.stack(
+            [(reads * (gamma * (w - w.mean()))).sum(1) for w in writes]
+        ),
+        [
+            lambda writes, reads, gamma: (writes * gamma) @ reads.T,
+            lambda writes, reads, gamma: (writes - writes.mean(-1, keepdim=True)) @ reads.T,
+            lambda writes, reads, gamma: ((writes - writes.mean(0)) * gamma) @ reads.T,
+            lambda writes, reads, gamma: writes @ reads.T,
+        ],
+        "subtracts each direction's mean",
+    ),
     "comes_next": (
         lambda ids, tokens, pad: torch.cat(
             [

@@ -385,9 +385,9 @@ def test_a_store_gives_both_sites_of_the_same_tokens(model, tmp_path):
     x, y = store.load("mlp_in.1"), store.load("mlp.1")
     how = dict(steps=30, batch=64, k=4)
     t = train_sae(store, 48, "topk", site="mlp_in.1", target="mlp.1", **how)
-    from codebook_tutorial.dictionary.rows import Rows
+    from codebook_tutorial.dictionary.data import TrainingData
 
-    rows = Rows(store, "mlp_in.1", "mlp.1", outliers="keep")
+    rows = TrainingData(store, "mlp_in.1", "mlp.1", outliers="keep")
     a, b = next(rows.batches(64, seed=3))
     at = torch.cdist(a * rows.scale + rows.mean, x).argmin(1)
     mean, scale = rows.target_scale

@@ -6,6 +6,7 @@ __all__ = [
     "check_as_long",
     "check_answer_11_6",
     "check_comes_next",
+    "check_virtual_weights",
 ]
 
 import torch
@@ -211,5 +212,29 @@ def check_comes_next(comes_next):
             "the next word, not the one before": found(shift=1),
             "any of the tokens": found(some=tokens[:1]),
             "True where it comes": 1 - found(),
+        },
+    )
+
+
+def check_virtual_weights(virtual_weights):
+    "Exercise 11.8."
+    draw = seeded(0)
+    writes = torch.randn(4, 6, generator=draw) + 1
+    reads = torch.randn(3, 6, generator=draw)
+    gamma = torch.rand(6, generator=draw) + 0.5
+
+    def found(mean=lambda w: w.mean(-1, keepdim=True), before=1.0, times=gamma):
+        return ((writes * before - mean(writes * before)) * times) @ reads.T
+
+    return check(
+        lambda: virtual_weights(writes.clone(), reads.clone(), gamma.clone()),
+        found(),
+        {
+            "the norm subtracts each direction's mean first": found(mean=lambda w: 0.0),
+            "one mean per direction, over its coordinates": found(mean=lambda w: w.mean(0)),
+            "one mean per direction, not one of all": found(mean=lambda w: w.mean()),
+            "the norm multiplies by its weights": found(times=1.0),
+            "first the mean goes, then the weights multiply": found(before=gamma, times=1.0),
+            "a row per feature that writes, a column per feature that reads": found().T,
         },
     )

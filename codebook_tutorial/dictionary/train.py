@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from ..core import seeded, wide
 from .kinds import KINDS
 from .resumable import Run
-from .rows import Rows
+from .data import TrainingData
 from .sae import SAE, KeepK
 from ..model.modes import evaluating, model_device
 from ..model.sites import intervene
@@ -51,7 +51,7 @@ def train_sae(
 
     With a target, a transcoder (`dictionary.transcoder`): it reads acts and writes the target."""
     alpha = _check(kind, alpha, steps=steps, save_every=save_every, batch=batch, rows=len(acts))
-    data = Rows(acts, site, target, outliers=outliers)
+    data = TrainingData(acts, site, target, outliers=outliers)
     cls, settings = data.kind(kind, settings)
     sae = cls(data.width, n_feats, stack=alpha.shape, generator=seeded(seed), **settings)
     began = dict(sae.config, alpha=alpha.tolist(), steps=steps, batch=batch, lr=lr, seed=seed)
