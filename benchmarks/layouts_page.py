@@ -57,9 +57,16 @@ Peers: {peers}. The page is written by `benchmarks/peers_formats.py`, in an envi
 |---|---|---|---|---|
 {rows}
 
+Where peers disagree: Llama Scope's files say that a feature counts with the length of its row of
+`W_dec` (`sparsity_include_decoder_norm`). OpenMOSS' own code makes rows unit before it compares a
+feature with the file's threshold, and so does `load_sae`. SAELens 6.54 leaves the length out and
+multiplies features and threshold by the states' scale. Both agree where rows are unit; a user
+[measured](https://github.com/OpenMOSS/Llamascopium/issues/128) published rows of 1.54 on average,
+and there SAELens has fewer active features. Of Llama Scope R1 both have the same features.
+
 Not read yet: transcoders of any library, SAELens' `abstopk`, `matching_pursuit` and `temporal`,
-states that it scales row by row (`layer_norm`, `constant_norm_rescale`), Llama Scope's own files,
-sparsify's `groupmax` and skip connections, Goodfire's files.
+states that it scales row by row (`layer_norm`, `constant_norm_rescale`), sparsify's `groupmax` and
+skip connections, Goodfire's files.
 """
 
 

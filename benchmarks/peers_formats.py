@@ -19,12 +19,12 @@ for name, value in dict(OMP_NUM_THREADS="1", HF_HUB_OFFLINE="1", WANDB_MODE="dis
     os.environ.setdefault(name, value)
 warnings.filterwarnings("ignore")
 import torch  # noqa: E402
-from layouts_page import by_loader, shake, write_page, write_theirs  # noqa: E402
-from test_formats import D, N, gemma, gemma_2, qwen, random_sae  # noqa: E402
+import peers_scopes  # noqa: E402
+from layouts_page import shake, write_page, write_theirs  # noqa: E402
+from test_formats import D, N, random_sae  # noqa: E402
 
 from codebook_tutorial.dictionary.layouts import WRITES, convert_alpha  # noqa: E402
 from codebook_tutorial.dictionary.formats import export_sae, load_sae  # noqa: E402
-from codebook_tutorial.model.sites import to_transformer_lens  # noqa: E402
 
 with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
     import sparsify
@@ -41,7 +41,6 @@ LOADS = dict(
     dictionary_learning=lambda folder: load_dictionary(str(folder), "cpu")[0],
     sparsify=sparsify.SparseCoder.load_from_disk,
 )
-SIZE = dict(d_in=D, d_sae=N)
 BASE = dict(d_in=D, d_sae=N, metadata=saes.sae.SAEMetadata(hook_name="blocks.3.hook_resid_pre"))
 
 
@@ -199,45 +198,6 @@ def eai_sparsify():
         theirs("sparsify", f"SparseCoder {more}", folder, peer=peer)
 
 
-def gemma_scope():
-    "Its params.npz, by SAELens' loader; no network: their loader, our file."
-    repo, path = "gemma-scope-2b-pt-res", "layer_2/width_16k/average_l0_9"
-    gemma(ROOT / repo / path)
-
-    load, at = "gemma_2_sae_huggingface_loader", dict(path=path, root=ROOT, size=SIZE)
-    peer, _ = by_loader(load, "JumpReLUSAE", repo, **at)
-    theirs("gemma_scope", "params.npz, by SAELens' loader of Gemma Scope", ROOT / repo, peer=peer)
-
-
-def gemma_scope_2():
-    "Its params.safetensors, by SAELens' loader, at each of its sites."
-    repo = "gemma-scope-2-1b-pt"
-    for kind, hook in (
-        ("resid_post", "output"),
-        ("attn_out", "self_attn.o_proj.input"),
-        ("mlp_out", "post_feedforward_layernorm.output"),
-    ):
-        path = f"{kind}/layer_7_width_16k_l0_small"
-        gemma_2(ROOT / repo / path, hf_hook_point_in=f"model.layers.7.{hook}")
-        load, at = "gemma_3_sae_huggingface_loader", dict(path=path, root=ROOT, size=SIZE)
-        peer, hook_name = by_loader(load, "JumpReLUSAE", repo, **at)
-        ours = load_sae(ROOT / repo, path)
-        assert to_transformer_lens(ours.source["site"]) == hook_name, (ours.source, hook_name)
-        peer.turn_off_forward_pass_hook_z_reshaping()  # heads side by side, as ours
-        row("theirs -> ours", "gemma_scope_2", f"{kind}, by SAELens' loader", ours=ours, peer=peer)
-
-
-def qwen_scope():
-    "Its layerN.sae.pt, by SAELens' loader."
-    repo = "Qwen/SAE-Res-Qwen3-1.7B-Base-W32K-L0_5"
-    qwen(ROOT / repo, 3)
-    load, at = "qwen_scope_sae_huggingface_loader", dict(path="layer3.sae.pt", root=ROOT, size=SIZE)
-    peer, hook_name = by_loader(load, "TopKSAE", repo, **at)
-    ours = load_sae(ROOT / repo)
-    assert to_transformer_lens(ours.source["site"]) == hook_name
-    row("theirs -> ours", "qwen_scope", "layer3.sae.pt, by SAELens' loader", ours=ours, peer=peer)
-
-
 def saelens_scaled(factor=2.5):
     "For states scaled to a mean length; the peer folds the factor itself."
     how = dict(BASE, normalize_activations="expected_average_only_in")
@@ -310,12 +270,11 @@ def main():
         saelens_checkpoints,
         dictionary_learning,
         eai_sparsify,
-        gemma_scope,
-        gemma_scope_2,
-        qwen_scope,
         unit_rows,
     ):
         part()
+    for suite in peers_scopes.ALL:
+        suite(row, ROOT)
     peers = ("sae-lens", "dictionary-learning", "eai-sparsify", "torch")
     versions = ", ".join(f"{peer} {version(peer)}" for peer in peers)
     print(f"{versions}; d = {D}, F = {N}, {len(X)} rows")

@@ -516,6 +516,124 @@ def test_qwen_scope(tmp_path):
     refused(tmp_path / "renamed", "k is in no file", "SAE-Res-")
 
 
+HYPERPARAMS = dict(
+    hook_point_in="blocks.9.hook_resid_post",
+    hook_point_out="blocks.9.hook_resid_post",
+    use_decoder_bias=True,
+    apply_decoder_bias_to_pre_encoder=False,
+    use_glu_encoder=False,
+    d_model=D,
+    d_sae=N,
+    act_fn="jumprelu",
+    jump_relu_threshold=0.3,
+    norm_activation="dataset-wise",
+    dataset_average_activation_norm={"in": 2.0, "out": 2.0},
+    sparsity_include_decoder_norm=True,
+    top_k=5,
+)
+
+
+def openmoss(weights, head, told, more=None, unit=False):
+    "An autoencoder's files as OpenMOSS has them; rows of 0.5 to 2, which published ones are near."
+    draw = seeded(4)
+    shapes = {"encoder.weight": (N, D), "encoder.bias": (N,), "decoder.bias": (D,)}
+    w = {name: torch.randn(shape, generator=draw) / 4 for name, shape in shapes.items()}
+    rows = torch.nn.functional.normalize(torch.randn(N, D, generator=draw), dim=-1)
+    lengths = torch.ones(N) if unit else torch.rand(N, generator=draw) * 1.5 + 0.5
+    w |= {"decoder.weight": (rows * lengths[:, None]).T.contiguous()} | (more or {})
+    weights.parent.mkdir(parents=True, exist_ok=True)
+    save_file(w, weights)
+    head.write_text(json.dumps(told))
+    return {name: t.double().numpy() for name, t in w.items()}
+
+
+def llama(folder, unit=False, **more):
+    "hyperparams.json and final.safetensors, as fnlp/Llama3_1-8B-Base-* have them."
+    weights, head = folder / "checkpoints" / "final.safetensors", folder / "hyperparams.json"
+    return openmoss(weights, head, HYPERPARAMS | more, unit=unit)
+
+
+def test_llama_scope(tmp_path):
+    """As the authors' code prepares it for inference: states scaled to sqrt(d), the encoder's bias
+    and the decoder scaled back, rows made unit, then the file's threshold."""
+    w = llama(tmp_path / "Llama3_1-8B-Base-L9R-8x")
+    llama(tmp_path / "Llama3_1-8B-Base-L10R-8x")
+    sae = load_sae(tmp_path, "Llama3_1-8B-Base-L9R-8x")
+    factor, rows = D**0.5 / 2.0, w["decoder.weight"].T
+    norm = np.linalg.norm(rows, axis=1)
+    pre = (X.double().numpy() @ w["encoder.weight"].T + w["encoder.bias"] / factor) * norm
+    f = pre * (pre > 0.3)
+    same(sae, (f, f @ (rows / norm[:, None]) + w["decoder.bias"] / factor))
+    assert (sae.kind, sae.source["layout"], sae.source["site"], sae.source["path"]) == (
+        "jumprelu",
+        "llama_scope",
+        "resid.9",
+        "Llama3_1-8B-Base-L9R-8x",
+    )
+    assert torch.allclose(sae.threshold, torch.tensor(0.3))
+    by_file = "Llama3_1-8B-Base-L9R-8x/checkpoints/final.safetensors"
+    same(load_sae(tmp_path, by_file), sae)
+    refused(tmp_path, "2 autoencoders", by_file)
+
+
+R1 = dict(HYPERPARAMS, sae_type="sae", expansion_factor=N / D, jump_relu_threshold=0.0)
+R1 |= dict(sparsity_include_decoder_norm=False)
+del R1["dataset_average_activation_norm"], R1["d_sae"]
+
+
+def llama_r1(folder, more=None, **told):
+    "config.json and sae_weights.safetensors, as fnlp/Llama-Scope-R1-Distill has them."
+    levels = dict(log_jumprelu_threshold=torch.randn(N, generator=seeded(8)) / 4 - 0.5)
+    files = folder / "sae_weights.safetensors", folder / "config.json"
+    return openmoss(*files, R1 | told, levels | (more or {}))
+
+
+@pytest.mark.parametrize("where", ["weights", "asked"])
+def test_llama_scope_r1(where, tmp_path):
+    "Thresholds learnt in the unit of scaled states; the mean length is in the weights, or asked."
+    length = {"dataset_average_activation_norm.blocks.9.hook_resid_post": torch.tensor(2.0)}
+    w = llama_r1(tmp_path, length if where == "weights" else {})
+    if where == "asked":
+        refused(tmp_path, "its factor is None", "norm_scaling_factor=")
+    sae = load_sae(tmp_path, norm_scaling_factor=2.0 if where == "asked" else None)
+    factor = D**0.5 / 2.0  # 2, both ways
+    pre = X.double().numpy() * factor @ w["encoder.weight"].T + w["encoder.bias"]
+    f = pre * (pre > np.exp(w["log_jumprelu_threshold"]))
+    same(sae, (f, (f @ w["decoder.weight"].T + w["decoder.bias"]) / factor))
+    assert (sae.source["layout"], sae.source["site"]) == ("llama_scope_r1", "resid.9")
+
+
+@pytest.mark.parametrize("write", [llama, llama_r1])
+@pytest.mark.parametrize(
+    "more,says",
+    [
+        (dict(hook_point_out="blocks.9.hook_mlp_out"), "is a transcoder"),
+        (dict(act_fn="topk"), "act_fn is 'topk'"),
+        (dict(norm_activation="token-wise"), "norm_activation is 'token-wise'"),
+        (dict(use_glu_encoder=True), "use_glu_encoder is True"),
+        (dict(apply_decoder_bias_to_pre_encoder=True), "apply_decoder_bias_to_pre_encoder is True"),
+        (dict(use_decoder_bias=False), "use_decoder_bias is False"),
+        (dict(sparsity_include_decoder_norm=None), "sparsity_include_decoder_norm is None"),
+    ],
+)
+def test_what_openmoss_can_say_and_we_cannot_compute(write, more, says, tmp_path):
+    write(tmp_path, **more)
+    refused(tmp_path, says)
+
+
+def test_llama_scope_without_its_numbers(tmp_path):
+    llama(tmp_path / "a", dataset_average_activation_norm={"in": 2.0, "out": 3.0})
+    refused(tmp_path / "a", "dataset_average_activation_norm.out is 3.0")
+    llama(tmp_path / "b", dataset_average_activation_norm=None)
+    refused(tmp_path / "b", "its factor is None")
+    llama(tmp_path / "c", jump_relu_threshold=None)
+    refused(tmp_path / "c", "none of llama_scope")
+    llama(tmp_path / "d", d_model=None)
+    refused(tmp_path / "d", "none of llama_scope")
+    llama(tmp_path / "e", d_sae=N + 1)
+    refused(tmp_path / "e", "tensor decoder.weight has shape [16, 40]; expected [16, 41]")
+
+
 @pytest.mark.parametrize("architecture", ["batchtopk", "matryoshka_batchtopk"])
 @pytest.mark.parametrize("rescale", [False, True])
 def test_saelens_checkpoints_of_batchtopk(architecture, rescale, tmp_path):
@@ -639,7 +757,7 @@ OPTIONS = [
         "saelens",
         "untied",
         dict(normalize_activations="expected_average_only_in"),
-        "'expected_average_only_in'",
+        "scaled to a mean length",
     ),
     ("saelens", "untied", dict(normalize_activations=True), "normalize_activations is True"),
     ("saelens", "untied", dict(reshape_activations="other"), "reshape_activations is 'other'"),

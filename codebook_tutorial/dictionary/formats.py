@@ -25,16 +25,14 @@ from codebook_tutorial.dictionary.layouts import (
     WRITES,
     absorb_bias,
     as_theirs,
+    head_path,
     shape_as_theirs,
     unit_rows,
 )
-from codebook_tutorial.dictionary.peers import (
-    SETTINGS_READERS,
-    SETTINGS_WRITERS,
-    site_of,
-)
+from .peers import SETTINGS_WRITERS, site_of
 from .places import PLACES
 from .sae import KeepK
+from .scopes import READERS
 from ..files import checksum, read_json, sweep, write, write_json
 from ..model.sites import TRANSFORMER_LENS
 
@@ -172,8 +170,11 @@ def load_sae(
     name, path, told = saelens_release(str(name), str(path).strip("/"))
     file, layout, path = fetch_sae(name, path, revision)
     at = "/".join(part for part in (name, path) if part)
-    head = file.with_name(FILES[layout][0])
-    config = PLACES[layout](at, file) if layout in PLACES else read_json(head, "load_sae")
+    if layout in PLACES:
+        config, head = PLACES[layout](at, file), file
+    else:
+        head = head_path(layout, file)
+        config = read_json(head, "load_sae")
     tensors = _tensors(file, at)
     if (mark := config.get("sha256")) and checksum(file) != mark:
         raise ValueError(
@@ -184,7 +185,7 @@ def load_sae(
         config |= told
         if norm_scaling_factor is not None:
             config["norm_scaling_factor"] = norm_scaling_factor
-        found = SETTINGS_READERS[layout](at, config, tensors)
+        found = READERS[layout](at, config, tensors)
         if not normalize_decoder:
             found["then"] = [fn for fn in found.get("then", ()) if fn is not unit_rows]
         sae = _build(at, tensors, **found)
