@@ -64,9 +64,12 @@ multiplies features and threshold by the states' scale. Both agree where rows ar
 [measured](https://github.com/OpenMOSS/Llamascopium/issues/128) published rows of 1.54 on average,
 and there SAELens has fewer active features. Of Llama Scope R1 both have the same features.
 
-Not read yet: transcoders of any library, SAELens' `abstopk`, `matching_pursuit` and `temporal`,
-states that it scales row by row (`layer_norm`, `constant_norm_rescale`), sparsify's `groupmax` and
-skip connections, Goodfire's files.
+States scaled row by row (`layer_norm`, `constant_norm_rescale`) are loaded as a `PerRow`: features
+are the peer's, in the scaled unit; `reconstructed(x)` decodes, a lens reads and does not edit.
+`AbsTopK`, `GroupMax` and `MatchingPursuit` are loaded and run, not trained here.
+
+Not read yet: transcoders of any library, SAELens' `temporal` and `covariance_whitening` (a
+checkpoint does not hold its matrices), sparsify's skip connections, Goodfire's files.
 """
 
 

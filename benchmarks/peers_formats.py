@@ -25,6 +25,7 @@ from test_formats import D, N, random_sae  # noqa: E402
 
 from codebook_tutorial.dictionary.layouts import WRITES, convert_alpha  # noqa: E402
 from codebook_tutorial.dictionary.formats import export_sae, load_sae  # noqa: E402
+from codebook_tutorial.dictionary.rows import ROWS as ROWS_OF  # noqa: E402
 
 with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
     import sparsify
@@ -56,8 +57,8 @@ def row(way, layout, what, *, ours, peer):
     else:
         f = peer.encode(X)
         x_hat = peer.decode(f)
-    mine = ours.encode(X)
-    off = (mine - f).abs().max().item(), (ours.decode(mine) - x_hat).abs().max().item()
+    mine, own = ours.reconstructed(X)
+    off = (mine - f).abs().max().item(), (own - x_hat).abs().max().item()
     flips, l0 = int(((mine != 0) != (f != 0)).sum()), (f != 0).sum(-1).float().mean().item()
     ROWS.append((way, layout, what, *off, flips, l0))
 
@@ -119,6 +120,26 @@ def saelens():
                 assert ours.source["site"] == "resid.2" and ours.W_dec.dtype == torch.float32
                 what = f"{name}SAE, {more or ''} apply_b_dec_to_input={before}, stored {dtype}"
                 theirs("saelens", what, folder, peer=SAE.load_from_disk(folder, dtype="float32"))
+
+
+@torch.no_grad()
+def saelens_others():
+    "Kinds that are loaded and not trained here, and states scaled row by row."
+    scaled = dict(k=5, rescale_acts_by_decoder_norm=True)
+    kinds = [("AbsTopK", dict(k=5)), ("AbsTopK", scaled)]
+    kinds += [("MatchingPursuit", more) for more in ({}, dict(max_iterations=4))]
+    for rows in ROWS_OF:
+        kinds += [(name, dict(normalize_activations=rows)) for name in ("Standard", "JumpReLU")]
+        kinds += [("TopK", scaled | dict(normalize_activations=rows))]
+    for name, more in kinds:
+        for before in (True, False):
+            config = getattr(saes, f"{name}SAEConfig")(**BASE, **more, apply_b_dec_to_input=before)
+            peer = shake(getattr(saes, f"{name}SAE")(config))
+            if name == "MatchingPursuit":  # whose rows are unit
+                peer.W_dec /= peer.W_dec.norm(dim=-1, keepdim=True)
+            peer.save_model(folder := ROOT / f"other-{len(ROWS)}")
+            what = f"{name}SAE, {more or ''} apply_b_dec_to_input={before}"
+            theirs("saelens", what, folder, peer=SAE.load_from_disk(folder))
 
 
 def saelens_trained():
@@ -192,8 +213,9 @@ def trainer_sizes():
 def eai_sparsify():
     "Its one kind, by size and form."
     free = dict(num_latents=N, normalize_decoder=False, multi_topk=True)
-    for more in (dict(num_latents=N), dict(expansion_factor=3), free):
-        peer = shake(sparsify.SparseCoder(D, sparsify.SparseCoderConfig(k=5, **more)))
+    groups = dict(num_latents=N, activation="groupmax", normalize_decoder=True, k=8)
+    for more in (dict(num_latents=N), dict(expansion_factor=3), free, groups):
+        peer = shake(sparsify.SparseCoder(D, sparsify.SparseCoderConfig(**(dict(k=5) | more))))
         peer.save_to_disk(folder := ROOT / f"sparsify-{len(more)}")
         theirs("sparsify", f"SparseCoder {more}", folder, peer=peer)
 
@@ -264,9 +286,13 @@ def main():
     "Compare, print, and tell by the exit status; with an argument, write the page there."
     torch.set_num_threads(1)
     torch.manual_seed(0)  # peers begin from the global draw
-    for part in (ours_in_theirs, heads_in_saelens, saelens, saelens_trained, saelens_scaled):
-        part()
     for part in (
+        ours_in_theirs,
+        heads_in_saelens,
+        saelens,
+        saelens_others,
+        saelens_trained,
+        saelens_scaled,
         saelens_checkpoints,
         dictionary_learning,
         eai_sparsify,

@@ -720,8 +720,7 @@ def test_what_only_saelens_table_says_counts(tmp_path, monkeypatch):
     sae, weights = random_sae("untied"), tmp_path / "theirs" / "sae_weights.safetensors"
     export_sae(sae, weights.parent, "saelens")
     monkeypatch.setattr(formats, "fetch_sae", lambda name, path, revision: (weights, "saelens", ""))
-    with pytest.raises(ValueError, match="normalize_activations is 'constant_norm_rescale'"):
-        load_sae("rescaled", "a")
+    assert load_sae("rescaled", "a").rows == "constant_norm_rescale"
     change(weights.with_name("cfg.json"), normalize_activations="expected_average_only_in")
     own = load_sae("small-res", "blocks.9.hook_resid_pre")
     f = sae.encode(X * 2.5)
@@ -741,8 +740,8 @@ OPTIONS = [
     (
         "saelens",
         "untied",
-        dict(architecture="abstopk", rescale_acts_by_decoder_norm=True),
-        "architecture is 'abstopk'",  # the reason that matters first
+        dict(architecture="temporal", rescale_acts_by_decoder_norm=True),
+        "architecture is 'temporal'",  # the reason that matters first
     ),
     ("saelens", "untied", dict(architecture="transcoder"), "architecture is 'transcoder'"),
     ("saelens", "untied", dict(activation_fn="tanh-relu"), "activation_fn is 'tanh-relu'"),
@@ -750,8 +749,8 @@ OPTIONS = [
     (
         "saelens",
         "untied",
-        dict(normalize_activations="layer_norm"),
-        "normalize_activations is 'layer_norm'",
+        dict(normalize_activations="covariance_whitening"),
+        "normalize_activations is 'covariance_whitening'",
     ),
     (
         "saelens",
@@ -759,7 +758,8 @@ OPTIONS = [
         dict(normalize_activations="expected_average_only_in"),
         "scaled to a mean length",
     ),
-    ("saelens", "untied", dict(normalize_activations=True), "normalize_activations is True"),
+    ("saelens", "untied", dict(normalize_activations=True), "its factor is None"),
+    ("saelens", "untied", dict(norm_scaling_factor=2.0), "norm_scaling_factor with"),
     ("saelens", "untied", dict(reshape_activations="other"), "reshape_activations is 'other'"),
     (
         "saelens",
@@ -789,7 +789,7 @@ OPTIONS = [
     ("sparsify", "topk", dict(transcode=True), "transcode is True"),
     ("sparsify", "topk", dict(skip_connection=True), "skip_connection is True"),
     ("sparsify", "topk", dict(signed=True), "signed is True"),
-    ("sparsify", "topk", dict(activation="groupmax"), "activation is 'groupmax'"),
+    ("sparsify", "topk", dict(activation="relu"), "activation is 'relu'"),
     (
         "sparsify",
         "topk",

@@ -67,6 +67,11 @@ class Dictionary(nn.Module):
         )
         return out.unflatten(0, ids.shape[:-1])
 
+    def reconstructed(self, x):  # [.., d] -> [.., F], [.., d]
+        "Every feature's value, and what they write together."
+        f = self.encode(x)
+        return f, self.decode(f)
+
     def excess(self, x, f):  # [.., d], its features [.., F] -> [.., F]
         "How far each pre-activation is above 0 where its feature is active: here, the feature."
         return f
@@ -254,8 +259,8 @@ class Lens(VectorSwitching):
 
     def decoded(self, x):  # states [.., d]
         "What the features say of states; of a model's own codes, what is there already."
-        f = self.dictionary.encode(x.to(self.dictionary.directions.dtype))
-        return self.dictionary.decode(f).to(x.dtype)
+        own = x.to(self.dictionary.directions.dtype)
+        return self.dictionary.reconstructed(own)[1].to(x.dtype)
 
     def editing(self, fn):  # fn(x) -> x'; of codes fn(ids) -> ids
         "Context: while the block runs, fn is applied at the site."

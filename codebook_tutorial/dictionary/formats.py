@@ -16,7 +16,6 @@ from pathlib import Path
 import torch
 from ..core import seeded
 from .fetch import fetch_sae, saelens_release
-from .kinds import KINDS
 from .kmeans import finite
 from codebook_tutorial.dictionary.layouts import (
     FILES,
@@ -29,8 +28,10 @@ from codebook_tutorial.dictionary.layouts import (
     shape_as_theirs,
     unit_rows,
 )
+from .otherkinds import LOADED
 from .peers import SETTINGS_WRITERS, site_of
 from .places import PLACES
+from .rows import PerRow
 from .sae import KeepK
 from .scopes import READERS
 from ..files import checksum, read_json, sweep, write, write_json
@@ -46,8 +47,9 @@ def save_sae(
     "Write `sae_state.safetensors` and `sae.json`: `load_sae` gives the same one, bit for bit."
     from safetensors.torch import save_file
 
+    rows, sae = (dict(rows=sae.rows), sae.inner) if isinstance(sae, PerRow) else ({}, sae)
     _check(sae, "save_sae")
-    head = dict(format=1, config=sae.config, site=site, meta=meta)
+    head = dict(format=1, config=sae.config | rows, site=site, meta=meta)
     tensors = {name: t.detach().cpu().contiguous().clone() for name, t in sae.state_dict().items()}
     try:
         _write(folder, "ours", partial(save_file, tensors), config=head)
@@ -115,8 +117,8 @@ def _with_unit_rows(own, sae, *, unit):
 
 # %% ../../nbs/lib/dictionary_formats.ipynb #dictionary-formats-6
 def _check(sae, call):
-    if type(sae) not in KINDS.values():
-        known = ", ".join(cls.__name__ for cls in KINDS.values())
+    if type(sae) not in LOADED.values():
+        known = ", ".join(cls.__name__ for cls in LOADED.values())
         raise ValueError(f"{call}: got a {type(sae).__name__}; expected one of {known}")
     if sae.b_dec.dim() != 1:
         raise ValueError(
@@ -129,9 +131,10 @@ def _check_layout(sae, layout, site):
         raise ValueError(f"export_sae: layout={layout!r}; expected one of {', '.join(WRITES)}")
     if sae.kind not in WRITES[layout]:
         can = " or ".join(to for to in WRITES if sae.kind in WRITES[to])
+        can = f"layout {can}" if can else "save_sae, for no other library's layout is written"
         raise ValueError(
             f"export_sae: {layout} holds {', '.join(WRITES[layout])} only, got kind {sae.kind!r}; "
-            f"expected layout {can}"
+            f"expected {can}"
         )
     if site and not re.fullmatch(rf"({'|'.join(TRANSFORMER_LENS)})\.\d+", site):
         known = ", ".join(TRANSFORMER_LENS)
@@ -188,7 +191,9 @@ def load_sae(
         found = READERS[layout](at, config, tensors)
         if not normalize_decoder:
             found["then"] = [fn for fn in found.get("then", ()) if fn is not unit_rows]
+        rows = found.pop("rows", None)
         sae = _build(at, tensors, **found)
+        sae = PerRow(sae, rows) if rows else sae
         site = site_of(layout, config)
     except (AttributeError, TypeError, RuntimeError) as e:
         raise ValueError(f"load_sae: {at}: its settings are none of {layout}'s ({e})") from e
@@ -238,7 +243,7 @@ def _why(e):
 # %% ../../nbs/lib/dictionary_formats.ipynb #dictionary-formats-13
 def _check_sizes(at, *, kind, d, n, settings):
     sizes = dict(d_model=d, n_feats=n)
-    if issubclass(KINDS[kind], KeepK):
+    if issubclass(LOADED[kind], KeepK):
         sizes["k"] = settings.get("k")
     for what, got in sizes.items():
         if type(got) is not int or not 0 < got <= (n if what == "k" else got):
@@ -246,6 +251,11 @@ def _check_sizes(at, *, kind, d, n, settings):
             raise ValueError(
                 f"load_sae: {at}: {what} is {got!r}; expected a whole number from 1{most}"
             )
+    if kind == "groupmax" and n % sizes["k"]:
+        raise ValueError(
+            f"load_sae: {at}: k is {sizes['k']}; expected a divisor of n_feats, {n}: groups of "
+            "one size"
+        )
 
 
 def _build(
@@ -266,7 +276,7 @@ def _build(
     _check_sizes(at, kind=kind, d=d, n=n, settings=settings)
     # before memory is taken for what a configuration says
     _shaped(at, tensors, rows, want=shape_as_theirs((n, d), rows))
-    sae = KINDS[kind](d, n, generator=seeded(0), **settings)
+    sae = LOADED[kind](d, n, generator=seeded(0), **settings)
     want = {}
     for name, t in sae.state_dict().items():
         theirs = names.get(name, name)

@@ -6,7 +6,7 @@ Docs: https://codebook-tutorial.github.io/codebook_tutorial/lib/dictionary_layou
 
 # %% auto #0
 __all__ = ['FILES', 'TENSORS', 'NO_BIAS_FIRST', 'WRITES', 'ALPHA_UNITS', 'split_path', 'head_names', 'head_path', 'as_theirs',
-           'shape_as_theirs', 'clamp_threshold', 'absorb_bias', 'fold_norms', 'fold_scale', 'unit_rows',
+           'shape_as_theirs', 'clamp_threshold', 'absorb_bias', 'fold_norms', 'fold_scale', 'drop_bias', 'unit_rows',
            'convert_alpha']
 
 # %% ../../nbs/lib/dictionary_layouts.ipynb #dictionary-layouts-3
@@ -62,6 +62,8 @@ TENSORS = {
     "saelens": {
         "standard": ("untied", _ROWS),
         "topk": ("topk", _ROWS),
+        "abstopk": ("abstopk", _ROWS),
+        "matching_pursuit": ("matching_pursuit", dict(W_dec="W_dec", b_dec="b_dec")),
         "jumprelu": ("jumprelu", _ROWS | _JUMP),
         "gated": ("gated", _ROWS | _MAG | dict(b_enc="b_gate")),
         # checkpoints of training
@@ -81,7 +83,10 @@ TENSORS = {
             | dict(b_enc="gate_bias", b_dec="decoder_bias", r_mag="r_mag", b_mag="mag_bias"),
         ),
     },
-    "sparsify": {"topk": ("topk", _LINEAR | dict(W_dec="W_dec"))},
+    "sparsify": {
+        "topk": ("topk", _LINEAR | dict(W_dec="W_dec")),
+        "groupmax": ("groupmax", _LINEAR | dict(W_dec="W_dec")),
+    },
     "gemma_scope": {"jumprelu": ("jumprelu", _ROWS | _JUMP)},
     "gemma_scope_2": {
         "jump_relu": ("jumprelu", _ROWS | _JUMP | dict(W_enc="w_enc.T", W_dec="w_dec"))
@@ -153,6 +158,11 @@ def fold_scale(own, factor: float):
     "From an autoencoder of x * factor that decodes x * factor to the same one for x."
     own = own | dict(W_enc=own["W_enc"] * factor, W_dec=own["W_dec"] / factor)
     return own | dict(b_dec=own["b_dec"] / factor)
+
+
+def drop_bias(own):
+    "Without a bias, before the encoder and after the decoder."
+    return own | dict(b_dec=torch.zeros_like(own["b_dec"]))
 
 
 def unit_rows(own):

@@ -12,14 +12,16 @@ import re
 from functools import partial
 
 import torch
-from .kinds import KINDS
 from codebook_tutorial.dictionary.layouts import (
     NO_BIAS_FIRST,
     TENSORS,
+    drop_bias,
     fold_norms,
     fold_scale,
     unit_rows,
 )
+from .otherkinds import LOADED
+from .rows import ROWS
 from .sae import KeepK
 from .settings import check_factor, found, only
 from ..model.sites import from_transformer_lens, to_transformer_lens
@@ -89,10 +91,11 @@ SETTINGS_WRITERS = dict(
 def _read_ours(at, config, tensors):
     only(at, "format", config.get("format"), 1)
     settings = dict(config.get("config") or {})
-    only(at, "kind", kind := settings.pop("kind", None), *KINDS)
+    only(at, "kind", kind := settings.pop("kind", None), *LOADED)
+    only(at, "rows", rows := settings.pop("rows", None), None, *ROWS)
     d, n = settings.pop("d_model", 0), settings.pop("n_feats", 0)
     names = {name: name for name in tensors}
-    return dict(kind=kind, names=names, d=d, n=n, settings=settings)
+    return dict(kind=kind, names=names, d=d, n=n, settings=settings, rows=rows)
 
 # %% ../../nbs/lib/dictionary_peers.ipynb #dictionary-peers-8
 def _meta(config):
@@ -106,19 +109,21 @@ def _read_saelens(at, config, tensors):
     if (cls, fn) == ("standard", "topk"):
         cls = "topk"
     only(at, "architecture", cls, *TENSORS["saelens"])
-    rescale = bool(get("rescale_acts_by_decoder_norm"))
+    rescale, subtracts = (
+        bool(get("rescale_acts_by_decoder_norm")),
+        get("apply_b_dec_to_input", True),
+    )
     scaled = not (tensors.pop("scaling_factor", torch.ones(1)) == 1).all()
     only(at, "activation_fn", fn, "relu", *["topk"] * (cls == "topk"))
-    scale, factor = get("normalize_activations"), get("norm_scaling_factor")
-    if scale == "expected_average_only_in":
-        check_factor(at, factor)
-        scale = None
-    only(at, "normalize_activations", scale, "none", None, False)
+    rows, then = _saelens_scale(at, config, cls)
     # heads.L is flat already
     only(at, "reshape_activations", get("reshape_activations"), "none", "hook_z", None)
     only(at, "hook_name_out", meta.get("hook_name_out"), None, meta.get("hook_name"))
     only(at, "rescale_acts_by_decoder_norm", rescale, False, cls.endswith("topk"))
     only(at, "scaling_factor, all 1,", not scaled, True)
+    then += [fold_norms] * rescale
+    if cls == "matching_pursuit":  # a bias that it does not subtract, it does not add either
+        subtracts, then = True, [drop_bias] * (not subtracts)
     return found(
         at,
         "saelens",
@@ -126,10 +131,26 @@ def _read_saelens(at, config, tensors):
         cls=cls,
         d=get("d_in", 0),
         n=get("d_sae", 0),
-        subtracts=get("apply_b_dec_to_input", True),
-        then=[partial(fold_scale, factor=factor)] * (factor is not None) + [fold_norms] * rescale,
+        subtracts=subtracts,
+        then=then,
         k=_whole(get("k") or (get("activation_fn_kwargs") or {}).get("k")),
-    )
+        **{name: get(name, default) for name, default in _PURSUIT.items()},
+    ) | dict(rows=rows)
+
+
+_PURSUIT = dict(residual_threshold=1e-2, max_iterations=None, stop_on_duplicate_support=True)
+
+
+def _saelens_scale(at, config, cls):  # -> one of ROWS or None, [fn(tensors)]
+    "How states are scaled before they are encoded: row by row, by one factor, or not at all."
+    scale, factor = config.get("normalize_activations"), config.get("norm_scaling_factor")
+    mean = scale in ("expected_average_only_in", True) and cls != "matching_pursuit"
+    only(at, "normalize_activations", scale, "none", None, False, *ROWS, *[scale] * mean)
+    if mean:
+        check_factor(at, factor)
+        return None, [partial(fold_scale, factor=factor)]
+    only(at, f"norm_scaling_factor with normalize_activations {scale!r}", factor, None)
+    return scale if scale in ROWS else None, []
 
 
 def _whole(k):

@@ -36,7 +36,11 @@ def check_factor(at, factor):
     return factor
 
 # %% ../../nbs/lib/dictionary_settings.ipynb #dictionary-settings-5
-_SETTINGS = dict(topk=["k"], batchtopk=["k"], matryoshka=["k", "shares"])
+_SETTINGS = dict.fromkeys(["topk", "batchtopk", "abstopk", "groupmax"], ["k"])
+_SETTINGS |= dict(
+    matryoshka=["k", "shares"],
+    matching_pursuit=["residual_threshold", "max_iterations", "stop_on_duplicate_support"],
+)
 
 
 def found(

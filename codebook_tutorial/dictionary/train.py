@@ -17,7 +17,7 @@ from ..core import seeded, wide
 from .kinds import KINDS
 from .kmeans import finite
 from .resumable import Run
-from .sae import SAE, KeepK
+from .sae import SAE, KeepK, Tied
 from ..model.modes import evaluating, model_device
 from ..model.run import without
 from ..model.sites import intervene
@@ -235,6 +235,11 @@ def refit(
 
 def _untied(sae):
     "A copy whose decoder can be changed without the encoder."
+    if not isinstance(sae, SAE) or (sae.tied and type(sae) is not Tied):
+        raise ValueError(
+            f"refit, tune_decoder: got a {type(sae).__name__}, whose features are not its own when "
+            "the decoder changes; expected one with an encoder apart"
+        )
     new = _untrained(sae, SAE if sae.tied else None)
     encoder = {"W_enc": sae.W_enc.detach().clone()} if sae.tied else {}
     new.load_state_dict(sae.state_dict() | encoder)

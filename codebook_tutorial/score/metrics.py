@@ -40,8 +40,8 @@ def measure(
     mean = sum(wide(part).sum(0) for part in x.split(batch)) / len(x)
     active, left, like, spread = 0, 0.0, 0.0, []
     for part in x.split(batch):
-        f = dictionary.encode(part)
-        x_hat, part = wide(dictionary.decode(f)), wide(part)
+        f, x_hat = dictionary.reconstructed(part)
+        x_hat, part = wide(x_hat), wide(part)
         active = active + (f != 0).sum(0)
         left += (part - x_hat).pow(2).sum().item()
         like += F.cosine_similarity(part - mean, x_hat - mean, dim=-1).sum().item()
@@ -107,7 +107,7 @@ def loss_recovered(
     mean = mean_state(model, text, site, batch=batch)
     ways = dict(
         clean=lambda x: x,
-        decoded=lambda x: dictionary.decode(dictionary.encode(x)),
+        decoded=lambda x: dictionary.reconstructed(x)[1],
         zero=torch.zeros_like,
         mean=lambda x: mean.expand_as(x),
     )
