@@ -69,7 +69,9 @@ are the peer's, in the scaled unit; `reconstructed(x)` decodes, a lens reads and
 `AbsTopK`, `GroupMax` and `MatchingPursuit` are loaded and run, not trained here.
 
 Not read yet: transcoders of any library, SAELens' `temporal` and `covariance_whitening` (a
-checkpoint does not hold its matrices), sparsify's skip connections, Goodfire's files.
+checkpoint does not hold its matrices), sparsify's skip connections.
+
+Of the autoencoders in SAELens' table of releases, by layout: {covered}.
 """
 
 
@@ -79,10 +81,11 @@ def write_page(
     rows: list,  # (way, layout, what, features' difference, what they decode to)
     *,
     n: int,  # rows compared
+    covered: str,  # the share of SAELens' table
 ):
     "The site's page: every row that was compared."
     lines = [
         f"| {layout} | {what} | {way} | {f:.1e} | {x_hat:.1e} |"
         for way, layout, what, f, x_hat, *_ in rows
     ]
-    file.write_text(PAGE.format(n=n, peers=peers, rows="\n".join(lines)))
+    file.write_text(PAGE.format(n=n, peers=peers, rows="\n".join(lines), covered=covered))

@@ -20,6 +20,7 @@ for name, value in dict(OMP_NUM_THREADS="1", HF_HUB_OFFLINE="1", WANDB_MODE="dis
 warnings.filterwarnings("ignore")
 import torch  # noqa: E402
 import peers_scopes  # noqa: E402
+from layouts_coverage import coverage, entries, table_of_saelens  # noqa: E402
 from layouts_page import shake, write_page, write_theirs  # noqa: E402
 from test_formats import D, N, random_sae  # noqa: E402
 
@@ -311,8 +312,10 @@ def main():
     equation, losses = penalties()
     told = "; ".join(f"{name} {loss:.6f}" for name, loss in losses.items())
     print(f"\nloss at alpha = 0.44 by the equation: {equation:.6f}; {told}")
+    covered = coverage(entries(table_of_saelens()))
     if len(sys.argv) > 1:
-        write_page(Path(sys.argv[1]), versions, ROWS, n=len(X))
+        write_page(Path(sys.argv[1]), versions, ROWS, n=len(X), covered=covered)
+    print(f"SAELens' table by layout: {covered}")
     worst = max(max(one[3:5]) for one in ROWS)
     print(f"largest difference: {worst:.1e}")
     return worst > 1e-5 or max(abs(loss - equation) for loss in losses.values()) > 1e-4

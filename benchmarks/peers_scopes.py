@@ -1,13 +1,26 @@
 """Published suites' own files in our loader and in SAELens' loader of each."""
 
+import json
 from types import SimpleNamespace
 
 import torch
 from layouts_page import by_loader
 from safetensors.torch import load_file
-from test_formats import D, HYPERPARAMS, N, gemma, gemma_2, llama, llama_r1, qwen
+from test_formats import (
+    D,
+    HYPERPARAMS,
+    N,
+    gemma,
+    gemma_2,
+    hook_z,
+    linear,
+    llama,
+    llama_r1,
+    qwen,
+    random_sae,
+)
 
-from codebook_tutorial.dictionary.formats import load_sae
+from codebook_tutorial.dictionary.formats import export_sae, load_sae
 from codebook_tutorial.model.sites import to_transformer_lens
 
 SIZE = dict(d_in=D, d_sae=N, dtype="float32")
@@ -112,4 +125,54 @@ def llama_scope_r1(row, root):
     row(WAY, "llama_scope_r1", "sae_weights.safetensors, by SAELens' loader", ours=ours, peer=peer)
 
 
-ALL = (gemma_scope, gemma_scope_2, qwen_scope, llama_scope, llama_scope_r1)
+def goodfire(row, root):
+    "Goodfire's files, and qresearch's of DeepSeek R1."
+    for repo, name, encoder, load in (
+        ("Goodfire/Llama-3.1-8B-Instruct-SAE-l19", ".pth", "encoder_linear", "get_goodfire"),
+        ("Goodfire/Llama-3.3-70B-Instruct-SAE-l50", ".pt", "encoder_linear", "get_goodfire"),
+        ("qresearch/DeepSeek-R1-Distill-Llama-8B-SAE-l19", ".pt", "encoder", "deepseek_r1_sae"),
+    ):
+        name = repo.partition("/")[2] + name
+        linear(root / repo / name, encoder)
+        at = dict(path=name, root=root, size=SIZE)
+        peer, hook_name = by_loader(f"{load}_huggingface_loader", "StandardSAE", repo, **at)
+        ours = load_sae(root / repo)
+        assert to_transformer_lens(ours.source["site"]) == hook_name
+        row(WAY, "goodfire", f"{name}, by SAELens' loader", ours=ours, peer=peer)
+
+
+def attention(row, root):
+    "Files of heads' outputs, of GPT-2 small."
+    repo = "ckkissane/attn-saes-gpt2-small-all-layers"
+    path, _ = hook_z(root / repo)
+    at = dict(path=path, root=root, size=SIZE)
+    peer, hook_name = by_loader("connor_rob_hook_z_huggingface_loader", "StandardSAE", repo, **at)
+    peer.turn_off_forward_pass_hook_z_reshaping()
+    ours = load_sae(root / repo)
+    assert to_transformer_lens(ours.source["site"]) == hook_name
+    row(WAY, "hook_z", "gpt2-small_L5_Hcat_z_*.pt, by SAELens' loader", ours=ours, peer=peer)
+
+
+def dictionary_learning(row, root):
+    "dictionary_learning's folders by SAELens' loader, which leaves the rows' length as it is."
+    for kind, cls in dict(
+        untied="Standard",
+        topk="TopK",
+        gated="Gated",
+        batchtopk="JumpReLU",
+        matryoshka="JumpReLU",
+        jumprelu="JumpReLU",
+    ).items():
+        folder = root / "lm_sae" / kind
+        export_sae(random_sae(kind), folder, "dictionary_learning", site="resid.2", model_name="x")
+        told = json.loads((folder / "config.json").read_text())
+        told["buffer"]["ctx_len"] = 128
+        (folder / "config.json").write_text(json.dumps(told | dict(sha256=None)))
+        load, at = "dictionary_learning_sae_huggingface_loader_1", dict(root=root, size=SIZE)
+        peer, _ = by_loader(load, f"{cls}SAE", "lm_sae", path=kind, **at)
+        what = f"{told['trainer']['dict_class']}, by SAELens' loader"
+        row(WAY, "dictionary_learning", what, ours=load_sae(folder), peer=peer)
+
+
+SUITES = (gemma_scope, gemma_scope_2, qwen_scope, llama_scope, llama_scope_r1)
+ALL = (*SUITES, goodfire, attention, dictionary_learning)

@@ -634,6 +634,69 @@ def test_llama_scope_without_its_numbers(tmp_path):
     refused(tmp_path / "e", "tensor decoder.weight has shape [16, 40]; expected [16, 41]")
 
 
+def linear(file, encoder="encoder_linear"):
+    "Two Linear layers in a file, as Goodfire (and, as `encoder`, qresearch) has them."
+    draw, decoder = seeded(6), encoder.replace("en", "de")
+    shapes = {f"{encoder}.weight": (N, D), f"{encoder}.bias": (N,)}
+    shapes |= {f"{decoder}.weight": (D, N), f"{decoder}.bias": (D,)}
+    w = {name: torch.randn(shape, generator=draw) / 4 for name, shape in shapes.items()}
+    file.parent.mkdir(parents=True, exist_ok=True)
+    torch.save(w, file)
+    return [t.double().numpy() for t in w.values()]
+
+
+@pytest.mark.parametrize(
+    "name,encoder,site",
+    [
+        ("Llama-3.3-70B-Instruct-SAE-l50.pt", "encoder_linear", "resid.50"),
+        ("Llama-3.1-8B-Instruct-SAE-l19.pth", "encoder_linear", "resid.19"),
+        ("DeepSeek-R1-Distill-Llama-8B-SAE-l19.pt", "encoder", "resid.19"),
+    ],
+)
+def test_goodfire_and_the_like(name, encoder, site, tmp_path):
+    "b_dec is not subtracted; model and layer are in the name alone."
+    W_enc, b_enc, W_dec, b_dec = linear(tmp_path / name, encoder)
+    sae = load_sae(tmp_path)
+    f = relu(X.double().numpy() @ W_enc.T + b_enc)
+    same(sae, (f, f @ W_dec.T + b_dec))
+    assert (sae.kind, sae.source["layout"], sae.source["site"], sae.source["path"]) == (
+        "untied",
+        "goodfire",
+        site,
+        name,
+    )
+    assert sae.source["config"]["base"] == name.partition("-SAE")[0]
+    (tmp_path / name).rename(tmp_path / "x-SAE-last.pt")
+    refused(tmp_path, "x-SAE-last.pt does not say model and layer")
+
+
+def hook_z(folder, layer=5):
+    "A file and its settings as ckkissane/attn-saes-gpt2-small-all-layers has them."
+    draw, name = seeded(layer), f"gpt2-small_L{layer}_Hcat_z_lr1.20e-03_l11.00e+00_v9"
+    shapes = dict(W_enc=(D, N), W_dec=(N, D), b_enc=(N,), b_dec=(D,))
+    w = {name: torch.randn(shape, generator=draw) / 4 for name, shape in shapes.items()}
+    folder.mkdir(parents=True, exist_ok=True)
+    torch.save(w, folder / f"{name}.pt")
+    told = dict(act_name=f"blocks.{layer}.attn.hook_z", act_size=D, dict_size=N)
+    (folder / f"{name}_cfg.json").write_text(json.dumps(told))
+    return f"{name}.pt", {name: t.double().numpy() for name, t in w.items()}
+
+
+def test_hook_z(tmp_path):
+    "Each file has settings of its own name; b_dec is subtracted."
+    hook_z(tmp_path, 3)
+    name, w = hook_z(tmp_path)
+    (tmp_path / "other.pt").write_bytes(b"nobody's")
+    refused(tmp_path, "2 autoencoders", "gpt2-small_L3", name)
+    sae = load_sae(tmp_path, name)
+    f = relu((X.double().numpy() - w["b_dec"]) @ w["W_enc"] + w["b_enc"])
+    same(sae, (f, f @ w["W_dec"] + w["b_dec"]))
+    source = sae.source
+    assert (source["layout"], source["site"], source["path"]) == ("hook_z", "heads.5", name)
+    (tmp_path / f"{name[:-3]}_cfg.json").unlink()
+    refused(tmp_path, "no autoencoder", path=name)
+
+
 @pytest.mark.parametrize("architecture", ["batchtopk", "matryoshka_batchtopk"])
 @pytest.mark.parametrize("rescale", [False, True])
 def test_saelens_checkpoints_of_batchtopk(architecture, rescale, tmp_path):

@@ -26,6 +26,8 @@ FILES = dict(
     gemma_scope=("params.npz",),
     gemma_scope_2=("config.json", "params.safetensors"),
     qwen_scope=("layer*.sae.pt",),
+    goodfire=("*-SAE-l*.pt*",),
+    hook_z=("*_cfg.json", "*_Hcat_z_*.pt"),
 )
 
 
@@ -93,6 +95,20 @@ TENSORS = {
     },
     "llama_scope": {"jumprelu": ("jumprelu", _LINEAR | _JUMP | dict(b_dec="decoder.bias"))},
     "llama_scope_r1": {"jumprelu": ("jumprelu", _LINEAR | _JUMP | dict(b_dec="decoder.bias"))},
+    # both as Linear layers: Goodfire's, and DeepSeek R1's of qresearch
+    "goodfire": {
+        "encoder_linear": (
+            "untied",
+            dict(
+                W_enc="encoder_linear.weight",
+                W_dec="decoder_linear.weight.T",
+                b_enc="encoder_linear.bias",
+                b_dec="decoder_linear.bias",
+            ),
+        ),
+        "encoder": ("untied", _LINEAR | dict(b_dec="decoder.bias")),
+    },
+    "hook_z": {"relu": ("untied", _ROWS)},
     "qwen_scope": {"topk": ("topk", _ROWS | dict(W_enc="W_enc", W_dec="W_dec.T"))},
 }
 

@@ -216,7 +216,8 @@ def site_of(layout, config):
     if found := re.search(r"layers\.(\d+)\.([\w.]+)$", config.get("hf_hook_point_in") or ""):
         kind = _HF_HOOKS.get(found[2])
         return f"{kind}.{found[1]}" if kind else None
-    hook = _meta(config).get("hook_name") or config.get("hook_point_in") or ""
+    names = (_meta(config).get("hook_name"), *map(config.get, ("hook_point_in", "act_name")))
+    hook = next(filter(None, names), "")
     if before := re.fullmatch(r"blocks\.([1-9]\d*)\.hook_(resid_pre|in)", hook):
         return f"resid.{int(before[1]) - 1}"  # a block's input is the output of the one before
     try:

@@ -105,11 +105,23 @@ def _read_llama_scope_r1(at, config, tensors):
         then=[partial(fold_scale, factor=factor)],
     )
 
-# %% ../../nbs/lib/dictionary_scopes.ipynb #dictionary-scopes-6
+# %% ../../nbs/lib/dictionary_scopes.ipynb #dictionary-scopes-7
+def _read_goodfire(at, config, tensors):
+    cls = "encoder_linear" if "encoder_linear.weight" in tensors else "encoder"
+    return found(at, "goodfire", "", cls=cls, d=None, n=None, subtracts=False)
+
+
+def _read_hook_z(at, config, tensors):
+    d, n = config.get("act_size", 0), config.get("dict_size", 0)
+    return found(at, "hook_z", "", cls="relu", d=d, n=n)
+
+# %% ../../nbs/lib/dictionary_scopes.ipynb #dictionary-scopes-8
 READERS = SETTINGS_READERS | dict(
     gemma_scope=_read_gemma_scope,
     gemma_scope_2=_read_gemma_scope_2,
     qwen_scope=_read_qwen_scope,
     llama_scope=_read_llama_scope,
     llama_scope_r1=_read_llama_scope_r1,
+    goodfire=_read_goodfire,
+    hook_z=_read_hook_z,
 )
