@@ -1180,14 +1180,26 @@ def fill(repo, v2):
     for layout, write in WRITERS.items():
         write(random_sae("topk", seed=1), repo / layout / "layer.2")
     gemma(repo / "gemma" / "layer_2" / "average_l0_9")
+    llama(repo / "llama" / "L9R")
+    hook_z(repo / "heads")
     for n in range(2):
         (repo / "saelens" / "layer.2" / f"more{n}.safetensors").write_bytes(b"x" * 99)
     (repo / "README.md").write_text("about")
     save_sae(random_sae("gated", seed=2), v2)
 
 
+HEADS = "heads/gpt2-small_L5_Hcat_z_lr1.20e-03_l11.00e+00_v9.pt"
+WANTED = {f"{layout}/layer.2/{file}" for layout in WRITERS for file in FILES[layout]} | {
+    "gemma/layer_2/average_l0_9/params.npz",
+    "llama/L9R/hyperparams.json",
+    "llama/L9R/checkpoints/final.safetensors",
+    HEADS,
+    HEADS.replace(".pt", "_cfg.json"),
+    "sae.json",
+    "sae_state.safetensors",
+}
 WRONG = [
-    (("tests/saes", "", None), "5 autoencoders in tests/saes; expected path= one of"),
+    (("tests/saes", "", None), "7 autoencoders in tests/saes; expected path= one of"),
     (("tests/saes", "nowhere", None), "no autoencoder in tests/saes at nowhere"),
     (("tests/saes", "", "v9"), "no revision 'v9'"),
     (("tests/none", "", None), "no public repository"),
@@ -1203,6 +1215,8 @@ def test_from_the_hub_only_what_is_needed(tmp_path):
     fill(repo, v2)
     asks = [("tests/saes", f"{layout}/layer.2", None) for layout in WRITERS] + [
         ("tests/saes", "gemma", None),
+        ("tests/saes", "llama", None),
+        ("tests/saes", HEADS, None),
         ("tests/saes", "dictionary_learning/layer.2/ae.pt", None),
         ("tests/saes", "", "v2"),
     ]
@@ -1219,9 +1233,7 @@ def test_from_the_hub_only_what_is_needed(tmp_path):
             for line in hub.log
             if "/tests/saes/resolve/" in line
         }
-    assert loaded == {
-        f"{layout}/layer.2/{file}" for layout in WRITERS for file in FILES[layout]
-    } | {"gemma/layer_2/average_l0_9/params.npz", "sae.json", "sae_state.safetensors"}
+    assert loaded == WANTED
     local = [load_sae(repo if revision is None else v2, path) for _, path, revision in asks]
     assert got[: len(asks)] == [
         [sae.kind, sae.source["layout"], sae.source["path"], sae.W_dec.double().sum().item()]
@@ -1292,6 +1304,9 @@ def test_states_scaled_to_a_mean_length(tmp_path):
     export_sae(random_sae("untied"), tmp_path, "saelens")
     change(tmp_path / "cfg.json", normalize_activations="expected_average_only_in")
     refused(tmp_path, "factor is None", "norm_scaling_factor=")
+    gemma(tmp_path / "gemma-scope")
+    with pytest.raises(ValueError, match="layout with norm_scaling_factor is 'gemma_scope'"):
+        load_sae(tmp_path / "gemma-scope", norm_scaling_factor=2.0)
     for wrong in (0, -1.0, float("nan")):
         with pytest.raises(ValueError, match="its factor is"):
             load_sae(tmp_path, norm_scaling_factor=wrong)

@@ -33,7 +33,8 @@ from .peers import SETTINGS_WRITERS, site_of
 from .places import PLACES
 from .rows import PerRow
 from .sae import KeepK
-from .scopes import READERS
+from .scopes import READERS, SCALED
+from .settings import only
 from ..files import checksum, read_json, sweep, write, write_json
 from ..model.sites import TRANSFORMER_LENS
 
@@ -185,9 +186,7 @@ def load_sae(
             f"a save was interrupted: save or copy both again (or remove sha256 from {head.name})"
         )
     try:
-        config |= told
-        if norm_scaling_factor is not None:
-            config["norm_scaling_factor"] = norm_scaling_factor
+        config |= told | _asked(at, layout, norm_scaling_factor)
         found = READERS[layout](at, config, tensors)
         if not normalize_decoder:
             found["then"] = [fn for fn in found.get("then", ()) if fn is not unit_rows]
@@ -201,6 +200,14 @@ def load_sae(
     return sae.eval()
 
 # %% ../../nbs/lib/dictionary_formats.ipynb #dictionary-formats-9
+def _asked(at, layout, factor):
+    "A factor that the caller knows, as a setting."
+    if factor is None:
+        return {}
+    only(at, "layout with norm_scaling_factor", layout, *SCALED)
+    return dict(norm_scaling_factor=factor)
+
+
 def _tensors(file, at):  # -> {name: tensor}
     "A weights file's tensors; a pickle is read as tensors alone, none of its code is ever run."
     try:
