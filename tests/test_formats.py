@@ -626,8 +626,9 @@ def test_llama_scope_without_its_numbers(tmp_path):
     refused(tmp_path / "a", "dataset_average_activation_norm.out is 3.0")
     llama(tmp_path / "b", dataset_average_activation_norm=None)
     refused(tmp_path / "b", "its factor is None")
-    llama(tmp_path / "c", jump_relu_threshold=None)
-    refused(tmp_path / "c", "none of llama_scope")
+    for n, wrong in enumerate((None, "x", -0.1, float("inf"))):
+        llama(tmp_path / f"c{n}", jump_relu_threshold=wrong)
+        refused(tmp_path / f"c{n}", f"jump_relu_threshold is {wrong!r}")
     llama(tmp_path / "d", d_model=None)
     refused(tmp_path / "d", "none of llama_scope")
     llama(tmp_path / "e", d_sae=N + 1)
@@ -1016,6 +1017,22 @@ def test_any_value_of_any_setting_loads_or_is_refused(tmp_path):
                     except ValueError:
                         pass
                 part[option] = was
+
+
+@pytest.mark.parametrize("write", [llama, llama_r1, hook_z])
+def test_any_value_of_a_suite_s_settings_loads_or_is_refused(write, tmp_path):
+    write(tmp_path)
+    file = next(tmp_path.glob("*.json"))
+    config = json.loads(file.read_text())
+    for option, was in list(config.items()):
+        for other in (None, -3, 1.5, "x", [1], {"in": 0, "out": 0}, {"in": "x", "out": "x"}, True):
+            config[option] = other
+            file.write_text(json.dumps(config))
+            try:
+                load_sae(tmp_path)
+            except ValueError as e:
+                assert str(e).startswith("load_sae: "), e
+        config[option] = was
 
 
 # ---- places

@@ -23,7 +23,7 @@ from codebook_tutorial.dictionary.layouts import (
 from .otherkinds import LOADED
 from .rows import ROWS
 from .sae import KeepK
-from .settings import check_factor, found, only
+from .settings import check_factor, found, only, whole
 from ..model.sites import from_transformer_lens, to_transformer_lens
 
 # %% ../../nbs/lib/dictionary_peers.ipynb #dictionary-peers-5
@@ -133,7 +133,7 @@ def _read_saelens(at, config, tensors):
         n=get("d_sae", 0),
         subtracts=subtracts,
         then=then,
-        k=_whole(get("k") or (get("activation_fn_kwargs") or {}).get("k")),
+        k=whole(get("k") or (get("activation_fn_kwargs") or {}).get("k")),
         **{name: get(name, default) for name, default in _PURSUIT.items()},
     ) | dict(rows=rows)
 
@@ -151,11 +151,6 @@ def _saelens_scale(at, config, cls):  # -> one of ROWS or None, [fn(tensors)]
         return None, [partial(fold_scale, factor=factor)]
     only(at, f"norm_scaling_factor with normalize_activations {scale!r}", factor, None)
     return scale if scale in ROWS else None, []
-
-
-def _whole(k):
-    "50.0 as 50; all else as it is."
-    return int(k) if isinstance(k, float) and k.is_integer() else k
 
 # %% ../../nbs/lib/dictionary_peers.ipynb #dictionary-peers-9
 def _read_dictionary_learning(at, config, tensors):

@@ -14,7 +14,7 @@ import torch
 from .layouts import fold_norms, fold_scale
 from .peers import SETTINGS_READERS
 from .places import no_transcoder
-from .settings import check_factor, found, only
+from .settings import check_factor, found, only, whole
 
 # %% ../../nbs/lib/dictionary_scopes.ipynb #dictionary-scopes-4
 def _read_gemma_scope(at, config, tensors):
@@ -67,8 +67,12 @@ def _read_llama_scope(at, config, tensors):
     lengths = config.get("dataset_average_activation_norm") or {}
     only(at, "dataset_average_activation_norm.out", lengths.get("out"), lengths.get("in"))
     factor = _factor(at, config, lengths.get("in"))
+    level = config.get("jump_relu_threshold")
+    if not isinstance(level, int | float) or not 0 <= level < float("inf"):
+        raise ValueError(
+            f"load_sae: {at}: jump_relu_threshold is {level!r}; expected a number of at least 0"
+        )
     if "encoder.bias" in tensors:  # one threshold for all features
-        level = float(config.get("jump_relu_threshold"))
         tensors["threshold"] = torch.full_like(tensors["encoder.bias"], level, dtype=torch.float)
     return found(
         at,
@@ -100,7 +104,7 @@ def _read_llama_scope_r1(at, config, tensors):
         "act_fn",
         cls="jumprelu",
         d=config.get("d_model", 0),
-        n=int(config.get("d_model", 0) * config.get("expansion_factor", 0)),
+        n=whole(config.get("d_model", 0) * config.get("expansion_factor", 0)),
         subtracts=False,
         then=[partial(fold_scale, factor=factor)],
     )
