@@ -57,9 +57,21 @@ Peers: {peers}. The page is written by `benchmarks/peers_formats.py`, in an envi
 |---|---|---|---|---|
 {rows}
 
-Not read yet: transcoders of any library, SAELens' `abstopk`, `matching_pursuit` and `temporal`,
-states that it scales row by row (`layer_norm`, `constant_norm_rescale`), Llama Scope's own files,
-sparsify's `groupmax` and skip connections, Goodfire's files.
+Where peers disagree: Llama Scope's files say that a feature counts with the length of its row of
+`W_dec` (`sparsity_include_decoder_norm`). OpenMOSS' own code makes rows unit before it compares a
+feature with the file's threshold, and so does `load_sae`. SAELens 6.54 leaves the length out and
+multiplies features and threshold by the states' scale. Both agree where rows are unit; a user
+[measured](https://github.com/OpenMOSS/Llamascopium/issues/128) published rows of 1.54 on average,
+and there SAELens has fewer active features. Of Llama Scope R1 both have the same features.
+
+States scaled row by row (`layer_norm`, `constant_norm_rescale`) are loaded as a `PerRow`: features
+are the peer's, in the scaled unit; `reconstructed(x)` decodes, a lens reads and does not edit.
+`AbsTopK`, `GroupMax` and `MatchingPursuit` are loaded and run, not trained here.
+
+Not read yet: transcoders of any library, SAELens' `temporal` and `covariance_whitening` (a
+checkpoint does not hold its matrices), sparsify's skip connections.
+
+Of the autoencoders in SAELens' table of releases, by layout: {covered}.
 """
 
 
@@ -69,10 +81,11 @@ def write_page(
     rows: list,  # (way, layout, what, features' difference, what they decode to)
     *,
     n: int,  # rows compared
+    covered: str,  # the share of SAELens' table
 ):
     "The site's page: every row that was compared."
     lines = [
         f"| {layout} | {what} | {way} | {f:.1e} | {x_hat:.1e} |"
         for way, layout, what, f, x_hat, *_ in rows
     ]
-    file.write_text(PAGE.format(n=n, peers=peers, rows="\n".join(lines)))
+    file.write_text(PAGE.format(n=n, peers=peers, rows="\n".join(lines), covered=covered))

@@ -19,12 +19,14 @@ for name, value in dict(OMP_NUM_THREADS="1", HF_HUB_OFFLINE="1", WANDB_MODE="dis
     os.environ.setdefault(name, value)
 warnings.filterwarnings("ignore")
 import torch  # noqa: E402
-from layouts_page import by_loader, shake, write_page, write_theirs  # noqa: E402
-from test_formats import D, N, gemma, gemma_2, qwen, random_sae  # noqa: E402
+import peers_scopes  # noqa: E402
+from layouts_coverage import coverage, entries, table_of_saelens  # noqa: E402
+from layouts_page import shake, write_page, write_theirs  # noqa: E402
+from test_formats import D, N, random_sae  # noqa: E402
 
 from codebook_tutorial.dictionary.layouts import WRITES, convert_alpha  # noqa: E402
 from codebook_tutorial.dictionary.formats import export_sae, load_sae  # noqa: E402
-from codebook_tutorial.model.sites import to_transformer_lens  # noqa: E402
+from codebook_tutorial.dictionary.rows import ROWS as ROWS_OF  # noqa: E402
 
 with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
     import sparsify
@@ -41,7 +43,6 @@ LOADS = dict(
     dictionary_learning=lambda folder: load_dictionary(str(folder), "cpu")[0],
     sparsify=sparsify.SparseCoder.load_from_disk,
 )
-SIZE = dict(d_in=D, d_sae=N)
 BASE = dict(d_in=D, d_sae=N, metadata=saes.sae.SAEMetadata(hook_name="blocks.3.hook_resid_pre"))
 
 
@@ -57,8 +58,8 @@ def row(way, layout, what, *, ours, peer):
     else:
         f = peer.encode(X)
         x_hat = peer.decode(f)
-    mine = ours.encode(X)
-    off = (mine - f).abs().max().item(), (ours.decode(mine) - x_hat).abs().max().item()
+    mine, own = ours.reconstructed(X)
+    off = (mine - f).abs().max().item(), (own - x_hat).abs().max().item()
     flips, l0 = int(((mine != 0) != (f != 0)).sum()), (f != 0).sum(-1).float().mean().item()
     ROWS.append((way, layout, what, *off, flips, l0))
 
@@ -120,6 +121,26 @@ def saelens():
                 assert ours.source["site"] == "resid.2" and ours.W_dec.dtype == torch.float32
                 what = f"{name}SAE, {more or ''} apply_b_dec_to_input={before}, stored {dtype}"
                 theirs("saelens", what, folder, peer=SAE.load_from_disk(folder, dtype="float32"))
+
+
+@torch.no_grad()
+def saelens_others():
+    "Kinds that are loaded and not trained here, and states scaled row by row."
+    scaled = dict(k=5, rescale_acts_by_decoder_norm=True)
+    kinds = [("AbsTopK", dict(k=5)), ("AbsTopK", scaled)]
+    kinds += [("MatchingPursuit", more) for more in ({}, dict(max_iterations=4))]
+    for rows in ROWS_OF:
+        kinds += [(name, dict(normalize_activations=rows)) for name in ("Standard", "JumpReLU")]
+        kinds += [("TopK", scaled | dict(normalize_activations=rows))]
+    for name, more in kinds:
+        for before in (True, False):
+            config = getattr(saes, f"{name}SAEConfig")(**BASE, **more, apply_b_dec_to_input=before)
+            peer = shake(getattr(saes, f"{name}SAE")(config))
+            if name == "MatchingPursuit":  # whose rows are unit
+                peer.W_dec /= peer.W_dec.norm(dim=-1, keepdim=True)
+            peer.save_model(folder := ROOT / f"other-{len(ROWS)}")
+            what = f"{name}SAE, {more or ''} apply_b_dec_to_input={before}"
+            theirs("saelens", what, folder, peer=SAE.load_from_disk(folder))
 
 
 def saelens_trained():
@@ -193,49 +214,11 @@ def trainer_sizes():
 def eai_sparsify():
     "Its one kind, by size and form."
     free = dict(num_latents=N, normalize_decoder=False, multi_topk=True)
-    for more in (dict(num_latents=N), dict(expansion_factor=3), free):
-        peer = shake(sparsify.SparseCoder(D, sparsify.SparseCoderConfig(k=5, **more)))
+    groups = dict(num_latents=N, activation="groupmax", normalize_decoder=True, k=8)
+    for more in (dict(num_latents=N), dict(expansion_factor=3), free, groups):
+        peer = shake(sparsify.SparseCoder(D, sparsify.SparseCoderConfig(**(dict(k=5) | more))))
         peer.save_to_disk(folder := ROOT / f"sparsify-{len(more)}")
         theirs("sparsify", f"SparseCoder {more}", folder, peer=peer)
-
-
-def gemma_scope():
-    "Its params.npz, by SAELens' loader; no network: their loader, our file."
-    repo, path = "gemma-scope-2b-pt-res", "layer_2/width_16k/average_l0_9"
-    gemma(ROOT / repo / path)
-
-    load, at = "gemma_2_sae_huggingface_loader", dict(path=path, root=ROOT, size=SIZE)
-    peer, _ = by_loader(load, "JumpReLUSAE", repo, **at)
-    theirs("gemma_scope", "params.npz, by SAELens' loader of Gemma Scope", ROOT / repo, peer=peer)
-
-
-def gemma_scope_2():
-    "Its params.safetensors, by SAELens' loader, at each of its sites."
-    repo = "gemma-scope-2-1b-pt"
-    for kind, hook in (
-        ("resid_post", "output"),
-        ("attn_out", "self_attn.o_proj.input"),
-        ("mlp_out", "post_feedforward_layernorm.output"),
-    ):
-        path = f"{kind}/layer_7_width_16k_l0_small"
-        gemma_2(ROOT / repo / path, hf_hook_point_in=f"model.layers.7.{hook}")
-        load, at = "gemma_3_sae_huggingface_loader", dict(path=path, root=ROOT, size=SIZE)
-        peer, hook_name = by_loader(load, "JumpReLUSAE", repo, **at)
-        ours = load_sae(ROOT / repo, path)
-        assert to_transformer_lens(ours.source["site"]) == hook_name, (ours.source, hook_name)
-        peer.turn_off_forward_pass_hook_z_reshaping()  # heads side by side, as ours
-        row("theirs -> ours", "gemma_scope_2", f"{kind}, by SAELens' loader", ours=ours, peer=peer)
-
-
-def qwen_scope():
-    "Its layerN.sae.pt, by SAELens' loader."
-    repo = "Qwen/SAE-Res-Qwen3-1.7B-Base-W32K-L0_5"
-    qwen(ROOT / repo, 3)
-    load, at = "qwen_scope_sae_huggingface_loader", dict(path="layer3.sae.pt", root=ROOT, size=SIZE)
-    peer, hook_name = by_loader(load, "TopKSAE", repo, **at)
-    ours = load_sae(ROOT / repo)
-    assert to_transformer_lens(ours.source["site"]) == hook_name
-    row("theirs -> ours", "qwen_scope", "layer3.sae.pt, by SAELens' loader", ours=ours, peer=peer)
 
 
 def saelens_scaled(factor=2.5):
@@ -304,18 +287,21 @@ def main():
     "Compare, print, and tell by the exit status; with an argument, write the page there."
     torch.set_num_threads(1)
     torch.manual_seed(0)  # peers begin from the global draw
-    for part in (ours_in_theirs, heads_in_saelens, saelens, saelens_trained, saelens_scaled):
-        part()
     for part in (
+        ours_in_theirs,
+        heads_in_saelens,
+        saelens,
+        saelens_others,
+        saelens_trained,
+        saelens_scaled,
         saelens_checkpoints,
         dictionary_learning,
         eai_sparsify,
-        gemma_scope,
-        gemma_scope_2,
-        qwen_scope,
         unit_rows,
     ):
         part()
+    for suite in peers_scopes.ALL:
+        suite(row, ROOT)
     peers = ("sae-lens", "dictionary-learning", "eai-sparsify", "torch")
     versions = ", ".join(f"{peer} {version(peer)}" for peer in peers)
     print(f"{versions}; d = {D}, F = {N}, {len(X)} rows")
@@ -326,8 +312,10 @@ def main():
     equation, losses = penalties()
     told = "; ".join(f"{name} {loss:.6f}" for name, loss in losses.items())
     print(f"\nloss at alpha = 0.44 by the equation: {equation:.6f}; {told}")
+    covered = coverage(entries(table_of_saelens()))
     if len(sys.argv) > 1:
-        write_page(Path(sys.argv[1]), versions, ROWS, n=len(X))
+        write_page(Path(sys.argv[1]), versions, ROWS, n=len(X), covered=covered)
+    print(f"SAELens' table by layout: {covered}")
     worst = max(max(one[3:5]) for one in ROWS)
     print(f"largest difference: {worst:.1e}")
     return worst > 1e-5 or max(abs(loss - equation) for loss in losses.values()) > 1e-4

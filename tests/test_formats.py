@@ -516,6 +516,188 @@ def test_qwen_scope(tmp_path):
     refused(tmp_path / "renamed", "k is in no file", "SAE-Res-")
 
 
+HYPERPARAMS = dict(
+    hook_point_in="blocks.9.hook_resid_post",
+    hook_point_out="blocks.9.hook_resid_post",
+    use_decoder_bias=True,
+    apply_decoder_bias_to_pre_encoder=False,
+    use_glu_encoder=False,
+    d_model=D,
+    d_sae=N,
+    act_fn="jumprelu",
+    jump_relu_threshold=0.3,
+    norm_activation="dataset-wise",
+    dataset_average_activation_norm={"in": 2.0, "out": 2.0},
+    sparsity_include_decoder_norm=True,
+    top_k=5,
+)
+
+
+def openmoss(weights, head, told, more=None, unit=False):
+    "An autoencoder's files as OpenMOSS has them; rows of 0.5 to 2, which published ones are near."
+    draw = seeded(4)
+    shapes = {"encoder.weight": (N, D), "encoder.bias": (N,), "decoder.bias": (D,)}
+    w = {name: torch.randn(shape, generator=draw) / 4 for name, shape in shapes.items()}
+    rows = torch.nn.functional.normalize(torch.randn(N, D, generator=draw), dim=-1)
+    lengths = torch.ones(N) if unit else torch.rand(N, generator=draw) * 1.5 + 0.5
+    w |= {"decoder.weight": (rows * lengths[:, None]).T.contiguous()} | (more or {})
+    weights.parent.mkdir(parents=True, exist_ok=True)
+    save_file(w, weights)
+    head.write_text(json.dumps(told))
+    return {name: t.double().numpy() for name, t in w.items()}
+
+
+def llama(folder, unit=False, **more):
+    "hyperparams.json and final.safetensors, as fnlp/Llama3_1-8B-Base-* have them."
+    weights, head = folder / "checkpoints" / "final.safetensors", folder / "hyperparams.json"
+    return openmoss(weights, head, HYPERPARAMS | more, unit=unit)
+
+
+def test_llama_scope(tmp_path):
+    """As the authors' code prepares it for inference: states scaled to sqrt(d), the encoder's bias
+    and the decoder scaled back, rows made unit, then the file's threshold."""
+    w = llama(tmp_path / "Llama3_1-8B-Base-L9R-8x")
+    llama(tmp_path / "Llama3_1-8B-Base-L10R-8x")
+    sae = load_sae(tmp_path, "Llama3_1-8B-Base-L9R-8x")
+    factor, rows = D**0.5 / 2.0, w["decoder.weight"].T
+    norm = np.linalg.norm(rows, axis=1)
+    pre = (X.double().numpy() @ w["encoder.weight"].T + w["encoder.bias"] / factor) * norm
+    f = pre * (pre > 0.3)
+    same(sae, (f, f @ (rows / norm[:, None]) + w["decoder.bias"] / factor))
+    assert (sae.kind, sae.source["layout"], sae.source["site"], sae.source["path"]) == (
+        "jumprelu",
+        "llama_scope",
+        "resid.9",
+        "Llama3_1-8B-Base-L9R-8x",
+    )
+    assert torch.allclose(sae.threshold, torch.tensor(0.3))
+    by_file = "Llama3_1-8B-Base-L9R-8x/checkpoints/final.safetensors"
+    same(load_sae(tmp_path, by_file), sae)
+    refused(tmp_path, "2 autoencoders", by_file)
+
+
+R1 = dict(HYPERPARAMS, sae_type="sae", expansion_factor=N / D, jump_relu_threshold=0.0)
+R1 |= dict(sparsity_include_decoder_norm=False)
+del R1["dataset_average_activation_norm"], R1["d_sae"]
+
+
+def llama_r1(folder, more=None, **told):
+    "config.json and sae_weights.safetensors, as fnlp/Llama-Scope-R1-Distill has them."
+    levels = dict(log_jumprelu_threshold=torch.randn(N, generator=seeded(8)) / 4 - 0.5)
+    files = folder / "sae_weights.safetensors", folder / "config.json"
+    return openmoss(*files, R1 | told, levels | (more or {}))
+
+
+@pytest.mark.parametrize("where", ["weights", "asked"])
+def test_llama_scope_r1(where, tmp_path):
+    "Thresholds learnt in the unit of scaled states; the mean length is in the weights, or asked."
+    length = {"dataset_average_activation_norm.blocks.9.hook_resid_post": torch.tensor(2.0)}
+    w = llama_r1(tmp_path, length if where == "weights" else {})
+    if where == "asked":
+        refused(tmp_path, "its factor is None", "norm_scaling_factor=")
+    sae = load_sae(tmp_path, norm_scaling_factor=2.0 if where == "asked" else None)
+    factor = D**0.5 / 2.0  # 2, both ways
+    pre = X.double().numpy() * factor @ w["encoder.weight"].T + w["encoder.bias"]
+    f = pre * (pre > np.exp(w["log_jumprelu_threshold"]))
+    same(sae, (f, (f @ w["decoder.weight"].T + w["decoder.bias"]) / factor))
+    assert (sae.source["layout"], sae.source["site"]) == ("llama_scope_r1", "resid.9")
+
+
+@pytest.mark.parametrize("write", [llama, llama_r1])
+@pytest.mark.parametrize(
+    "more,says",
+    [
+        (dict(hook_point_out="blocks.9.hook_mlp_out"), "is a transcoder"),
+        (dict(act_fn="topk"), "act_fn is 'topk'"),
+        (dict(norm_activation="token-wise"), "norm_activation is 'token-wise'"),
+        (dict(use_glu_encoder=True), "use_glu_encoder is True"),
+        (dict(apply_decoder_bias_to_pre_encoder=True), "apply_decoder_bias_to_pre_encoder is True"),
+        (dict(use_decoder_bias=False), "use_decoder_bias is False"),
+        (dict(sparsity_include_decoder_norm=None), "sparsity_include_decoder_norm is None"),
+    ],
+)
+def test_what_openmoss_can_say_and_we_cannot_compute(write, more, says, tmp_path):
+    write(tmp_path, **more)
+    refused(tmp_path, says)
+
+
+def test_llama_scope_without_its_numbers(tmp_path):
+    llama(tmp_path / "a", dataset_average_activation_norm={"in": 2.0, "out": 3.0})
+    refused(tmp_path / "a", "dataset_average_activation_norm.out is 3.0")
+    llama(tmp_path / "b", dataset_average_activation_norm=None)
+    refused(tmp_path / "b", "its factor is None")
+    for n, wrong in enumerate((None, "x", -0.1, float("inf"))):
+        llama(tmp_path / f"c{n}", jump_relu_threshold=wrong)
+        refused(tmp_path / f"c{n}", f"jump_relu_threshold is {wrong!r}")
+    llama(tmp_path / "d", d_model=None)
+    refused(tmp_path / "d", "none of llama_scope")
+    llama(tmp_path / "e", d_sae=N + 1)
+    refused(tmp_path / "e", "tensor decoder.weight has shape [16, 40]; expected [16, 41]")
+
+
+def linear(file, encoder="encoder_linear"):
+    "Two Linear layers in a file, as Goodfire (and, as `encoder`, qresearch) has them."
+    draw, decoder = seeded(6), encoder.replace("en", "de")
+    shapes = {f"{encoder}.weight": (N, D), f"{encoder}.bias": (N,)}
+    shapes |= {f"{decoder}.weight": (D, N), f"{decoder}.bias": (D,)}
+    w = {name: torch.randn(shape, generator=draw) / 4 for name, shape in shapes.items()}
+    file.parent.mkdir(parents=True, exist_ok=True)
+    torch.save(w, file)
+    return [t.double().numpy() for t in w.values()]
+
+
+@pytest.mark.parametrize(
+    "name,encoder,site",
+    [
+        ("Llama-3.3-70B-Instruct-SAE-l50.pt", "encoder_linear", "resid.50"),
+        ("Llama-3.1-8B-Instruct-SAE-l19.pth", "encoder_linear", "resid.19"),
+        ("DeepSeek-R1-Distill-Llama-8B-SAE-l19.pt", "encoder", "resid.19"),
+    ],
+)
+def test_goodfire_and_the_like(name, encoder, site, tmp_path):
+    "b_dec is not subtracted; model and layer are in the name alone."
+    W_enc, b_enc, W_dec, b_dec = linear(tmp_path / name, encoder)
+    sae = load_sae(tmp_path)
+    f = relu(X.double().numpy() @ W_enc.T + b_enc)
+    same(sae, (f, f @ W_dec.T + b_dec))
+    assert (sae.kind, sae.source["layout"], sae.source["site"], sae.source["path"]) == (
+        "untied",
+        "goodfire",
+        site,
+        name,
+    )
+    assert sae.source["config"]["base"] == name.partition("-SAE")[0]
+    (tmp_path / name).rename(tmp_path / "x-SAE-last.pt")
+    refused(tmp_path, "x-SAE-last.pt does not say model and layer")
+
+
+def hook_z(folder, layer=5):
+    "A file and its settings as ckkissane/attn-saes-gpt2-small-all-layers has them."
+    draw, name = seeded(layer), f"gpt2-small_L{layer}_Hcat_z_lr1.20e-03_l11.00e+00_v9"
+    shapes = dict(W_enc=(D, N), W_dec=(N, D), b_enc=(N,), b_dec=(D,))
+    w = {name: torch.randn(shape, generator=draw) / 4 for name, shape in shapes.items()}
+    folder.mkdir(parents=True, exist_ok=True)
+    torch.save(w, folder / f"{name}.pt")
+    told = dict(act_name=f"blocks.{layer}.attn.hook_z", act_size=D, dict_size=N)
+    (folder / f"{name}_cfg.json").write_text(json.dumps(told))
+    return f"{name}.pt", {name: t.double().numpy() for name, t in w.items()}
+
+
+def test_hook_z(tmp_path):
+    "Each file has settings of its own name; b_dec is subtracted."
+    hook_z(tmp_path, 3)
+    name, w = hook_z(tmp_path)
+    (tmp_path / "other.pt").write_bytes(b"nobody's")
+    refused(tmp_path, "2 autoencoders", "gpt2-small_L3", name)
+    sae = load_sae(tmp_path, name)
+    f = relu((X.double().numpy() - w["b_dec"]) @ w["W_enc"] + w["b_enc"])
+    same(sae, (f, f @ w["W_dec"] + w["b_dec"]))
+    source = sae.source
+    assert (source["layout"], source["site"], source["path"]) == ("hook_z", "heads.5", name)
+    (tmp_path / f"{name[:-3]}_cfg.json").unlink()
+    refused(tmp_path, "no autoencoder", path=name)
+
+
 @pytest.mark.parametrize("architecture", ["batchtopk", "matryoshka_batchtopk"])
 @pytest.mark.parametrize("rescale", [False, True])
 def test_saelens_checkpoints_of_batchtopk(architecture, rescale, tmp_path):
@@ -602,8 +784,7 @@ def test_what_only_saelens_table_says_counts(tmp_path, monkeypatch):
     sae, weights = random_sae("untied"), tmp_path / "theirs" / "sae_weights.safetensors"
     export_sae(sae, weights.parent, "saelens")
     monkeypatch.setattr(formats, "fetch_sae", lambda name, path, revision: (weights, "saelens", ""))
-    with pytest.raises(ValueError, match="normalize_activations is 'constant_norm_rescale'"):
-        load_sae("rescaled", "a")
+    assert load_sae("rescaled", "a").rows == "constant_norm_rescale"
     change(weights.with_name("cfg.json"), normalize_activations="expected_average_only_in")
     own = load_sae("small-res", "blocks.9.hook_resid_pre")
     f = sae.encode(X * 2.5)
@@ -623,8 +804,8 @@ OPTIONS = [
     (
         "saelens",
         "untied",
-        dict(architecture="abstopk", rescale_acts_by_decoder_norm=True),
-        "architecture is 'abstopk'",  # the reason that matters first
+        dict(architecture="temporal", rescale_acts_by_decoder_norm=True),
+        "architecture is 'temporal'",  # the reason that matters first
     ),
     ("saelens", "untied", dict(architecture="transcoder"), "architecture is 'transcoder'"),
     ("saelens", "untied", dict(activation_fn="tanh-relu"), "activation_fn is 'tanh-relu'"),
@@ -632,16 +813,17 @@ OPTIONS = [
     (
         "saelens",
         "untied",
-        dict(normalize_activations="layer_norm"),
-        "normalize_activations is 'layer_norm'",
+        dict(normalize_activations="covariance_whitening"),
+        "normalize_activations is 'covariance_whitening'",
     ),
     (
         "saelens",
         "untied",
         dict(normalize_activations="expected_average_only_in"),
-        "'expected_average_only_in'",
+        "scaled to a mean length",
     ),
-    ("saelens", "untied", dict(normalize_activations=True), "normalize_activations is True"),
+    ("saelens", "untied", dict(normalize_activations=True), "its factor is None"),
+    ("saelens", "untied", dict(norm_scaling_factor=2.0), "norm_scaling_factor with"),
     ("saelens", "untied", dict(reshape_activations="other"), "reshape_activations is 'other'"),
     (
         "saelens",
@@ -671,7 +853,7 @@ OPTIONS = [
     ("sparsify", "topk", dict(transcode=True), "transcode is True"),
     ("sparsify", "topk", dict(skip_connection=True), "skip_connection is True"),
     ("sparsify", "topk", dict(signed=True), "signed is True"),
-    ("sparsify", "topk", dict(activation="groupmax"), "activation is 'groupmax'"),
+    ("sparsify", "topk", dict(activation="relu"), "activation is 'relu'"),
     (
         "sparsify",
         "topk",
@@ -837,6 +1019,22 @@ def test_any_value_of_any_setting_loads_or_is_refused(tmp_path):
                 part[option] = was
 
 
+@pytest.mark.parametrize("write", [llama, llama_r1, hook_z])
+def test_any_value_of_a_suite_s_settings_loads_or_is_refused(write, tmp_path):
+    write(tmp_path)
+    file = next(tmp_path.glob("*.json"))
+    config = json.loads(file.read_text())
+    for option, was in list(config.items()):
+        for other in (None, -3, 1.5, "x", [1], {"in": 0, "out": 0}, {"in": "x", "out": "x"}, True):
+            config[option] = other
+            file.write_text(json.dumps(config))
+            try:
+                load_sae(tmp_path)
+            except ValueError as e:
+                assert str(e).startswith("load_sae: "), e
+        config[option] = was
+
+
 # ---- places
 def test_several_autoencoders_are_listed(tmp_path):
     for layer in range(23):
@@ -999,14 +1197,26 @@ def fill(repo, v2):
     for layout, write in WRITERS.items():
         write(random_sae("topk", seed=1), repo / layout / "layer.2")
     gemma(repo / "gemma" / "layer_2" / "average_l0_9")
+    llama(repo / "llama" / "L9R")
+    hook_z(repo / "heads")
     for n in range(2):
         (repo / "saelens" / "layer.2" / f"more{n}.safetensors").write_bytes(b"x" * 99)
     (repo / "README.md").write_text("about")
     save_sae(random_sae("gated", seed=2), v2)
 
 
+HEADS = "heads/gpt2-small_L5_Hcat_z_lr1.20e-03_l11.00e+00_v9.pt"
+WANTED = {f"{layout}/layer.2/{file}" for layout in WRITERS for file in FILES[layout]} | {
+    "gemma/layer_2/average_l0_9/params.npz",
+    "llama/L9R/hyperparams.json",
+    "llama/L9R/checkpoints/final.safetensors",
+    HEADS,
+    HEADS.replace(".pt", "_cfg.json"),
+    "sae.json",
+    "sae_state.safetensors",
+}
 WRONG = [
-    (("tests/saes", "", None), "5 autoencoders in tests/saes; expected path= one of"),
+    (("tests/saes", "", None), "7 autoencoders in tests/saes; expected path= one of"),
     (("tests/saes", "nowhere", None), "no autoencoder in tests/saes at nowhere"),
     (("tests/saes", "", "v9"), "no revision 'v9'"),
     (("tests/none", "", None), "no public repository"),
@@ -1022,6 +1232,8 @@ def test_from_the_hub_only_what_is_needed(tmp_path):
     fill(repo, v2)
     asks = [("tests/saes", f"{layout}/layer.2", None) for layout in WRITERS] + [
         ("tests/saes", "gemma", None),
+        ("tests/saes", "llama", None),
+        ("tests/saes", HEADS, None),
         ("tests/saes", "dictionary_learning/layer.2/ae.pt", None),
         ("tests/saes", "", "v2"),
     ]
@@ -1038,9 +1250,7 @@ def test_from_the_hub_only_what_is_needed(tmp_path):
             for line in hub.log
             if "/tests/saes/resolve/" in line
         }
-    assert loaded == {
-        f"{layout}/layer.2/{file}" for layout in WRITERS for file in FILES[layout]
-    } | {"gemma/layer_2/average_l0_9/params.npz", "sae.json", "sae_state.safetensors"}
+    assert loaded == WANTED
     local = [load_sae(repo if revision is None else v2, path) for _, path, revision in asks]
     assert got[: len(asks)] == [
         [sae.kind, sae.source["layout"], sae.source["path"], sae.W_dec.double().sum().item()]
@@ -1111,6 +1321,9 @@ def test_states_scaled_to_a_mean_length(tmp_path):
     export_sae(random_sae("untied"), tmp_path, "saelens")
     change(tmp_path / "cfg.json", normalize_activations="expected_average_only_in")
     refused(tmp_path, "factor is None", "norm_scaling_factor=")
+    gemma(tmp_path / "gemma-scope")
+    with pytest.raises(ValueError, match="layout with norm_scaling_factor is 'gemma_scope'"):
+        load_sae(tmp_path / "gemma-scope", norm_scaling_factor=2.0)
     for wrong in (0, -1.0, float("nan")):
         with pytest.raises(ValueError, match="its factor is"):
             load_sae(tmp_path, norm_scaling_factor=wrong)

@@ -52,7 +52,7 @@ class Dictionary(nn.Module):
 
     def forward(self, x):  # [.., d] -> [.., d]
         "What it makes of activations, from their features."
-        return self.decode(self.encode(x))
+        return self.reconstructed(x)[1]
 
     def encode_sparse(self, x):  # [.., d] -> ids [.., m], values [.., m]
         """The features that are not zero, largest first.
@@ -72,6 +72,11 @@ class Dictionary(nn.Module):
             mode="sum",
         )
         return out.unflatten(0, ids.shape[:-1])
+
+    def reconstructed(self, x):  # [.., d] -> [.., F], [.., d]
+        "Every feature's value, and what they write together."
+        f = self.encode(x)
+        return f, self.decode(f)
 
     def excess(self, x, f):  # [.., d], its features [.., F] -> [.., F]
         "How far each pre-activation is above 0 where its feature is active: here, the feature."
@@ -269,8 +274,8 @@ class Lens(VectorSwitching):
 
     def decoded(self, x):  # states [.., d] at `writes`
         "What the features say of states; of a model's own codes, what is there already."
-        f = self.dictionary.encode(x.to(self.dictionary.directions.dtype))
-        return self.dictionary.decode(f).to(x.dtype)
+        own = self.heard(x).to(self.dictionary.directions.dtype)
+        return self.dictionary.reconstructed(own)[1].to(x.dtype)
 
     def editing(self, fn):  # fn(x) -> x'; of codes fn(ids) -> ids
         "Context: while the block runs, fn is applied where the dictionary writes."

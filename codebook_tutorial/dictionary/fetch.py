@@ -14,7 +14,7 @@ from fnmatch import fnmatch
 from importlib.util import find_spec
 from pathlib import Path
 
-from .layouts import FILES
+from .layouts import FILES, head_names, split_path
 from ..model.hub import Ask, explain_error, reach
 
 # %% ../../nbs/lib/dictionary_fetch.ipynb #dictionary-fetch-4
@@ -50,7 +50,7 @@ def fetch_sae(
         if cached:
             return _local(Path(cached), path, name)
         file, folder, layout = _find([f.rfilename for f in info.siblings], path, name)
-        for head in FILES[layout][:-1]:
+        for head in head_names(layout, file):
             hf_hub_download(name, _joined(folder, head), revision=revision)
         got = Path(hf_hub_download(name, file, revision=revision))
     return got, layout, folder if file == _joined(folder, FILES[layout][-1]) else file
@@ -109,9 +109,10 @@ def _whole(files):  # -> {weights' file: (folder, layout)}
     there = set(files)
     found = {}
     for file in sorted(files):
-        folder, _, last = file.rpartition("/")
-        for layout, (*heads, weights) in FILES.items():
-            if fnmatch(last, weights) and there.issuperset(_joined(folder, h) for h in heads):
+        for layout, needs in FILES.items():
+            folder, last = split_path(file, needs[-1])
+            heads = [_joined(folder, head) for head in head_names(layout, file)]
+            if fnmatch(last, needs[-1]) and there.issuperset(heads):
                 found[file] = folder, layout
     return found
 
@@ -124,7 +125,7 @@ def _find(files, path, name):  # the paths of all files there -> file, folder, l
     if len(here) == 1:
         return here[0], *found[here[0]]
     names = {file for needs in FILES.values() for file in needs}
-    parts = [file for file in sorted(files) if any(fnmatch(Path(file).name, n) for n in names)]
+    parts = [file for file in sorted(files) if any(fnmatch(f"/{file}", f"*/{n}") for n in names)]
     some = here or parts
     listed = ", ".join(some[:20]) + (f" and {len(some) - 20} more" if len(some) > 20 else "")
     place = name + (f" at {path}" if path else "")

@@ -14,10 +14,8 @@ from functools import partial
 from pathlib import Path
 
 import torch
-from ..core import seeded
+from .building import build
 from .fetch import fetch_sae, saelens_release
-from .kinds import KINDS
-from .kmeans import finite
 from codebook_tutorial.dictionary.layouts import (
     FILES,
     NO_BIAS_FIRST,
@@ -25,18 +23,17 @@ from codebook_tutorial.dictionary.layouts import (
     WRITES,
     absorb_bias,
     as_theirs,
-    shape_as_theirs,
+    head_path,
     unit_rows,
 )
-from codebook_tutorial.dictionary.peers import (
-    SETTINGS_READERS,
-    SETTINGS_WRITERS,
-    site_of,
-    writes_of,
-)
+from .otherkinds import LOADED
+from .peers import SETTINGS_WRITERS, site_of, writes_of
 from .places import PLACES
+from .rows import PerRow
 from .sae import KeepK
-from .transcoder import TRANSCODERS, class_of
+from .scopes import READERS, SCALED
+from .settings import only
+from .transcoder import TRANSCODERS
 from ..files import checksum, read_json, sweep, write, write_json
 from ..model.sites import TRANSFORMER_LENS
 
@@ -52,8 +49,9 @@ def save_sae(
     "Write `sae_state.safetensors` and `sae.json`: `load_sae` gives the same one, bit for bit."
     from safetensors.torch import save_file
 
+    rows, sae = (dict(rows=sae.rows), sae.inner) if isinstance(sae, PerRow) else ({}, sae)
     _check(sae, "save_sae")
-    head = dict(format=1, config=sae.config, site=site, writes=writes, meta=meta)
+    head = dict(format=1, config=sae.config | rows, site=site, writes=writes, meta=meta)
     tensors = {name: t.detach().cpu().contiguous().clone() for name, t in sae.state_dict().items()}
     try:
         _write(folder, "ours", partial(save_file, tensors), config=head)
@@ -121,8 +119,8 @@ def _with_unit_rows(own, sae, *, unit):
 
 # %% ../../nbs/lib/dictionary_formats.ipynb #dictionary-formats-6
 def _check(sae, call):
-    if type(sae) not in (*KINDS.values(), *TRANSCODERS.values()):
-        known = ", ".join(cls.__name__ for cls in KINDS.values())
+    if type(sae) not in (*LOADED.values(), *TRANSCODERS.values()):
+        known = ", ".join(cls.__name__ for cls in LOADED.values())
         raise ValueError(f"{call}: got a {type(sae).__name__}; expected one of {known}")
     if sae.b_dec.dim() != 1:
         raise ValueError(
@@ -135,9 +133,10 @@ def _check_layout(sae, layout, site):
         raise ValueError(f"export_sae: layout={layout!r}; expected one of {', '.join(WRITES)}")
     if sae.kind not in WRITES[layout]:
         can = " or ".join(to for to in WRITES if sae.kind in WRITES[to])
+        can = f"layout {can}" if can else "save_sae, for no other library's layout is written"
         raise ValueError(
             f"export_sae: {layout} holds {', '.join(WRITES[layout])} only, got kind {sae.kind!r}; "
-            f"expected layout {can}"
+            f"expected {can}"
         )
     if site and not re.fullmatch(rf"({'|'.join(TRANSFORMER_LENS)})\.\d+", site):
         known = ", ".join(TRANSFORMER_LENS)
@@ -176,8 +175,11 @@ def load_sae(
     name, path, told = saelens_release(str(name), str(path).strip("/"))
     file, layout, path = fetch_sae(name, path, revision)
     at = "/".join(part for part in (name, path) if part)
-    head = file.with_name(FILES[layout][0])
-    config = PLACES[layout](at, file) if layout in PLACES else read_json(head, "load_sae")
+    if layout in PLACES:
+        config, head = PLACES[layout](at, file), file
+    else:
+        head = head_path(layout, file)
+        config = read_json(head, "load_sae")
     tensors = _tensors(file, at)
     if (mark := config.get("sha256")) and checksum(file) != mark:
         raise ValueError(
@@ -185,13 +187,13 @@ def load_sae(
             f"a save was interrupted: save or copy both again (or remove sha256 from {head.name})"
         )
     try:
-        config |= told
-        if norm_scaling_factor is not None:
-            config["norm_scaling_factor"] = norm_scaling_factor
-        found = SETTINGS_READERS[layout](at, config, tensors)
+        config |= told | _asked(at, layout, norm_scaling_factor)
+        found = READERS[layout](at, config, tensors)
         if not normalize_decoder:
             found["then"] = [fn for fn in found.get("then", ()) if fn is not unit_rows]
-        sae = _build(at, tensors, **found)
+        rows = found.pop("rows", None)
+        sae = build(at, tensors, **found)
+        sae = PerRow(sae, rows) if rows else sae
         site, writes = site_of(layout, config), writes_of(layout, config)
     except (AttributeError, TypeError, RuntimeError) as e:
         raise ValueError(f"load_sae: {at}: its settings are none of {layout}'s ({e})") from e
@@ -201,6 +203,14 @@ def load_sae(
     return sae.eval()
 
 # %% ../../nbs/lib/dictionary_formats.ipynb #dictionary-formats-9
+def _asked(at, layout, factor):
+    "A factor that the caller knows, as a setting."
+    if factor is None:
+        return {}
+    only(at, "layout with norm_scaling_factor", layout, *SCALED)
+    return dict(norm_scaling_factor=factor)
+
+
 def _tensors(file, at):  # -> {name: tensor}
     "A weights file's tensors; a pickle is read as tensors alone, none of its code is ever run."
     try:
@@ -239,62 +249,3 @@ def _why(e):
         f"is damaged or cut short, or holds more than tensors, which are not run ({says}); "
         "copy it again, or download it with `hf download --force-download`"
     )
-
-# %% ../../nbs/lib/dictionary_formats.ipynb #dictionary-formats-13
-def _check_sizes(at, *, kind, d, n, settings):
-    sizes = dict(d_model=d, n_feats=n, d_out=settings.get("d_out", d))
-    if issubclass(KINDS[kind], KeepK):
-        sizes["k"] = settings.get("k")
-    for what, got in sizes.items():
-        if type(got) is not int or not 0 < got <= (n if what == "k" else got):
-            most = f" to {n}" if what == "k" else ""
-            raise ValueError(
-                f"load_sae: {at}: {what} is {got!r}; expected a whole number from 1{most}"
-            )
-
-
-def _build(
-    at,
-    tensors,
-    kind,
-    *,
-    names,  # {our tensor: theirs}
-    d,
-    n,
-    settings,
-    then=(),  # fn(tensors) -> tensors: what makes their numbers ours
-):
-    "The autoencoder of our own class that computes the same."
-    rows = names.get("W_dec", "W_dec")
-    if d is None:
-        n, d = shape_as_theirs(_shaped(at, tensors, names["W_enc"]).shape, names["W_enc"])
-    _check_sizes(at, kind=kind, d=d, n=n, settings=settings)
-    # before memory is taken for what a configuration says
-    _shaped(at, tensors, rows, want=shape_as_theirs((n, settings.get("d_out", d)), rows))
-    sae = class_of(dict(settings, kind=kind))(d, n, generator=seeded(0), **settings)
-    want = {}
-    for name, t in sae.state_dict().items():
-        theirs = names.get(name, name)
-        want[theirs.removesuffix(".T")] = shape_as_theirs(t.shape, theirs)
-    for name in sorted(want.keys() | tensors.keys()):
-        t = _shaped(at, tensors, name, want=want.get(name, "no such tensor"))
-        finite(t, f"load_sae: {at}: tensor {name}")
-    own = {
-        name: as_theirs(tensors[theirs.removesuffix(".T")], theirs).detach().float()
-        for name, theirs in names.items()
-    }
-    for mend in then:
-        own = mend(own)
-    sae.load_state_dict(own)
-    return sae
-
-
-def _shaped(at, tensors, name, *, want=None):  # a shape; None: any matrix
-    "A tensor by name; ValueError where it is missing or has another shape."
-    name = name.removesuffix(".T")
-    got = list(tensors[name].shape) if name in tensors else None
-    if got is None or (len(got) != 2 if want is None else got != want):
-        has = "none: it is missing" if got is None else got
-        want = "a matrix" if want is None else want
-        raise ValueError(f"load_sae: {at}: tensor {name} has shape {has}; expected {want}")
-    return tensors[name]

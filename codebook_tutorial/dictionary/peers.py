@@ -12,18 +12,18 @@ import re
 from functools import partial
 
 import torch
-from .kinds import KINDS
 from codebook_tutorial.dictionary.layouts import (
     NO_BIAS_FIRST,
     TENSORS,
-    absorb_bias,
-    clamp_threshold,
+    drop_bias,
     fold_norms,
     fold_scale,
     unit_rows,
 )
-from .places import no_transcoder
+from .otherkinds import LOADED
+from .rows import ROWS
 from .sae import KeepK
+from .settings import check_factor, found, only, whole
 from .transcoder import TRANSCODERS
 from ..model.sites import from_transformer_lens, to_transformer_lens
 
@@ -89,45 +89,15 @@ SETTINGS_WRITERS = dict(
 )
 
 # %% ../../nbs/lib/dictionary_peers.ipynb #dictionary-peers-7
-def _only(at, option, got, *can):
-    "ValueError for a setting that we cannot compute."
-    if got not in can:
-        raise ValueError(
-            f"load_sae: {at}: {option} is {got!r}, which cannot be loaded as it is; "
-            f"expected {' or '.join(map(repr, can))}"
-        )
-
-
-_SETTINGS = dict(topk=["k"], batchtopk=["k"], matryoshka=["k", "shares"])
-
-
-def _found(
-    at,
-    layout,
-    option,  # what the layout calls its class
-    *,
-    cls,
-    d,
-    n,
-    subtracts=True,  # b_dec, before it encodes?
-    then=(),  # fn(tensors) -> tensors: what makes their numbers ours
-    **settings,
-):
-    _only(at, option, cls, *TENSORS[layout])
-    kind, names = TENSORS[layout][cls]
-    settings = {name: settings[name] for name in _SETTINGS.get(kind, ())}
-    then = [clamp_threshold] + [absorb_bias] * (not subtracts) + list(then)
-    return dict(kind=kind, names=names, d=d, n=n, settings=settings, then=then)
-
-
 def _read_ours(at, config, tensors):
-    _only(at, "format", config.get("format"), 1)
+    only(at, "format", config.get("format"), 1)
     settings = dict(config.get("config") or {})
-    _only(at, "kind", settings.get("kind"), *(TRANSCODERS if "d_out" in settings else KINDS))
+    only(at, "kind", settings.get("kind"), *(TRANSCODERS if "d_out" in settings else LOADED))
     kind = settings.pop("kind")
+    only(at, "rows", rows := settings.pop("rows", None), None, *ROWS)
     d, n = settings.pop("d_model", 0), settings.pop("n_feats", 0)
     names = {name: name for name in tensors}
-    return dict(kind=kind, names=names, d=d, n=n, settings=settings)
+    return dict(kind=kind, names=names, d=d, n=n, settings=settings, rows=rows)
 
 # %% ../../nbs/lib/dictionary_peers.ipynb #dictionary-peers-8
 def _meta(config):
@@ -140,45 +110,49 @@ def _read_saelens(at, config, tensors):
     fn = get("activation_fn") or get("activation_fn_str") or "relu"
     if (cls, fn) == ("standard", "topk"):
         cls = "topk"
-    _only(at, "architecture", cls, *TENSORS["saelens"])
-    rescale = bool(get("rescale_acts_by_decoder_norm"))
+    only(at, "architecture", cls, *TENSORS["saelens"])
+    rescale, subtracts = (
+        bool(get("rescale_acts_by_decoder_norm")),
+        get("apply_b_dec_to_input", True),
+    )
     scaled = not (tensors.pop("scaling_factor", torch.ones(1)) == 1).all()
-    _only(at, "activation_fn", fn, "relu", *["topk"] * (cls == "topk"))
-    scale, factor = get("normalize_activations"), get("norm_scaling_factor")
-    if scale == "expected_average_only_in":
-        scale = _check_factor(at, factor)
-    _only(at, "normalize_activations", scale, "none", None, False)
+    only(at, "activation_fn", fn, "relu", *["topk"] * (cls == "topk"))
+    rows, then = _saelens_scale(at, config, cls)
     # heads.L is flat already
-    _only(at, "reshape_activations", get("reshape_activations"), "none", "hook_z", None)
-    _only(at, "hook_name_out", meta.get("hook_name_out"), None, meta.get("hook_name"))
-    _only(at, "rescale_acts_by_decoder_norm", rescale, False, cls.endswith("topk"))
-    _only(at, "scaling_factor, all 1,", not scaled, True)
-    return _found(
+    only(at, "reshape_activations", get("reshape_activations"), "none", "hook_z", None)
+    only(at, "hook_name_out", meta.get("hook_name_out"), None, meta.get("hook_name"))
+    only(at, "rescale_acts_by_decoder_norm", rescale, False, cls.endswith("topk"))
+    only(at, "scaling_factor, all 1,", not scaled, True)
+    then += [fold_norms] * rescale
+    if cls == "matching_pursuit":  # a bias that it does not subtract, it does not add either
+        subtracts, then = True, [drop_bias] * (not subtracts)
+    return found(
         at,
         "saelens",
         "architecture",
         cls=cls,
         d=get("d_in", 0),
         n=get("d_sae", 0),
-        subtracts=get("apply_b_dec_to_input", True),
-        then=[partial(fold_scale, factor=factor)] * (factor is not None) + [fold_norms] * rescale,
-        k=_whole(get("k") or (get("activation_fn_kwargs") or {}).get("k")),
-    )
+        subtracts=subtracts,
+        then=then,
+        k=whole(get("k") or (get("activation_fn_kwargs") or {}).get("k")),
+        **{name: get(name, default) for name, default in _PURSUIT.items()},
+    ) | dict(rows=rows)
 
 
-def _check_factor(at, factor):
-    "ValueError where the scale of states that an autoencoder was trained on is not known."
-    if not isinstance(factor, int | float) or not 0 < factor < float("inf"):
-        raise ValueError(
-            f"load_sae: {at} was trained on states scaled to a mean length (normalize_activations "
-            f"is 'expected_average_only_in'), and its factor is {factor!r}; expected "
-            "load_sae(..., norm_scaling_factor=), SAELens' table of releases has it"
-        )
+_PURSUIT = dict(residual_threshold=1e-2, max_iterations=None, stop_on_duplicate_support=True)
 
 
-def _whole(k):
-    "50.0 as 50; all else as it is."
-    return int(k) if isinstance(k, float) and k.is_integer() else k
+def _saelens_scale(at, config, cls):  # -> one of ROWS or None, [fn(tensors)]
+    "How states are scaled before they are encoded: row by row, by one factor, or not at all."
+    scale, factor = config.get("normalize_activations"), config.get("norm_scaling_factor")
+    mean = scale in ("expected_average_only_in", True) and cls != "matching_pursuit"
+    only(at, "normalize_activations", scale, "none", None, False, *ROWS, *[scale] * mean)
+    if mean:
+        check_factor(at, factor)
+        return None, [partial(fold_scale, factor=factor)]
+    only(at, f"norm_scaling_factor with normalize_activations {scale!r}", factor, None)
+    return scale if scale in ROWS else None, []
 
 # %% ../../nbs/lib/dictionary_peers.ipynb #dictionary-peers-9
 def _read_dictionary_learning(at, config, tensors):
@@ -186,11 +160,11 @@ def _read_dictionary_learning(at, config, tensors):
     k = tensors.pop("k", None)
     groups = tensors.pop("group_sizes", torch.ones(1))
     k = trainer.get("k") if k is None else int(k)
-    _only(at, "buffer.io", (config.get("buffer") or {}).get("io"), None, "in", "out")
-    _only(at, "trainer.k", trainer.get("k"), None, k)
+    only(at, "buffer.io", (config.get("buffer") or {}).get("io"), None, "in", "out")
+    only(at, "trainer.k", trainer.get("k"), None, k)
     if (cls := trainer.get("dict_class")) == "AutoEncoderTopK":
         tensors.pop("threshold", None)
-    return _found(
+    return found(
         at,
         "dictionary_learning",
         "trainer.dict_class",
@@ -209,29 +183,11 @@ _SPARSIFY = "activation expansion_factor normalize_decoder num_latents k multi_t
 
 def _read_sparsify(at, config, tensors):
     for option in config.keys() - set(_SPARSIFY.split()):
-        _only(at, option, config[option], False, None)  # skip_connection, transcode, signed
+        only(at, option, config[option], False, None)  # skip_connection, transcode, signed
     d, k = config.get("d_in", 0), config.get("k")
     n = config.get("num_latents") or (d or 0) * config.get("expansion_factor", 32)
     cls = config.get("activation", "topk")
-    return _found(at, "sparsify", "activation", cls=cls, d=d, n=n, k=k)
-
-
-def _read_gemma_scope(at, config, tensors):
-    return _found(at, "gemma_scope", "", cls="jumprelu", d=None, n=None, subtracts=False)
-
-
-def _read_gemma_scope_2(at, config, tensors):
-    reads, writes = config.get("hf_hook_point_in"), config.get("hf_hook_point_out")
-    skips = bool(config.get("affine_connection")) or "affine_skip_connection" in tensors
-    no_transcoder(at, skips or writes not in (None, reads))
-    cls = config.get("architecture")
-    how = dict(cls=cls, d=None, n=None, subtracts=False)
-    return _found(at, "gemma_scope_2", "architecture", **how)
-
-
-def _read_qwen_scope(at, config, tensors):
-    how = dict(cls="topk", d=None, n=None, subtracts=False, k=config["k"])
-    return _found(at, "qwen_scope", "", **how)
+    return found(at, "sparsify", "activation", cls=cls, d=d, n=n, k=k)
 
 
 SETTINGS_READERS = dict(
@@ -239,9 +195,6 @@ SETTINGS_READERS = dict(
     saelens=_read_saelens,
     dictionary_learning=_read_dictionary_learning,
     sparsify=_read_sparsify,
-    gemma_scope=_read_gemma_scope,
-    gemma_scope_2=_read_gemma_scope_2,
-    qwen_scope=_read_qwen_scope,
 )
 
 # %% ../../nbs/lib/dictionary_peers.ipynb #dictionary-peers-10
@@ -265,7 +218,8 @@ def site_of(layout, config):
     if found := re.search(r"layers\.(\d+)\.([\w.]+)$", config.get("hf_hook_point_in") or ""):
         kind = _HF_HOOKS.get(found[2])
         return f"{kind}.{found[1]}" if kind else None
-    hook = _meta(config).get("hook_name") or ""
+    names = (_meta(config).get("hook_name"), *map(config.get, ("hook_point_in", "act_name")))
+    hook = next(filter(None, names), "")
     if before := re.fullmatch(r"blocks\.([1-9]\d*)\.hook_(resid_pre|in)", hook):
         return f"resid.{int(before[1]) - 1}"  # a block's input is the output of the one before
     try:

@@ -14,10 +14,10 @@ from itertools import islice, product
 import torch
 import torch.nn.functional as F
 from ..core import seeded, wide
+from .data import TrainingData
 from .kinds import KINDS
 from .resumable import Run
-from .data import TrainingData
-from .sae import SAE, KeepK
+from .sae import SAE, KeepK, Tied
 from ..model.modes import evaluating, model_device
 from ..model.sites import intervene
 from ..model.text import Text
@@ -205,7 +205,8 @@ def refit(
     ff, fx = (wide(x.new_zeros(n, m)) for m in (n, width))  # width of what it writes
     for part, y in zip(x.split(batch), (x if target is None else target).split(batch)):
         f = sae.encode(part)
-        left, f = wide(sae.goal(part, y)) - wide(sae.decode(f)), wide(f)
+        y_hat, f = wide(sae.decode(f)), wide(f)
+        left = wide(sae.goal(part, y)) - y_hat
         ff += f.T @ f
         fx += f.T @ left
     least = (ridge * ff.diagonal().mean()).clamp(min=1e-30) * torch.eye(n, device=x.device)
@@ -216,6 +217,11 @@ def refit(
 
 def _untied(sae):
     "A copy whose decoder can be changed without the encoder."
+    if not isinstance(sae, SAE) or (sae.tied and type(sae) is not Tied):
+        raise ValueError(
+            f"refit, tune_decoder: got a {type(sae).__name__}, whose features are not its own when "
+            "the decoder changes; expected one with an encoder apart"
+        )
     new = _untrained(sae, SAE if sae.tied else None)
     encoder = {"W_enc": sae.W_enc.detach().clone()} if sae.tied else {}
     new.load_state_dict(sae.state_dict() | encoder)

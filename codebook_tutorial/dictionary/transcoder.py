@@ -12,7 +12,8 @@ __all__ = ['TRANSCODERS', 'Transcoder', 'UntiedTranscoder', 'TopKTranscoder', 'B
 import torch
 import torch.nn.functional as F
 from .base import Dictionary, Lens
-from .kinds import KINDS, BatchTopK, Gated, JumpReLU, Matryoshka
+from .kinds import BatchTopK, Gated, JumpReLU, Matryoshka
+from .otherkinds import LOADED
 from .sae import SAE, TopK, beside_rows
 from torch import nn
 
@@ -62,9 +63,10 @@ class Transcoder(Dictionary):
             raise ValueError(f"{type(self).__name__}: expected y, the states that it must write")
         return y - self.skipped(x)
 
-    def forward(self, x):  # [.., d] -> [.., d_out]
-        "What it writes, y^."
-        return self.decode(self.encode(x)) + self.skipped(x)
+    def reconstructed(self, x):  # [.., d] -> [.., F], [.., d_out]
+        "Every feature's value, and what it writes, y^."
+        f = self.encode(x)
+        return f, self.decode(f) + self.skipped(x)
 
     @torch.no_grad()
     def fold_normalisation(self, mean, scale, *, target):  # of x; mean and scale of y
@@ -118,7 +120,7 @@ TRANSCODERS = {cls.kind: cls for cls in _CLASSES}
 
 def class_of(config: dict):  # an autoencoder's or a transcoder's `config`
     "The class that a configuration is of; ValueError for a kind that there is not."
-    kinds = TRANSCODERS if "d_out" in config else KINDS
+    kinds = TRANSCODERS if "d_out" in config else LOADED
     if (kind := config.get("kind")) not in kinds:
         raise ValueError(f"kind is {kind!r}; expected one of {', '.join(kinds)}")
     return kinds[kind]
@@ -171,6 +173,3 @@ class TranscoderLens(Lens):
     def amounts(self, x, features=None):  # states [.., d] at `site`
         "The features themselves: what each adds goes with it."
         return self.acts(x, features)
-
-    def decoded(self, x):
-        return self.dictionary(self.heard(x).to(self.dictionary.directions.dtype)).to(x.dtype)

@@ -45,8 +45,7 @@ def measure(
     mean = sum(wide(part).sum(0) for part in y.split(batch)) / len(y)
     active, left, like, spread = 0, 0.0, 0.0, []
     for rows, part in zip(x.split(batch), y.split(batch)):
-        f = dictionary.encode(rows)
-        x_hat = dictionary.decode(f) if target is None else dictionary(rows)
+        f, x_hat = dictionary.reconstructed(rows)
         x_hat, part = wide(x_hat), wide(part)
         active = active + (f != 0).sum(0)
         left += (part - x_hat).pow(2).sum().item()
