@@ -11,6 +11,7 @@ from test_formats import D, N, X, random_sae, same
 
 from codebook_tutorial.dictionary.formats import save_sae
 from codebook_tutorial.dictionary.kinds import KINDS
+from codebook_tutorial.dictionary.layouts import FILES
 from codebook_tutorial.dictionary.sae import SAE, Tied, TopK
 from codebook_tutorial.dictionary.share import card_row, push_saes, sae_card
 from codebook_tutorial.score.metrics import measure
@@ -120,55 +121,55 @@ except ValueError as e: print(e)
 """
 
 
+def client(hub, home, code, *args):
+    "Lines that a process prints whose Hub is `hub`; the token is in none of them."
+    got = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", code, *args],
+        capture_output=True,
+        text=True,
+        env=hub.env(home, PYTHONPATH=os.pathsep.join(sys.path)),
+        timeout=300,
+    )
+    assert got.returncode == 0, got.stderr[-3000:]
+    assert "hf_secret" not in got.stdout + got.stderr
+    return got.stdout.splitlines()
+
+
+def pushed(hub, name):
+    repo = hub.repos["model", name]
+    return repo["commits"][repo["refs"]["main"]]
+
+
+def of_card(files):
+    "The card of a repository, and its own code for small autoencoders beside a wider model."
+    card = next(files[path] for path in files if path.endswith("README.md")).decode()
+    assert "hf_secret" not in card
+    code = re.search(r"```python\n(from codebook_tutorial.*?)```", card, re.S)[1]
+    code = code.replace('features = sae.encode(acts["resid.1"])', "x = acts['resid.1']")
+    code += f"\nassert x.shape[-1] == 96 and sae.encode(x[..., :{D}]).shape[-1] == {N}"
+    return card, code
+
+
 def test_pushed_and_loaded_through_a_hub(tmp_path):
     from helpers.hub import Hub
 
-    def client(code, *args):
-        got = subprocess.run(
-            [sys.executable, "-W", "ignore", "-c", code, *args],
-            capture_output=True,
-            text=True,
-            env=hub.env(tmp_path / "home", PYTHONPATH=os.pathsep.join(sys.path)),
-            timeout=300,
-        )
-        assert got.returncode == 0, got.stderr[-3000:]
-        assert "hf_secret" not in got.stdout + got.stderr
-        return got.stdout.splitlines()
-
-    def files(name):
-        repo = hub.repos["model", name]
-        return repo["commits"][repo["refs"]["main"]]
-
+    ours, peers = FILES["ours"], FILES["saelens"]
     with Hub() as hub:
-        assert client(PUSH, os.path.dirname(__file__)) == [
+        assert client(hub, tmp_path / "home", PUSH, os.path.dirname(__file__)) == [
             f"{hub.url}/tests/one",
             "resid.1 {'alpha': 0.5, 'model_name': 'stories'}",
             f"{hub.url}/me/peers",
             "TopK.from_pretrained: tests/jump is a JumpReLU; expected a TopK, or call "
             "JumpReLU.from_pretrained",
         ]
-        assert set(files("tests/one")) == {"README.md", "sae.json", "sae_state.safetensors"}
-        assert set(files("tests/many")) == {
-            f"resid.1/{f}" for f in ("README.md", "sae.json", "sae_state.safetensors")
-        }
-        peers = files("me/peers")
-        assert set(peers) == {"README.md"} | {
-            f"{site}/{f}"
-            for site in ("resid.1", "mlp.1")
-            for f in ("cfg.json", "sae_weights.safetensors")
-        }
-        card = peers["README.md"].decode()
+        assert set(pushed(hub, "tests/one")) == {"README.md", *ours}
+        in_folder = {f"resid.1/{file}" for file in ("README.md", *ours)}
+        assert set(pushed(hub, "tests/many")) == in_folder
+        folders = {f"{site}/{file}" for site in ("resid.1", "mlp.1") for file in peers}
+        assert set(pushed(hub, "me/peers")) == {"README.md"} | folders
+        sparse = {f"layers.1/{file}" for file in FILES["sparsify"]}
+        assert set(pushed(hub, "tests/sparsify")) == {"README.md"} | sparse
+        card, _ = of_card(pushed(hub, "me/peers"))
         assert "# Sparse autoencoders of stories\n" in card and "| 3.5000 |" in card
-        assert set(files("tests/sparsify")) == {
-            "README.md",
-            "layers.1/cfg.json",
-            "layers.1/sae.safetensors",
-        }
         for name in ("tests/one", "me/peers", "tests/many"):
-            path = "resid.1/README.md" if name == "tests/many" else "README.md"
-            card = files(name)[path].decode()
-            code = re.search(r"```python\n(from codebook_tutorial.*?)```", card, re.S)[1]
-            code = code.replace('features = sae.encode(acts["resid.1"])', "x = acts['resid.1']")
-            code += f"\nassert x.shape[-1] == 96 and sae.encode(x[..., :{D}]).shape[-1] == {N}"
-            client(code)  # the stories' model is wider than these small autoencoders
-            assert b"hf_secret" not in files(name)[path]
+            client(hub, tmp_path / "home", of_card(pushed(hub, name))[1])
