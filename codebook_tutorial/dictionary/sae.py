@@ -11,6 +11,7 @@ __all__ = ['squared_error', 'beside_rows', 'SAE', 'Tied', 'KeepK', 'TopK']
 import torch
 import torch.nn.functional as F
 from .base import Dictionary
+from .share import Shared
 from torch import nn
 
 # %% ../../nbs/07_sae.ipynb #c07-147
@@ -24,7 +25,7 @@ def beside_rows(b):
     return b if b.dim() == 1 else b.unsqueeze(-2)
 
 # %% ../../nbs/07_sae.ipynb #c07-31
-class SAE(Dictionary):
+class SAE(Shared, Dictionary):
     "Sparse autoencoder: f = ReLU(W_enc (x - b_dec) + b_enc), x^ = f W_dec + b_dec."
 
     kind = "untied"  # encoder and decoder are two matrices
