@@ -124,7 +124,7 @@ def _read_saelens(at, config, tensors):
     only(at, "rescale_acts_by_decoder_norm", rescale, False, cls.endswith("topk"))
     only(at, "scaling_factor, all 1,", not scaled, True)
     then += [fold_norms] * rescale
-    if cls == "matching_pursuit":  # a bias that it does not subtract, it does not add either
+    if cls == "matching_pursuit":  # without the bias at its input it adds none to its output
         subtracts, then = True, [drop_bias] * (not subtracts)
     return found(
         at,

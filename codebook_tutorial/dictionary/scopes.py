@@ -49,7 +49,7 @@ def _openmoss(at, config):
 
 
 def _factor(at, config, length):
-    "What states of a mean length are multiplied by: to sqrt(d), if nobody says otherwise."
+    "What states are multiplied by: to a mean length of sqrt(d), unless the factor is given."
     factor = config.get("norm_scaling_factor")
     if factor is None and length:
         factor = config.get("d_model") ** 0.5 / length
