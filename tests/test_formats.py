@@ -410,16 +410,14 @@ def test_gemma_scope_transcoders_are_told_by_their_repository(tmp_path, monkeypa
     "By the resolved folder, not by what was typed, nor by words above the repository."
     theirs = tmp_path / "gemma-scope-2b-pt-transcoders"
     gemma(theirs / "layer_3" / "width_16k")
-    with pytest.raises(ValueError, match="is a transcoder"):
-        load_sae(tmp_path, "gemma-scope-2b-pt-transcoders/layer_3")
+    assert load_sae(tmp_path, "gemma-scope-2b-pt-transcoders/layer_3").transcodes
     monkeypatch.chdir(theirs)
-    with pytest.raises(ValueError, match="is a transcoder"):
-        load_sae("layer_3/width_16k")
+    assert load_sae("layer_3/width_16k").transcodes
     own = tmp_path / "transcoder-comparison" / "gemma-scope-2b-pt-res" / "layer_3"
     gemma(own)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        assert load_sae(own).kind == "jumprelu"
+        assert load_sae(own).kind == "jumprelu" and not load_sae(own).transcodes
     gemma(tmp_path / "renamed")
     with pytest.warns(UserWarning, match="transcoders have the same tensors"):
         load_sae(tmp_path / "renamed")
@@ -429,7 +427,8 @@ HOOKS = {
     "model.layers.7.output": "resid.7",
     "model.layers.7.self_attn.o_proj.input": "heads.7",
     "model.language_model.layers.7.post_feedforward_layernorm.output": "mlp.7",
-    "model.layers.7.pre_feedforward_layernorm.output": None,
+    "model.layers.7.pre_feedforward_layernorm.output": "mlp_in.7",
+    "model.layers.7.input_layernorm.output": None,
 }
 
 
@@ -460,14 +459,7 @@ def test_gemma_scope_2(hook, tmp_path):
     )
 
 
-def test_gemma_scope_2_holds_transcoders_as_well(tmp_path):
-    reads = "model.layers.7.pre_feedforward_layernorm.output"
-    writes = "model.layers.7.post_feedforward_layernorm.output"
-    gemma_2(tmp_path / "a", hf_hook_point_in=reads, hf_hook_point_out=writes)
-    refused(tmp_path / "a", "is a transcoder")
-    skip = dict(affine_skip_connection=torch.zeros(D, D))
-    gemma_2(tmp_path / "b", skip, hf_hook_point_in=reads, affine_connection=True)
-    refused(tmp_path / "b", "is a transcoder")
+def test_gemma_scope_2_has_one_architecture(tmp_path):
     gemma_2(tmp_path / "c", architecture="gated")
     refused(tmp_path / "c", "architecture is 'gated'", "'jump_relu'")
 
@@ -807,7 +799,8 @@ OPTIONS = [
         dict(architecture="temporal", rescale_acts_by_decoder_norm=True),
         "architecture is 'temporal'",  # the reason that matters first
     ),
-    ("saelens", "untied", dict(architecture="transcoder"), "architecture is 'transcoder'"),
+    ("saelens", "untied", dict(architecture="transcoder"), "apply_b_dec_to_input is True"),
+    ("saelens", "untied", dict(architecture="crosscoder"), "architecture is 'crosscoder'"),
     ("saelens", "untied", dict(activation_fn="tanh-relu"), "activation_fn is 'tanh-relu'"),
     ("saelens", "gated", dict(activation_fn_str="topk"), "activation_fn is 'topk'"),
     (
@@ -850,8 +843,8 @@ OPTIONS = [
         "tensor W_dec has shape [40, 16]; expected [1000000000, 16]",
     ),
     ("saelens", "untied", dict(metadata="x"), "settings are none of saelens's"),
-    ("sparsify", "topk", dict(transcode=True), "transcode is True"),
-    ("sparsify", "topk", dict(skip_connection=True), "skip_connection is True"),
+    ("sparsify", "topk", dict(signed=True), "signed is True"),
+    ("sparsify", "topk", dict(skip_connection=True), "tensor W_skip has shape none"),
     ("sparsify", "topk", dict(signed=True), "signed is True"),
     ("sparsify", "topk", dict(activation="relu"), "activation is 'relu'"),
     (

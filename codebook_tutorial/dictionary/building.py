@@ -48,6 +48,9 @@ def build(
     rows = names.get("W_dec", "W_dec")
     if d is None:
         n, d = shape_as_theirs(_shaped(at, tensors, names["W_enc"]).shape, names["W_enc"])
+    if settings.get("d_out", d) is None:
+        shape = shape_as_theirs(_shaped(at, tensors, rows).shape, rows)
+        settings = settings | dict(d_out=shape[1])
     _check_sizes(at, kind=kind, d=d, n=n, settings=settings)
     # before memory is taken for what a configuration says
     _shaped(at, tensors, rows, want=shape_as_theirs((n, settings.get("d_out", d)), rows))

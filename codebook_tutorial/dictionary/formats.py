@@ -21,6 +21,7 @@ from codebook_tutorial.dictionary.layouts import (
     NO_BIAS_FIRST,
     TENSORS,
     WRITES,
+    WRITES_TRANSCODERS,
     absorb_bias,
     as_theirs,
     head_path,
@@ -66,6 +67,7 @@ def export_sae(
     layout: str,  # "saelens", "dictionary_learning" or "sparsify" (TopK only)
     *,
     site: str | None = None,  # "resid.2"
+    writes: str | None = None,  # the site that a transcoder writes: "mlp.2"
     model_name: str | None = None,
     prepend_bos: bool = True,  # SAELens: do rows of text begin with BOS, as load_text's do?
     context_size: int = 256,  # SAELens: positions in a row
@@ -79,9 +81,12 @@ def export_sae(
     from safetensors.torch import save_file
 
     _check(sae, "export_sae")
-    _check_layout(sae, layout, site)
-    cls = WRITES[layout][sae.kind]
+    _check_layout(sae, layout, (site, writes))
+    cls = (WRITES_TRANSCODERS if sae.transcodes else WRITES)[layout][sae.kind]
     kind, names = TENSORS[layout][cls]
+    if sae.config.get("skip"):
+        names = names | dict(W_skip="W_skip")
+        cls = cls.replace("transcoder", "skip_transcoder")
     own = sae.state_dict() | {"W_enc": sae.W_enc}
     own = {name: t.detach().float().cpu() for name, t in own.items()}
     own = _with_unit_rows(own, sae, unit=unit)
@@ -90,6 +95,7 @@ def export_sae(
     if cls in NO_BIAS_FIRST:
         own = absorb_bias(own, -1)
     told = dict(prepend_bos=prepend_bos, context_size=context_size, dataset_path=dataset)
+    told["writes"] = writes
     config, tensors = SETTINGS_WRITERS[layout](sae, cls, site, model_name=model_name, **told)
     for name, theirs in names.items():
         tensors[theirs.removesuffix(".T")] = as_theirs(own[name], theirs).contiguous().clone()
@@ -128,19 +134,31 @@ def _check(sae, call):
         )
 
 
-def _check_layout(sae, layout, site):
-    if layout not in WRITES:
-        raise ValueError(f"export_sae: layout={layout!r}; expected one of {', '.join(WRITES)}")
-    if sae.kind not in WRITES[layout]:
-        can = " or ".join(to for to in WRITES if sae.kind in WRITES[to])
-        can = f"layout {can}" if can else "save_sae, for no other library's layout is written"
-        raise ValueError(
-            f"export_sae: {layout} holds {', '.join(WRITES[layout])} only, got kind {sae.kind!r}; "
-            f"expected {can}"
-        )
-    if site and not re.fullmatch(rf"({'|'.join(TRANSFORMER_LENS)})\.\d+", site):
+def _check_site(site):
+    if not re.fullmatch(rf"({'|'.join(TRANSFORMER_LENS)})\.\d+", site):
         known = ", ".join(TRANSFORMER_LENS)
         raise ValueError(f"export_sae: site={site!r}; expected one like resid.2, of {known}")
+
+
+def _check_layout(sae, layout, sites):
+    if layout not in WRITES:
+        raise ValueError(f"export_sae: layout={layout!r}; expected one of {', '.join(WRITES)}")
+    holds = WRITES_TRANSCODERS if sae.transcodes else WRITES
+    what = "a transcoder of kind" if sae.transcodes else "kind"
+    if sae.kind not in holds.get(layout, {}):
+        can = " or ".join(to for to in holds if sae.kind in holds[to])
+        can = f"layout {can}" if can else "save_sae, for no other library's layout is written"
+        known = ", ".join(holds.get(layout, {})) or "none"
+        raise ValueError(
+            f"export_sae: {layout} holds {known} only, got {what} {sae.kind!r}; expected {can}"
+        )
+    if layout == "sparsify" and sae.config.get("d_out", d := sae.config["d_model"]) != d:
+        raise ValueError(
+            f"export_sae: sparsify's transcoders write as many numbers as they read, got d_model="
+            f"{d}, d_out={sae.config['d_out']}; expected save_sae"
+        )
+    for site in filter(None, sites):
+        _check_site(site)
     least = getattr(sae, "threshold", torch.zeros(1)).min()
     if least < 0:
         raise ValueError(

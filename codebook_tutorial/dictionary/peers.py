@@ -15,6 +15,7 @@ import torch
 from codebook_tutorial.dictionary.layouts import (
     NO_BIAS_FIRST,
     TENSORS,
+    absorb_bias,
     drop_bias,
     fold_norms,
     fold_scale,
@@ -28,7 +29,7 @@ from .transcoder import TRANSCODERS
 from ..model.sites import from_transformer_lens, to_transformer_lens
 
 # %% ../../nbs/lib/dictionary_peers.ipynb #dictionary-peers-5
-def _write_saelens(sae, cls, site, *, model_name, **text):
+def _write_saelens(sae, cls, site, *, model_name, writes, **text):
     hook = to_transformer_lens(site) if site else None
     config = dict(
         architecture=cls,
@@ -36,17 +37,20 @@ def _write_saelens(sae, cls, site, *, model_name, **text):
         d_sae=sae.config["n_feats"],
         dtype="float32",
         device="cpu",
-        apply_b_dec_to_input=True,
+        apply_b_dec_to_input=not sae.transcodes,
         normalize_activations="none",
         reshape_activations="hook_z" if (hook or "").endswith("hook_z") else "none",
         metadata=dict(sae_lens_version="6.0.0", hook_name=hook, model_name=model_name) | text,
     )
     if cls == "topk":
         config |= dict(k=sae.k, rescale_acts_by_decoder_norm=False)
+    if sae.transcodes:
+        config["d_out"] = sae.config["d_out"]
+        config["metadata"]["hook_name_out"] = to_transformer_lens(writes) if writes else None
     return config, {}
 
 
-def _write_dictionary_learning(sae, cls, site, *, model_name, **text):
+def _write_dictionary_learning(sae, cls, site, *, model_name, **other):
     trainer = dict(
         dict_class=cls,
         activation_dim=sae.config["d_model"],
@@ -66,7 +70,7 @@ def _write_dictionary_learning(sae, cls, site, *, model_name, **text):
     return dict(trainer=trainer, buffer=dict(d_submodule=sae.config["d_model"], io="out")), more
 
 
-def _write_sparsify(sae, cls, site, *, model_name, **text):
+def _write_sparsify(sae, cls, site, *, model_name, **other):
     d, n = sae.config["d_model"], sae.config["n_feats"]
     config = dict(
         activation=cls,
@@ -75,8 +79,8 @@ def _write_sparsify(sae, cls, site, *, model_name, **text):
         num_latents=n,
         k=sae.k,
         multi_topk=False,
-        skip_connection=False,
-        transcode=False,
+        skip_connection=sae.config.get("skip", False),
+        transcode=sae.transcodes,
         d_in=d,
     )
     return config, {}
@@ -120,7 +124,12 @@ def _read_saelens(at, config, tensors):
     rows, then = _saelens_scale(at, config, cls)
     # heads.L is flat already
     only(at, "reshape_activations", get("reshape_activations"), "none", "hook_z", None)
-    only(at, "hook_name_out", meta.get("hook_name_out"), None, meta.get("hook_name"))
+    transcodes = cls.endswith("transcoder")
+    if transcodes:
+        only(at, "apply_b_dec_to_input", get("apply_b_dec_to_input"), False)
+        only(at, "normalize_activations", rows, None)
+    else:
+        only(at, "hook_name_out", meta.get("hook_name_out"), None, meta.get("hook_name"))
     only(at, "rescale_acts_by_decoder_norm", rescale, False, cls.endswith("topk"))
     only(at, "scaling_factor, all 1,", not scaled, True)
     then += [fold_norms] * rescale
@@ -135,6 +144,8 @@ def _read_saelens(at, config, tensors):
         n=get("d_sae", 0),
         subtracts=subtracts,
         then=then,
+        transcodes=transcodes,
+        skip="W_skip" if "skip" in cls else None,
         k=whole(get("k") or (get("activation_fn_kwargs") or {}).get("k")),
         **{name: get(name, default) for name, default in _PURSUIT.items()},
     ) | dict(rows=rows)
@@ -178,16 +189,24 @@ def _read_dictionary_learning(at, config, tensors):
     )
 
 
-_SPARSIFY = "activation expansion_factor normalize_decoder num_latents k multi_topk d_in sha256"
+_SPARSIFY = "activation expansion_factor normalize_decoder num_latents k multi_topk d_in sha256 "
+_SPARSIFY += "skip_connection transcode"
 
 
 def _read_sparsify(at, config, tensors):
     for option in config.keys() - set(_SPARSIFY.split()):
-        only(at, option, config[option], False, None)  # skip_connection, transcode, signed
+        only(at, option, config[option], False, None)  # signed
     d, k = config.get("d_in", 0), config.get("k")
     n = config.get("num_latents") or (d or 0) * config.get("expansion_factor", 32)
-    cls = config.get("activation", "topk")
-    return found(at, "sparsify", "activation", cls=cls, d=d, n=n, k=k)
+    cls, skips = config.get("activation", "topk"), bool(config.get("skip_connection"))
+    how = dict(cls=cls, d=d, n=n, k=k)
+    if not (skips or config.get("transcode")):
+        return found(at, "sparsify", "activation", **how)
+    only(at, "activation, of a transcoder or with a skip connection,", cls, *TRANSCODERS)
+    if not config.get("transcode"):  # it subtracts b_dec, as an autoencoder
+        how |= dict(then=[partial(absorb_bias, sign=-1)])
+    how |= dict(transcodes=True, skip="W_skip" if skips else None)
+    return found(at, "sparsify", "activation", **how)
 
 
 SETTINGS_READERS = dict(
@@ -203,12 +222,17 @@ _HF_HOOKS = {
     "output": "resid",
     "self_attn.o_proj.input": "heads",
     "post_feedforward_layernorm.output": "mlp",
+    "pre_feedforward_layernorm.output": "mlp_in",
 }
 
 
 def writes_of(layout, config):
     "Our name for the site that a transcoder writes, None where the file names none of ours."
-    return config.get("writes") if layout == "ours" else None
+    if layout == "ours":
+        return config.get("writes")
+    hook = _meta(config).get("hook_name_out") or config.get("hook_name_out")
+    hooks = dict(hook_name=hook, hf_hook_point_in=config.get("hf_hook_point_out"))
+    return site_of(layout, hooks)
 
 
 def site_of(layout, config):

@@ -18,16 +18,25 @@ from .settings import check_factor, found, only, whole
 
 # %% ../../nbs/lib/dictionary_scopes.ipynb #dictionary-scopes-4
 def _read_gemma_scope(at, config, tensors):
-    return found(at, "gemma_scope", "", cls="jumprelu", d=None, n=None, subtracts=False)
+    how = dict(cls="jumprelu", d=None, n=None, subtracts=False)
+    return found(at, "gemma_scope", "", transcodes=config.get("transcodes", False), **how)
 
 
 def _read_gemma_scope_2(at, config, tensors):
     reads, writes = config.get("hf_hook_point_in"), config.get("hf_hook_point_out")
-    skips = bool(config.get("affine_connection")) or "affine_skip_connection" in tensors
-    no_transcoder(at, skips or writes not in (None, reads))
-    cls = config.get("architecture")
-    how = dict(cls=cls, d=None, n=None, subtracts=False)
+    skip = "affine_skip_connection"
+    only(at, f"{skip} among the tensors", skip in tensors, bool(config.get("affine_connection")))
+    how = dict(cls=config.get("architecture"), d=None, n=None, subtracts=False)
+    how |= dict(transcodes=skip in tensors or writes not in (None, reads))
+    how |= dict(skip=f"{skip}.T") if skip in tensors else {}
     return found(at, "gemma_scope_2", "architecture", **how)
+
+
+def _read_circuit_tracer(at, config, tensors):
+    cls = "jumprelu" if "activation_function.threshold" in tensors else "relu"
+    skip = "W_skip" if "W_skip" in tensors else None
+    how = found(at, "circuit_tracer", "", cls=cls, d=None, n=None, transcodes=True, skip=skip)
+    return how | dict(then=[])  # a threshold below 0 lets through what is above it, as ours
 
 
 def _read_qwen_scope(at, config, tensors):
@@ -128,6 +137,7 @@ READERS = SETTINGS_READERS | dict(
     llama_scope_r1=_read_llama_scope_r1,
     goodfire=_read_goodfire,
     hook_z=_read_hook_z,
+    circuit_tracer=_read_circuit_tracer,
 )
 
 # whose states may be multiplied by one factor, which a caller may know

@@ -58,11 +58,17 @@ def found(
     n: int | None,
     subtracts: bool = True,  # b_dec, before it encodes?
     then=(),  # fn(tensors) -> tensors: what makes their numbers ours
+    transcodes: bool = False,
+    skip: str | None = None,  # their name of W_skip, where a transcoder has one
     **settings,
 ) -> dict:
     "What `load_sae` builds from: our kind, their names, sizes, settings and `then`."
     only(at, option, cls, *TENSORS[layout])
     kind, names = TENSORS[layout][cls]
     settings = {name: settings[name] for name in _SETTINGS.get(kind, ())}
+    if transcodes:  # which has no bias to subtract; d_out is as W_dec is
+        settings |= dict(d_out=None, skip=skip is not None)
+        names = names | (dict(W_skip=skip) if skip else {})
+        subtracts = True
     then = [clamp_threshold] + [absorb_bias] * (not subtracts) + list(then)
     return dict(kind=kind, names=names, d=d, n=n, settings=settings, then=then)
