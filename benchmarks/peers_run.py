@@ -72,6 +72,7 @@ def tiny_llama(folder):
 
 @torch.no_grad()
 def states(model, text, site):
+    "Our activations at a site."
     with capture(model, [site]) as acts:
         model(input_ids=text.ids)
     return acts[site]
@@ -124,6 +125,7 @@ def of_metrics(found):
 
 
 def in_saelens(bridge, peer, text):
+    "Its run_evals."
     store = store_of(bridge, peer, text)
     how = evals.get_eval_everything_config(BATCH, N_BATCHES, N_BATCHES)
     return of_metrics(evals.run_evals(peer, store, bridge, ActivationScaler(), how)[0])
@@ -205,9 +207,7 @@ def by_folder_name(path):
     _, own = sparsify_disk_loader(ROOT / "own" / "layers.1")
     shapes = list(tensors["W_dec"].shape), list(own["W_dec"].shape)
     print(f"SAELens' sparsify_disk_loader takes that folder as {config['hook_name']}")
-    print(
-        f"  W_dec {shapes[0]}, of sparsify's own file {shapes[1]}: its classes want the transpose"
-    )
+    print(f"  its W_dec: {shapes[0]}, of sparsify's own file {shapes[1]}; SAELens' own: transposed")
     return worst
 
 
