@@ -13,6 +13,7 @@ _HOMES = {
     "dictionary.finetune": "finetune",
     "dictionary.train": "train_sae",
     "dictionary.formats": "load_sae save_sae export_sae",
+    "dictionary.share": "push_saes",
     "dictionary.harvest": "harvest",
     "dictionary.store": "open_activations",
     "score.metrics": "measure loss_recovered",

@@ -84,7 +84,7 @@ def card_row(
     if writes:
         row |= {"writes": f"`{writes}`", "written in TransformerLens": _hook(writes)}
     config = sae.config
-    row |= {name: config[name] for name in ("kind", "d_model", "d_out") if name in config}
+    row |= {name: config[name] for name in ("kind", "d_model", "d_out") if config.get(name)}
     row["features"] = f"{config['n_feats']:,}"
     row |= {"k": config["k"]} if "k" in config else {}
     told = {n: v for n, v in (measures or {}).items() if isinstance(v, int | float)}
@@ -122,15 +122,14 @@ def _how_to_load(row, repo_id, base):
     "A snippet for the first of a card's rows, with the model where it can be named."
     path, site = (row[name].strip("`") for name in ("folder", "site"))
     at = "" if path == "." else f', "{path}"'
-    lines = ["from codebook_tutorial import capture, load_lm, load_sae", ""]
-    lines.append(f'sae = load_sae("{repo_id}"{at})')
+    load = f'sae = load_sae("{repo_id}"{at})'
+    lines = ["from codebook_tutorial import load_sae", "", load]
     if base and row["site"] != "not named":
-        lines.append(f'model, tok = load_lm("{base}")')
-        lines.append(f'with capture(model, ["{site}"]) as acts:')
-        lines.append('    model(**tok("Once upon a time", return_tensors="pt"))')
+        lines = ["from codebook_tutorial import capture, load_lm, load_sae", ""]
+        lines += [f'model, tok = load_lm("{base}")', f"{load}.to(model.device)"]
+        lines.append('prompt = tok("Once upon a time", return_tensors="pt").to(model.device)')
+        lines += [f'with capture(model, ["{site}"]) as acts:', "    model(**prompt)"]
         lines.append(f'features = sae.encode(acts["{site}"])  # [rows, tokens, features]')
-    else:
-        lines[0] = "from codebook_tutorial import load_sae"
     about = "With [codebook_tutorial](https://github.com/codebook-tutorial/codebook_tutorial):"
     return "\n".join(["", about, "", "```python", *lines, "```", ""])
 
