@@ -23,6 +23,9 @@ READ = {
     "qwen_scope",
     "goodfire",
     "sparsify",
+    "gemma_3 transcoders",
+    "gemma_2_transcoder",
+    "mwhanna_transcoder",
 }
 
 

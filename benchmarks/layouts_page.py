@@ -48,8 +48,9 @@ PAGE = """# Whose files
 
 `load_sae` reads, and `export_sae` writes, the files of other libraries. For each row below, one
 side saves an autoencoder with random weights and both sides run it on the same {n} rows. The last
-two columns are the largest differences of features and of reconstructions. `load_sae` refuses
-transcoders, and settings that it cannot compute, with a ValueError that names them.
+two columns are the largest differences of features and of reconstructions. Of transcoders
+the last is of what is written. `load_sae` refuses settings that it cannot compute with a ValueError
+that names them.
 
 Peers: {peers}. The page is written by `benchmarks/peers_formats.py`, in an environment of its own.
 
@@ -68,8 +69,14 @@ States scaled row by row (`layer_norm`, `constant_norm_rescale`) are loaded as a
 are the peer's, in the scaled unit; `reconstructed(x)` decodes, a lens reads and does not edit.
 `AbsTopK`, `GroupMax` and `MatchingPursuit` are loaded and run, not trained here.
 
-Not read yet: transcoders of any library, SAELens' `temporal` and `covariance_whitening` (a
-checkpoint does not hold its matrices), sparsify's skip connections.
+Transcoders know what they read and write (`sae.source["site"]` and `["writes"]`) where the file
+says it in names that we have. SAELens 6.54 calls the input of Gemma Scope 2's transcoders
+`hook_mlp_in`, which in TransformerLens is the stream before the norm; their own configuration names
+the norm's output, and so do we (`mlp_in.L`). Gemma Scope's first transcoders are told apart by the
+name of their repository alone, and their sites are left open.
+
+Not read: cross-layer transcoders, OpenMOSS' transcoders, SAELens' `temporal` and
+`covariance_whitening` (a checkpoint does not hold its matrices).
 
 Of the autoencoders in SAELens' table of releases, by layout: {covered}.
 """

@@ -20,6 +20,7 @@ for name, value in dict(OMP_NUM_THREADS="1", HF_HUB_OFFLINE="1", WANDB_MODE="dis
 warnings.filterwarnings("ignore")
 import torch  # noqa: E402
 import peers_scopes  # noqa: E402
+import peers_transcoders  # noqa: E402
 from layouts_coverage import coverage, entries, table_of_saelens  # noqa: E402
 from layouts_page import shake, write_page, write_theirs  # noqa: E402
 from test_formats import D, N, random_sae  # noqa: E402
@@ -300,7 +301,7 @@ def main():
         unit_rows,
     ):
         part()
-    for suite in peers_scopes.ALL:
+    for suite in (*peers_scopes.ALL, *peers_transcoders.ALL):
         suite(row, ROOT)
     peers = ("sae-lens", "dictionary-learning", "eai-sparsify", "torch")
     versions = ", ".join(f"{peer} {version(peer)}" for peer in peers)
