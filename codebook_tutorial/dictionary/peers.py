@@ -115,10 +115,8 @@ def _read_saelens(at, config, tensors):
     if (cls, fn) == ("standard", "topk"):
         cls = "topk"
     only(at, "architecture", cls, *TENSORS["saelens"])
-    rescale, subtracts = (
-        bool(get("rescale_acts_by_decoder_norm")),
-        get("apply_b_dec_to_input", True),
-    )
+    rescale = bool(get("rescale_acts_by_decoder_norm"))
+    subtracts = get("apply_b_dec_to_input", True)
     scaled = not (tensors.pop("scaling_factor", torch.ones(1)) == 1).all()
     only(at, "activation_fn", fn, "relu", *["topk"] * (cls == "topk"))
     rows, then = _saelens_scale(at, config, cls)

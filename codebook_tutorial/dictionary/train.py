@@ -217,7 +217,8 @@ def refit(
 
 def _untied(sae):
     "A copy whose decoder can be changed without the encoder."
-    if not isinstance(sae, SAE) or (sae.tied and type(sae) is not Tied):
+    kind = getattr(sae, "config", {}).get("kind")  # a learner's own class has one too
+    if kind is None or (sae.tied and kind != Tied.kind):
         raise ValueError(
             f"refit, tune_decoder: got a {type(sae).__name__}, whose features are not its own when "
             "the decoder changes; expected one with an encoder apart"
