@@ -348,6 +348,11 @@ def test_edits_that_it_could_not_hear_are_refused(model):
     with pytest.raises(ValueError, match="has not read mlp_in.1 in this pass"):
         with intervene(model, {"mlp.1": lens.take_out([2])}), torch.no_grad():
             model(some_text().ids)
+    with torch.no_grad(), lens.editing(lens.decoded):
+        model(some_text().ids)
+    with pytest.raises(ValueError, match="has not read mlp_in.1 in this pass"):  # nor an older one
+        with intervene(model, {"mlp.1": lens.take_out([2])}), torch.no_grad():
+            model(some_text().ids)
     with pytest.raises(ValueError, match="a transcoder that reads resid.0; expected site 'mlp.L'"):
         Lens(model, "resid.0", t).edits(lens.decoded)
     named = TranscoderLens(model, "resid.0", t, writes="attn.1")

@@ -157,7 +157,8 @@ class TranscoderLens(Lens):
                 f"Lens: the transcoder writes at {self.writes} and has not read {self.site} in "
                 "this pass; expected intervene(model, lens.edits(fn)), or lens.editing(fn)"
             )
-        return self.x
+        x, self.x = self.x, None  # once: another pass must read again
+        return x
 
     def _hear(self, x):
         self.x = x
